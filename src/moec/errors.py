@@ -1,0 +1,39 @@
+"""Errors that a user of moec can act on: one class per mistake, its message a template on the class.
+
+The command line prints the message as one line and exits with `exit_code`; a traceback is only ever a bug in moec.
+Packages define their own subclasses next to the code that raises them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class MoecError(Exception):
+    """Work that failed although the input was right (a full disk, a dead rank): exit code 1.
+
+    Subclasses set `template`; the keyword arguments of the constructor fill it and stay as attributes.
+    """
+
+    exit_code: ClassVar[int] = 1
+    template: ClassVar[str] = "{message}"
+
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update(fields)
+        super().__init__(self.template.format(**fields))
+
+
+class InputError(MoecError):
+    """Wrong usage or input: exit code 2."""
+
+    exit_code: ClassVar[int] = 2
+
+
+def near(name: str, known: list[str]) -> str:
+    """` (did you mean a, b?)` for the known names close to `name`, or the whole short list when none is close."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return f" (did you mean {', '.join(close)}?)"
+    return f" (known: {', '.join(sorted(known))})" if known else ""
