@@ -1,0 +1,99 @@
+"""Small layer over TVM's TIR builder: kernels as private functions with raw pointers, called from one program function.
+
+A kernel is a private `PrimFunc` of pointers and scalars. The program (one exported function a phase) calls kernels through
+their `GlobalVar`, so a whole decode step is one native call. Tested with apache-tvm 0.27.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a kernel builder needs to know of the CPU, taken from the target description."""
+
+    lanes: int = 8  # 32-bit lanes of a vector register
+    registers: int = 16  # vector registers
+    cores: int = 2
+    l1_bytes: int = 32 << 10
+    l2_bytes: int = 512 << 10
+    mcpu: str = "x86-64-v3"
+    triple: str = ""
+
+    def tvm_target(self) -> Any:
+        """The TVM target; string targets are refused by TVM 0.27."""
+        config: dict[str, Any] = {"kind": "llvm", "mcpu": self.mcpu, "num-cores": self.cores}
+        if self.triple:
+            config["mtriple"] = self.triple
+        return tvm.target.Target(config)
+
+
+@dataclass
+class Kernel:
+    """A private TIR function and the handle by which the program calls it."""
+
+    name: str
+    gvar: Any
+    func: Any = None
+
+
+@dataclass
+class KernelLibrary:
+    """Kernels of one artifact, each built once: equal specs share one function."""
+
+    machine: Machine
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+
+
+def const(value: float | int, dtype: str = "int32") -> Any:
+    """A TIR constant."""
+    return tvm.tirx.const(value, dtype)
+
+
+def splat(value: float | int, lanes: int, dtype: str = "float32") -> Any:
+    """A vector of `lanes` equal constants."""
+    return T.broadcast(const(value, dtype), lanes)
+
+
+def call(kernel: Kernel, *args: Any) -> None:
+    """Emit a call of `kernel` inside the program function: pointers by `T.address_of`, scalars as int32 expressions."""
+    T.evaluate(T.Call(kernel.gvar, list(args), ret_ty="int32"))
+
+
+Param = tuple[str, str] | tuple[str, str, Sequence[int]]
+"""(name, dtype) is a scalar; (name, dtype, shape) a pointer seen as a buffer of that shape."""
+
+
+@contextmanager
+def kernel_body(kernel: Kernel, params: Sequence[Param]) -> Iterator[list[Any]]:
+    """Build `kernel.func`: yields one scalar variable or buffer per parameter, in order."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True, is_private=True):
+            T.func_name(kernel.name)
+            T.func_attr({"tirx.noalias": True})
+            T.func_ret(tvm.ir.PrimType("int32"))
+            raw = []
+            for p in params:
+                raw.append(T.arg(p[0], T.handle(p[1], "global") if len(p) == 3 else getattr(T, p[1])()))
+            # Sub-views of a row need not start on a vector boundary: promise element alignment only.
+            yield [
+                T.decl_buffer(tuple(p[2]), p[1], data=v, align=4) if len(p) == 3 else v
+                for p, v in zip(params, raw, strict=True)
+            ]
+            T.Return(const(0))
+    kernel.func = builder.get()
+
+
+def build_module(kernels: Sequence[Kernel], programs: dict[str, Any]) -> Any:
+    """One IRModule of private kernels and exported program functions."""
+    functions: dict[Any, Any] = {k.gvar: k.func for k in kernels}
+    functions.update({tvm.ir.GlobalVar(name): func for name, func in programs.items()})
+    return tvm.IRModule(functions)
