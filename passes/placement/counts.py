@@ -1,0 +1,96 @@
+"""How many replicas each expert gets: starting points and random changes for the search, all in batches of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from .problem import Floats, Ints
+
+# Exponents of the replica size with which an expert is drawn to give up or to receive a replica: negative ones favour
+# experts with small replicas, 0 draws evenly, large ones go for the heaviest.
+_EXPONENTS = np.array([-1.0, 0.0, 0.5, 1.0, 2.0, 4.0])
+_MOST_MOVES = 4
+# Replicas of about this part of a device's load pair up well; one way to spend spare replicas makes more of them.
+_MEDIUM = 0.3
+
+
+def spread_widest(loads: Floats, slots: int) -> Ints:
+    """Replica counts that minimise the largest replica: each further replica goes to the expert with the largest.
+
+    `loads` [rows, experts] -> int64[rows, experts], rows summing to `slots`. Optimal for one slot a device.
+    """
+    rows, experts = loads.shape
+    counts = np.ones((rows, experts), np.int64)
+    size = loads.copy()
+    row = np.arange(rows)
+    for _ in range(slots - experts):
+        largest = size.argmax(axis=1)
+        counts[row, largest] += 1
+        size[row, largest] = loads[row, largest] / counts[row, largest]
+    return counts
+
+
+def starting_counts(loads: Floats, slots: int, bound: Floats, steps: int) -> Iterator[Ints]:
+    """Replica counts worth packing, one batch [rows, experts] at a time.
+
+    The size limit of a replica runs from the smallest that the slots allow up to the bound on the device load. Each
+    limit fixes how many replicas the heavy experts need; what is spare goes to the largest replicas, to the
+    lightest experts (which keeps the heavy replicas few and large), or to replicas of medium size. Limits in the
+    middle are tried first: they are the ones that mostly win.
+    """
+    widest = spread_widest(loads, slots)
+    least = (loads / widest).max(axis=1)
+    span = np.where(least > 0, np.maximum(bound, least) / np.where(least > 0, least, 1.0), 1.0)
+    fractions = np.linspace(0.0, 1.0, steps)
+    for fraction in sorted(fractions, key=lambda f: abs(f - 0.5)):
+        limit = np.where(least > 0, least * span**fraction, 1.0)[:, None]
+        # The tolerance keeps a load that is an exact multiple of the limit from gaining a replica by rounding.
+        needed = np.maximum(1, np.ceil(loads / limit - 1e-9)).astype(np.int64)
+        over = needed.sum(axis=1) > slots
+        needed[over] = widest[over]
+        size = loads / needed
+        yield _spend(needed, size, slots)
+        yield _spend(needed, -loads, slots)
+        tiny = np.finfo(np.float64).tiny
+        yield _spend(needed, -np.abs(np.log((size + tiny) / (_MEDIUM * bound[:, None] + tiny))), slots)
+
+
+def _spend(counts: Ints, preference: Floats, slots: int) -> Ints:
+    """`counts` raised to sum to `slots`, one replica an expert in falling order of `preference`, then round again."""
+    experts = counts.shape[1]
+    order = np.argsort(-preference, axis=1, kind="stable")
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(experts)[None, :], axis=1)
+    each, left = np.divmod(slots - counts.sum(axis=1), experts)
+    return np.asarray(counts + each[:, None] + (rank < left[:, None]))
+
+
+def mutate(rng: np.random.Generator, loads: Floats, counts: Ints, copies: int) -> Ints:
+    """Random neighbours of `counts` [rows, experts]: int64[rows * copies, experts], row sums unchanged.
+
+    Each neighbour moves one to four replicas from experts that have more than one to others, with a preference for
+    heavy or light experts that is itself drawn.
+    """
+    changed = np.repeat(counts, copies, axis=0)
+    total = len(changed)
+    row = np.arange(total)
+    tiny = np.finfo(np.float64).tiny
+    log_load = np.repeat(np.log(np.maximum(loads, loads.max(axis=1, keepdims=True) * 1e-9 + tiny)), copies, axis=0)
+    giving, taking = rng.choice(_EXPONENTS, size=(2, total, 1))
+    moves = np.minimum(rng.geometric(0.5, size=total), _MOST_MOVES)
+    for move in range(_MOST_MOVES):
+        on = np.flatnonzero(moves > move)
+        now = changed[on]
+        log_size = log_load[on] - np.log(now)
+        noise = rng.gumbel(size=now.shape)
+        donor = np.where(now > 1, noise - giving[on] * log_size, -np.inf).argmax(axis=1)
+        at = row[: len(on)]
+        attraction = noise[:, ::-1] + taking[on] * log_size
+        attraction[at, donor] = -np.inf
+        receiver = attraction.argmax(axis=1)
+        can = now[at, donor] > 1
+        changed[on[can], donor[can]] -= 1
+        changed[on[can], receiver[can]] += 1
+    return changed
