@@ -1,0 +1,44 @@
+"""The IR: a small flat SSA form whose types carry symbolic dims, quantisation, layout and sharding.
+
+Public surface: the structures (`Module`, `Function`, `Op`, `Value`, `WeightRef`), types, `Builder`, `parse_module`,
+`print_module`, `verify`, `evaluate`, `rewrite` and the op table (`OPS`). No torch is imported at module level.
+"""
+
+from moec.ir.builder import Builder
+from moec.ir.dims import Dim, dim, parse_dim
+from moec.ir.module import Function, Location, Module, Op, Value, Weight, WeightRef
+from moec.ir.optable import OPS, AttributeValue, OpDef, TypeRuleError
+from moec.ir.parser import ParseError, parse_module
+from moec.ir.printer import print_function, print_module, print_op
+from moec.ir.types import CacheType, IndexType, Quant, TensorType, Type
+from moec.ir.verify import VerifyError, verify
+
+__all__ = [
+    "OPS",
+    "AttributeValue",
+    "Builder",
+    "CacheType",
+    "Dim",
+    "Function",
+    "IndexType",
+    "Location",
+    "Module",
+    "Op",
+    "OpDef",
+    "ParseError",
+    "Quant",
+    "TensorType",
+    "Type",
+    "TypeRuleError",
+    "Value",
+    "VerifyError",
+    "Weight",
+    "WeightRef",
+    "dim",
+    "parse_dim",
+    "parse_module",
+    "print_function",
+    "print_module",
+    "print_op",
+    "verify",
+]

@@ -1,0 +1,122 @@
+"""The reference evaluator: runs a module op by op in plain torch, weights through their weight programs.
+
+Slow and simple on purpose: it is what kernels and passes are checked against. Needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from moec.ir.module import Function, Module, Op, Value, WeightRef
+from moec.ir.numeric import TORCH, logical
+from moec.ir.optable import OPS
+from moec.ir.types import CacheType, TensorType
+
+Loader = Callable[[str, tuple[int, ...], str], torch.Tensor]
+"""Returns a checkpoint tensor by name; shape and element type are those that the program states."""
+
+
+class WeightPrograms:
+    """Runs weight programs: `value` is one point as stored, `tensor` the logical tensor with open indices stacked."""
+
+    def __init__(self, module: Module, loader: Loader) -> None:
+        self.module = module
+        self.torch = torch
+        self._loader = loader
+        self._point: dict[str, int] = {}
+        self._cache: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+
+    def load(self, name: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        """A checkpoint tensor; `{l}` and `{e}` in its name stand for the current indices."""
+        for index, value in self._point.items():
+            name = name.replace("{" + index + "}", str(value))
+        return self._loader(name, shape, dtype)
+
+    def value(self, name: str, point: Sequence[int]) -> Any:
+        """The stored form (tensor, Quantised or Packed) of one index point."""
+        weight = self.module.weights[name]
+        self._point = {i[0]: p for i, p in zip(weight.indices, point, strict=True)}
+        env: dict[Value, Any] = dict(zip(weight.program.args, point, strict=True))
+        for op in weight.program.ops:
+            inputs = [env[o] for o in op.operands if isinstance(o, Value)]
+            env.update(zip(op.results, OPS[op.name].evaluate(inputs, op.attrs, self), strict=True))
+        return env[weight.program.returns[0]]
+
+    def tensor(self, name: str, fixed: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The logical tensor of `@name[fixed]`; indices left open are stacked in front."""
+        if (name, fixed) not in self._cache:
+            weight = self.module.weights[name]
+            open_ranges = weight.indices[len(fixed) :]
+            self._cache[name, fixed] = self._stack(name, fixed, open_ranges, dtype)
+        return self._cache[name, fixed]
+
+    def _stack(
+        self, name: str, fixed: tuple[int, ...], ranges: Sequence[tuple[str, int, int]], dtype: torch.dtype
+    ) -> torch.Tensor:
+        if not ranges:
+            return logical(self.value(name, fixed), dtype)
+        _, start, stop = ranges[0]
+        return torch.stack([self._stack(name, (*fixed, i), ranges[1:], dtype) for i in range(start, stop)])
+
+
+class Evaluator:
+    """Evaluates functions of a module.
+
+    `compute` is the torch type of all arithmetic; with `rounding` every result is rounded to its stated element type, as
+    a machine that stores it would. `trace` is called with each op and its results.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        weights: WeightPrograms,
+        compute: torch.dtype = torch.float32,
+        rounding: bool = True,
+        trace: Callable[[Function, Op, list[Any]], None] | None = None,
+    ) -> None:
+        self.module = module
+        self.torch = torch
+        self.weights = weights
+        self.compute = compute
+        self.rounding = rounding
+        self.cache_dtype = "f32"
+        self._trace = trace
+
+    def new_cache(self, type: CacheType, symbols: dict[str, int]) -> torch.Tensor:
+        """An empty cache of a cache type; stored in the compute type, rounded on writing."""
+        self.cache_dtype = type.dtype
+        shape = TensorType(type.dtype, type.shape).bound(symbols)
+        return torch.zeros(shape, dtype=self.compute)
+
+    def round(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
+        """`x` as the element type holds it, in the compute type."""
+        if not self.rounding or not x.is_floating_point() or dtype not in TORCH:
+            return x
+        return x.to(TORCH[dtype]).to(self.compute)
+
+    def call(self, function: Function, args: Sequence[Any]) -> list[Any]:
+        """Results of one function for tensors, caches (tensors, changed in place) and layer indices."""
+        env: dict[Value, Any] = dict(zip(function.args, args, strict=True))
+        for op in function.ops:
+            inputs = [self._operand(o, env) for o in op.operands]
+            results = [self._store(v, r.type) for v, r in zip(self._run(op, inputs), op.results, strict=True)]
+            env.update(zip(op.results, results, strict=True))
+            if self._trace is not None:
+                self._trace(function, op, results)
+        return [env[v] for v in function.returns]
+
+    def _run(self, op: Op, inputs: list[Any]) -> list[Any]:
+        return OPS[op.name].evaluate(inputs, op.attrs, self)
+
+    def _store(self, x: Any, type: Any) -> Any:
+        if isinstance(type, TensorType) and type.quant is None and isinstance(x, torch.Tensor):
+            return self.round(x.to(self.compute) if x.is_floating_point() else x, type.dtype)
+        return x
+
+    def _operand(self, operand: Value | WeightRef, env: dict[Value, Any]) -> Any:
+        if isinstance(operand, Value):
+            return env[operand]
+        return self.weights.tensor(operand.name, tuple(env[i] for i in operand.indices), self.compute)

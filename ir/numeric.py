@@ -1,0 +1,203 @@
+"""Numerics that several ops share: block quantisation, packed storage, rotary tables. Needs torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moec.ir.types import QUANTISED
+
+TORCH = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "bool": torch.bool,
+}
+LARGEST = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0, "fp4_e2m1": 6.0, "i8": 127.0}
+"""Greatest finite magnitude of each quantised element type (OCP OFP8 and MX specifications)."""
+
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+class NumericError(ValueError):
+    """Values that a format cannot hold."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of an element type; raises NumericError where torch has none."""
+    if name not in TORCH:
+        raise NumericError(f"torch has no element type for {name}")
+    return TORCH[name]
+
+
+@dataclass
+class Quantised:
+    """Quantised data `[..., N, K]` with FP32 scales, one per block of the trailing dims (a 0 spans the dim).
+
+    FP4 elements are kept as FP32 values of the format, since torch has no FP4 arithmetic.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    dtype: str
+    block: tuple[int, ...]
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """`data * scale` in `dtype`, computed in at least FP32."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return (self.data.to(wide) * self.scale_per_element().to(wide)).to(dtype)
+
+    def scale_per_element(self) -> torch.Tensor:
+        """The scales repeated to the shape of the data."""
+        s = self.scale
+        lead = self.data.ndim - len(self.block)
+        for axis, b in enumerate(self.block, start=lead):
+            size = self.data.shape[axis]
+            s = s.repeat_interleave(b or size, dim=axis).narrow(axis, 0, size)
+        return s
+
+
+def quantise(x: torch.Tensor, dtype: str, block: tuple[int, ...], scale_format: str) -> Quantised:
+    """Quantise with scale `amax / largest` per block; ue8m0 scales are rounded up to a power of two *before* dividing.
+
+    Raises NumericError for infinities, NaN and formats that are not quantised.
+    """
+    if dtype not in QUANTISED:
+        raise NumericError(f"{dtype} is not a quantised type (known: {', '.join(QUANTISED)})")
+    wide = x.to(torch.float32)
+    if not torch.isfinite(wide).all():
+        raise NumericError("cannot quantise infinities or NaN")
+    lead = wide.ndim - len(block)
+    sizes = [wide.shape[lead + i] if b == 0 else b for i, b in enumerate(block)]
+    counts = [max(1, -(-wide.shape[lead + i] // s)) for i, s in enumerate(sizes)]
+    pad: list[int] = []
+    for i in reversed(range(len(block))):
+        pad += [0, counts[i] * sizes[i] - wide.shape[lead + i]]
+    split = [d for c, s in zip(counts, sizes, strict=True) for d in (c, s)]
+    blocked = torch.nn.functional.pad(wide.abs(), pad).reshape(*wide.shape[:lead], *split)
+    amax = blocked.amax(dim=[lead + 2 * i + 1 for i in range(len(block))])
+    scale = amax / LARGEST[dtype]
+    if scale_format == "ue8m0":
+        scale = torch.exp2(torch.ceil(torch.log2(scale)).clamp(-127, 127))
+    scale = torch.where(amax > 0, scale, torch.ones_like(scale))
+    # A block of tiny values may have a subnormal scale; dividing by it would overflow the format.
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    out = Quantised(wide, scale, dtype, block)
+    out.data = _encode(wide / out.scale_per_element(), dtype)
+    return out
+
+
+def _encode(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    limit = LARGEST[dtype]
+    x = x.clamp(-limit, limit)
+    if dtype == "i8":
+        return x.round().to(torch.int8)
+    if dtype == "fp4_e2m1":
+        magnitude = x.abs()
+        upper = torch.bucketize(magnitude, _FP4).clamp(1, 7)
+        low, high = _FP4[upper - 1], _FP4[upper]
+        middle = (low + high) / 2
+        # Ties go to the value with an even code, as the MX specification asks.
+        take_high = (magnitude > middle) | ((magnitude == middle) & (upper % 2 == 0))
+        return torch.where(take_high, high, low).copysign(x)
+    return x.to(TORCH[dtype])
+
+
+def concat_quantised(parts: list[Quantised], axis: int) -> Quantised:
+    """Join quantised parts; along a blocked axis the blocks shrink to what divides every inner boundary."""
+    first = parts[0]
+    lead = first.data.ndim - len(first.block)
+    # torch does not join float8 tensors on every axis: join their bytes.
+    raw = [p.data.view(torch.uint8) if p.data.itemsize == 1 else p.data for p in parts]
+    data = torch.cat(raw, axis).view(first.data.dtype)
+    if axis < lead:
+        return Quantised(data, torch.cat([p.scale for p in parts], axis), first.dtype, first.block)
+    size = first.block[axis - lead]
+    finer = math.gcd(size, *(p.data.shape[axis] for p in parts[:-1]))
+    scales = []
+    for p in parts:
+        rows = -(-p.data.shape[axis] // finer)
+        scales.append(p.scale.repeat_interleave(size // finer, dim=axis).narrow(axis, 0, rows))
+    block = list(first.block)
+    block[axis - lead] = finer
+    return Quantised(data, torch.cat(scales, axis), first.dtype, tuple(block))
+
+
+@dataclass
+class Packed:
+    """A matrix (or stack of matrices) `[..., N, K]` to be stored in the `lane16` layout."""
+
+    value: torch.Tensor | Quantised
+
+    def data(self) -> torch.Tensor:
+        """Bytes in storage order: uint8 `[..., ceil(N/16), ceil(K/q), 16, q * itemsize]`, zero-padded."""
+        raw = self.value.data if isinstance(self.value, Quantised) else self.value
+        size = raw.itemsize
+        q = 4 // size
+        n, k = raw.shape[-2:]
+        kpad = -(-k // 128) * 128 if isinstance(self.value, Quantised) else -(-k // 8) * 8
+        view = raw.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[size])
+        view = torch.nn.functional.pad(view, (0, kpad - k, 0, -n % 16))
+        tiles = view.reshape(*view.shape[:-2], view.shape[-2] // 16, 16, kpad // q, q)
+        return tiles.transpose(-3, -2).contiguous().view(torch.uint8)
+
+    def scales(self) -> torch.Tensor | None:
+        """FP32 scales `[..., ceil(N/16), ceil(K/128)]`, one per tile of 16 rows; None when not quantised."""
+        if not isinstance(self.value, Quantised):
+            return None
+        tiles = -(-self.value.data.shape[-2] // 16)
+        rows = self.value.block[-2]
+        scale = self.value.scale.repeat_interleave(rows // 16, dim=-2)
+        return scale.narrow(-2, 0, tiles).contiguous()
+
+    def logical(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix that the storage stands for."""
+        return self.value.dequantise(dtype) if isinstance(self.value, Quantised) else self.value.to(dtype)
+
+
+def logical(value: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor that a weight value stands for, whatever its storage."""
+    if isinstance(value, Packed):
+        return value.logical(dtype)
+    if isinstance(value, Quantised):
+        return value.dequantise(dtype)
+    assert isinstance(value, torch.Tensor)
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def rope_table(
+    positions: int,
+    dims: int,
+    theta: float,
+    factor: float,
+    original: int,
+    beta_fast: float,
+    beta_slow: float,
+    attention: float,
+    truncate: bool,
+) -> torch.Tensor:
+    """`[positions, cos(dims/2) | sin(dims/2)]` in FP32; see `weight.rope_table` for the arguments."""
+    freq = 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+    if factor > 1.0:
+
+        def turns_at(turns: float) -> float:
+            return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = turns_at(beta_fast), turns_at(beta_slow)
+        if truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dims - 1)
+        ramp = ((torch.arange(dims // 2, dtype=torch.float32) - low) / (max(high - low, 0.001))).clamp(0, 1)
+        freq = freq / factor * ramp + freq * (1 - ramp)
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * freq
+    return torch.cat((angles.cos(), angles.sin()), -1) * attention

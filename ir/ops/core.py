@@ -1,0 +1,323 @@
+"""Embedding, norms, projections, element-wise ops and views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from moec.ir.dims import Size
+from moec.ir.module import Module
+from moec.ir.optable import (
+    BOOL,
+    FLOAT,
+    INT,
+    INTS,
+    Attr,
+    Attrs,
+    OpDef,
+    TypeRuleError,
+    require,
+    same,
+    tensor,
+)
+from moec.ir.types import TensorType, Type
+
+FLOATS = ("f32", "bf16", "f16", "f64")
+
+
+class Embed(OpDef):
+    """Rows of a table: `y[t] = table[ids[t]]`, converted to `dtype`."""
+
+    name = "embed"
+    operands = "ids table"
+    attrs = {"dtype": Attr("str", choices=FLOATS)}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        ids, table = tensor(t[0], "ids", 1, ("i32",)), tensor(t[1], "table", 2)
+        return [TensorType(str(a["dtype"]), (ids.shape[0], table.shape[1]))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [x[1][x[0].long()]]
+
+    def bytes_read(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        y = tensor(r[0], "y")
+        return y.nbytes() + tensor(t[0], "ids").nbytes()
+
+
+class NormRms(OpDef):
+    """Root-mean-square norm over the last dim (Zhang & Sennrich 2019): `y = x / sqrt(mean(x²) + eps) · w`."""
+
+    name = "norm.rms"
+    operands = "x w"
+    attrs = {"eps": FLOAT}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x, w = tensor(t[0], "x", dtypes=FLOATS), tensor(t[1], "w", 1)
+        same(x.shape[-1], w.shape[0], "width of x and w")
+        return [x]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [rms(x[0], x[1], a["eps"])]
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        return tensor(t[0], "x").elements() * 4
+
+
+class AddNormRms(OpDef):
+    """Residual sum and its norm in one pass: `s = x + residual`, `y = rms(s) · w`."""
+
+    name = "norm.add_rms"
+    operands = "x residual w"
+    attrs = {"eps": FLOAT}
+    results = "s y"
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x = tensor(t[0], "x", dtypes=FLOATS)
+        require(t[1] == x, f"x and residual differ: {x} and {t[1]}")
+        same(x.shape[-1], tensor(t[2], "w", 1).shape[0], "width of x and w")
+        return [x, x]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        s = x[0] + x[1]
+        return [s, rms(s, x[2], a["eps"])]
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        return tensor(t[0], "x").elements() * 5
+
+
+def rms(x: Any, w: Any, eps: Any) -> Any:
+    """RMS norm of a torch tensor over its last dim."""
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * w
+
+
+def product_dtype(x: TensorType, w: TensorType, a: Attrs) -> str:
+    """Element type of a product; raises TypeRuleError when the operands' scale formats differ."""
+    if x.quant and w.quant:
+        require(
+            x.quant.scale == w.quant.scale,
+            f"scale formats differ: x has {x.quant.scale}, w has {w.quant.scale}; re-quantise one of them",
+        )
+    return str(a.get("out", "bf16" if x.quant else x.dtype))
+
+
+OUT = Attr("str", optional=True, choices=FLOATS)
+
+
+class Linear(OpDef):
+    """`y = x · wᵀ (+ bias)` with `w[out, in]`; accumulates in FP32, `out` names another result type."""
+
+    name = "linear"
+    operands = "x w bias?"
+    attrs = {"out": OUT}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x, w = tensor(t[0], "x", 2), tensor(t[1], "w", 2)
+        same(x.shape[1], w.shape[1], "inner dims of x and w")
+        if len(t) == 3:
+            same(tensor(t[2], "bias", 1).shape[0], w.shape[0], "bias and rows of w")
+        return [TensorType(product_dtype(x, w, a), (x.shape[0], w.shape[0]))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        y = x[0] @ x[1].T
+        return [y + x[2] if len(x) == 3 else y]
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        x, w = tensor(t[0], "x"), tensor(t[1], "w")
+        return x.elements() * w.shape[0] * 2
+
+
+class LinearHeads(OpDef):
+    """One product per head: `y[t, h] = w[h] · x[t, h]` with `w[heads, out, in]`."""
+
+    name = "linear.heads"
+    operands = "x w"
+    attrs = {"out": OUT}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x, w = tensor(t[0], "x", 3), tensor(t[1], "w", 3)
+        same(x.shape[1], w.shape[0], "heads of x and w")
+        same(x.shape[2], w.shape[2], "inner dims of x and w")
+        return [TensorType(product_dtype(x, w, a), (x.shape[0], x.shape[1], w.shape[1]))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [ctx.torch.einsum("thk,hnk->thn", x[0], x[1])]
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        return tensor(t[0], "x").elements() * tensor(t[1], "w").shape[1] * 2
+
+
+class Add(OpDef):
+    """Element-wise sum of equal types."""
+
+    name = "add"
+    operands = "a b"
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x = tensor(t[0], "a", dtypes=FLOATS)
+        require(t[1] == x, f"a and b differ: {x} and {t[1]}")
+        return [x]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [x[0] + x[1]]
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        return tensor(t[0], "a").elements()
+
+
+class SwiGlu(OpDef):
+    """Gated activation (Shazeer 2020): `y = silu(x[:, :n]) · x[:, n:]` for `x[T, 2n]`."""
+
+    name = "swiglu"
+    operands = "x"
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x = tensor(t[0], "x", 2, FLOATS)
+        width = x.shape[1]
+        require(isinstance(width, int) and width % 2 == 0, f"width of x must be even, got {width}")
+        return [TensorType(x.dtype, (x.shape[0], width // 2))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [swiglu(x[0], ctx.torch)]
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        return tensor(r[0], "y").elements() * 5
+
+
+def swiglu(x: Any, torch: Any) -> Any:
+    """SwiGLU of a torch tensor whose last dim holds gate and up."""
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+class Split(OpDef):
+    """Views of consecutive parts of the last dim, of the given sizes."""
+
+    name = "split"
+    operands = "x"
+    attrs = {"sizes": INTS}
+    results = "parts*"
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x = tensor(t[0], "x")
+        sizes = a["sizes"]
+        assert isinstance(sizes, tuple)
+        require(sum(map(int, sizes)) == x.shape[-1], f"sizes {list(sizes)} do not sum to {x.shape[-1]}")
+        return [TensorType(x.dtype, (*x.shape[:-1], int(s)), x.quant) for s in sizes]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return list(x[0].split(list(a["sizes"]), -1))
+
+    def bytes_read(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        return 0
+
+    bytes_written = bytes_read
+
+
+class Unflatten(OpDef):
+    """View of the last dim as several: `[T, h·d] -> [T, h, d]`."""
+
+    name = "unflatten"
+    operands = "x"
+    attrs = {"sizes": INTS}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x = tensor(t[0], "x")
+        sizes = a["sizes"]
+        assert isinstance(sizes, tuple)
+        if prod(sizes) != x.shape[-1]:
+            raise TypeRuleError(f"sizes {list(sizes)} do not multiply to {x.shape[-1]}")
+        return [TensorType(x.dtype, (*x.shape[:-1], *sizes), x.quant)]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [x[0].unflatten(-1, a["sizes"])]
+
+    bytes_read = Split.bytes_read
+    bytes_written = Split.bytes_read
+
+
+class Flatten(OpDef):
+    """View of all dims behind the first as one: `[T, h, d] -> [T, h·d]`."""
+
+    name = "flatten"
+    operands = "x"
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x = tensor(t[0], "x")
+        require(len(x.shape) >= 2, f"x must have at least 2 dims, got {x}")
+        width: Size = prod(x.shape[1:], start=1)
+        return [TensorType(x.dtype, (x.shape[0], width), x.quant)]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [x[0].flatten(1)]
+
+    bytes_read = Split.bytes_read
+    bytes_written = Split.bytes_read
+
+
+class RowsGather(OpDef):
+    """Chosen rows: `y[r] = x[rows[r]]`."""
+
+    name = "rows.gather"
+    operands = "x rows"
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x, rows = tensor(t[0], "x"), tensor(t[1], "rows", 1, ("i32",))
+        return [TensorType(x.dtype, (rows.shape[0], *x.shape[1:]), x.quant)]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [x[0][x[1].long()]]
+
+    def bytes_read(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        return tensor(r[0], "y").nbytes() + tensor(t[1], "rows").nbytes()
+
+
+class Rope(OpDef):
+    """Rotary embedding (Su et al. 2021) of dims `offset..offset+dims` of the last axis, other dims unchanged.
+
+    `table[positions, dims]` holds cosines, then sines, of dims/2 angles. Pairs are (2i, 2i+1) when interleaved,
+    else (i, i + dims/2).
+    """
+
+    name = "rope"
+    operands = "x pos table"
+    attrs = {"offset": INT, "dims": INT, "interleaved": BOOL}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x, pos, table = (
+            tensor(t[0], "x", dtypes=FLOATS),
+            tensor(t[1], "pos", 1, ("i32",)),
+            tensor(t[2], "table", 2),
+        )
+        offset, dims = int(a["offset"]), int(a["dims"])
+        width = x.shape[-1]
+        require(dims > 0 and dims % 2 == 0, f"rope dims must be even and positive, got {dims}")
+        require(
+            isinstance(width, int) and offset >= 0 and offset + dims <= width,
+            f"rope dims {offset}..{offset + dims} leave the width {width}",
+        )
+        same(x.shape[0], pos.shape[0], "tokens of x and pos")
+        same(table.shape[1], dims, "table width and dims")
+        return [x]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        torch = ctx.torch
+        offset, dims = int(a["offset"]), int(a["dims"])
+        rows = x[2][x[1].long()].reshape(-1, *[1] * (x[0].ndim - 2), dims)
+        cos, sin = rows.chunk(2, -1)
+        part = x[0][..., offset : offset + dims]
+        if a["interleaved"]:
+            u, v = part[..., 0::2], part[..., 1::2]
+            turned = torch.stack((u * cos - v * sin, v * cos + u * sin), -1).flatten(-2)
+        else:
+            u, v = part.chunk(2, -1)
+            turned = torch.cat((u * cos - v * sin, v * cos + u * sin), -1)
+        return [torch.cat((x[0][..., :offset], turned, x[0][..., offset + dims :]), -1)]
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        x = tensor(t[0], "x")
+        return prod(x.shape[:-1], start=3) * int(a["dims"])
+
+    def bytes_read(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        x, pos = tensor(t[0], "x"), tensor(t[1], "pos")
+        return x.nbytes() + pos.shape[0] * int(a["dims"]) * 4

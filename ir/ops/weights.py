@@ -1,0 +1,275 @@
+"""The weight program: how tensors of a checkpoint become the weights of the module.
+
+A program runs once per point of its weight's index ranges; `{l}` and `{e}` in a tensor's name stand for the indices. No
+op here reads anything before the packer (or the reference evaluator) runs the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import gcd, prod
+from typing import Any
+
+from moec.ir.module import Module
+from moec.ir.ops.core import FLOATS
+from moec.ir.ops.quant import QUANT_ATTRS, parse_block, quantised
+from moec.ir.optable import FLOAT, INT, INTS, STR, Attr, Attrs, OpDef, TypeRuleError, known, require, tensor
+from moec.ir.types import BITS, Quant, TensorType, Type
+
+LAYOUTS = ("lane16",)
+
+
+def _ints(a: Attrs, key: str) -> tuple[int, ...]:
+    return tuple(a[key])
+
+
+class WeightLoad(OpDef):
+    """Read one tensor of the checkpoint, whose shape and element type must be as stated."""
+
+    name = "weight.load"
+    attrs = {"tensor": STR, "shape": INTS, "dtype": Attr("str", choices=tuple(BITS))}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        return [TensorType(str(a["dtype"]), _ints(a, "shape"))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [ctx.load(str(a["tensor"]), _ints(a, "shape"), str(a["dtype"]))]
+
+
+class WeightLoadScaled(OpDef):
+    """Read a block-scaled FP8 tensor and its scales (`*.weight_scale_inv`), kept as they are."""
+
+    name = "weight.load_scaled"
+    attrs = {
+        "tensor": STR,
+        "scales": STR,
+        "shape": INTS,
+        "dtype": Attr("str", choices=tuple(BITS)),
+        "granularity": STR,
+    }
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        block = parse_block(str(a["granularity"]))
+        return [TensorType(str(a["dtype"]), _ints(a, "shape"), Quant("f32", block))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        from moec.ir.numeric import Quantised
+
+        shape, block = _ints(a, "shape"), parse_block(str(a["granularity"]))
+        blocks = tuple(-(-d // b) for d, b in zip(shape, block, strict=True))
+        data = ctx.load(str(a["tensor"]), shape, str(a["dtype"]))
+        return [Quantised(data, ctx.load(str(a["scales"]), blocks, "f32"), str(a["dtype"]), block)]
+
+
+class WeightRopeTable(OpDef):
+    """Cosines and sines of rotary angles for `positions` positions, `[positions, cos(dims/2) | sin(dims/2)]`.
+
+    With `factor` above 1 the frequencies are YaRN's (Peng et al. 2023, arXiv 2309.00071): interpolated below
+    `beta_slow` turns over the `original` context, kept above `beta_fast`, blended between; `attention` scales cosines and sines.
+    """
+
+    name = "weight.rope_table"
+    attrs = {
+        "positions": INT,
+        "dims": INT,
+        "theta": FLOAT,
+        "factor": FLOAT,
+        "original": INT,
+        "beta_fast": FLOAT,
+        "beta_slow": FLOAT,
+        "attention": FLOAT,
+        "truncate": Attr("bool"),
+    }
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        dims = int(a["dims"])
+        require(dims > 0 and dims % 2 == 0, f"rope dims must be even and positive, got {dims}")
+        return [TensorType("f32", (int(a["positions"]), dims))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        from moec.ir.numeric import rope_table
+
+        return [rope_table(**a)]
+
+
+class WeightConcat(OpDef):
+    """Join parts along `axis`; quantised parts keep their scales, with finer blocks where a part ends inside one."""
+
+    name = "weight.concat"
+    operands = "parts*"
+    attrs = {"axis": INT}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        require(len(t) >= 1, "weight.concat needs at least one part")
+        parts = [tensor(p, "part") for p in t]
+        axis, first = int(a["axis"]), parts[0]
+        require(0 <= axis < len(first.shape), f"axis {axis} is out of range for {first}")
+        for p in parts[1:]:
+            agree = p.dtype == first.dtype and p.quant == first.quant and len(p.shape) == len(first.shape)
+            rest = agree and all(i == axis or d == e for i, (d, e) in enumerate(zip(p.shape, first.shape, strict=True)))
+            require(rest, f"parts do not fit: {first} and {p}")
+        sizes = [known(p.shape[axis], "size of a part") for p in parts]
+        shape = (*first.shape[:axis], sum(sizes), *first.shape[axis + 1 :])
+        return [replace(first, shape=shape, quant=concat_quant(first, axis, sizes))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        from moec.ir.numeric import Quantised, concat_quantised
+
+        if isinstance(x[0], Quantised):
+            return [concat_quantised(list(x), int(a["axis"]))]
+        return [ctx.torch.cat(list(x), int(a["axis"]))]
+
+
+def concat_quant(first: TensorType, axis: int, sizes: Sequence[int]) -> Quant | None:
+    """Quantisation of a concatenation: the block along `axis` shrinks to what divides every inner boundary."""
+    if first.quant is None:
+        return None
+    lead = len(first.shape) - len(first.quant.block)
+    if axis < lead:
+        return first.quant
+    block = list(first.quant.block)
+    size = block[axis - lead]
+    if size == 0:
+        raise TypeRuleError(f"cannot join parts along dim {axis}, which one scale spans")
+    block[axis - lead] = gcd(size, *sizes[:-1])
+    return Quant(first.quant.scale, tuple(block))
+
+
+class WeightSlice(OpDef):
+    """Part `start..stop` of dim `axis` of an unquantised tensor."""
+
+    name = "weight.slice"
+    operands = "x"
+    attrs = {"axis": INT, "start": INT, "stop": INT}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x = _plain(t[0])
+        axis, start, stop = int(a["axis"]), int(a["start"]), int(a["stop"])
+        require(0 <= axis < len(x.shape), f"axis {axis} is out of range for {x}")
+        size = x.shape[axis]
+        require(isinstance(size, int) and 0 <= start < stop <= size, f"slice {start}..{stop} leaves 0..{size}")
+        return [x.with_shape(*x.shape[:axis], stop - start, *x.shape[axis + 1 :])]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        start, stop = int(a["start"]), int(a["stop"])
+        return [x[0].narrow(int(a["axis"]), start, stop - start)]
+
+
+def _plain(t: Type) -> TensorType:
+    x = tensor(t, "x")
+    require(x.quant is None and x.layout is None, f"x must be unquantised and unpacked, got {x}")
+    return x
+
+
+class WeightReshape(OpDef):
+    """The same elements in another shape."""
+
+    name = "weight.reshape"
+    operands = "x"
+    attrs = {"shape": INTS}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x, shape = _plain(t[0]), _ints(a, "shape")
+        require(prod(shape) == x.elements(), f"{x} does not reshape to {list(shape)}")
+        return [x.with_shape(*shape)]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [x[0].reshape(_ints(a, "shape"))]
+
+
+class WeightTranspose(OpDef):
+    """Permuted dims."""
+
+    name = "weight.transpose"
+    operands = "x"
+    attrs = {"perm": INTS}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x, perm = _plain(t[0]), _ints(a, "perm")
+        require(sorted(perm) == list(range(len(x.shape))), f"perm {list(perm)} does not permute the dims of {x}")
+        return [x.with_shape(*(x.shape[p] for p in perm))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [x[0].permute(_ints(a, "perm"))]
+
+
+class WeightCast(OpDef):
+    """Round to another unscaled element type."""
+
+    name = "weight.cast"
+    operands = "x"
+    attrs = {"dtype": Attr("str", choices=FLOATS)}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        return [_plain(t[0]).with_dtype(str(a["dtype"]))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        from moec.ir.numeric import torch_dtype
+
+        return [x[0].to(torch_dtype(str(a["dtype"])))]
+
+
+class WeightDequant(OpDef):
+    """Multiply a quantised tensor by its scales."""
+
+    name = "weight.dequant"
+    operands = "x"
+    attrs = {"dtype": Attr("str", choices=FLOATS)}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x = tensor(t[0], "x")
+        require(x.quant is not None and x.layout is None, f"x must be quantised and unpacked, got {x}")
+        return [x.with_dtype(str(a["dtype"]))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        from moec.ir.numeric import torch_dtype
+
+        return [x[0].dequantise(torch_dtype(str(a["dtype"])))]
+
+
+class WeightQuantise(OpDef):
+    """Quantise with one scale per block of the trailing dims."""
+
+    name = "weight.quantise"
+    operands = "x"
+    attrs = QUANT_ATTRS
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        return [quantised(_plain(t[0]), a)]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        from moec.ir.numeric import quantise
+
+        return [quantise(x[0], str(a["dtype"]), parse_block(str(a["granularity"])), str(a["scale"]))]
+
+
+class WeightPack(OpDef):
+    """Store matrices in a kernel's layout. `lane16`: tiles of 16 rows whose 4-byte lanes hold consecutive columns."""
+
+    name = "weight.pack"
+    operands = "x"
+    attrs = {"layout": Attr("str", choices=LAYOUTS)}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x = tensor(t[0], "x")
+        require(
+            x.layout is None and len(x.shape) >= 2,
+            f"x must be an unpacked matrix or stack of matrices, got {x}",
+        )
+        require(
+            x.dtype in ("f32", "bf16", "fp8_e4m3"),
+            f"layout {a['layout']} stores f32, bf16 and fp8_e4m3, got {x.dtype}",
+        )
+        if x.quant:
+            rows, columns = x.quant.block
+            require(
+                rows % 16 == 0 and columns == 128,
+                f"layout {a['layout']} needs scale blocks of 16·n x 128, got {rows}x{columns}",
+            )
+        return [replace(x, layout=str(a["layout"]))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        from moec.ir.numeric import Packed
+
+        return [Packed(x[0])]

@@ -1,0 +1,178 @@
+"""The op table: one declaration per op holds its schema, type rule, reference evaluation and cost.
+
+An op is a subclass of `OpDef` with class attributes; defining it registers it. Everything else (printer, parser,
+verifier, evaluator, documentation, cost model, emitters) reads the table, so that a new op is added in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from moec.ir.dims import Size
+from moec.ir.module import Attribute, Module, Operand
+from moec.ir.types import CacheType, IndexType, TensorType, Type
+
+AttributeValue = Attribute
+
+
+class TypeRuleError(ValueError):
+    """Operands or attributes that an op's rule does not accept."""
+
+
+@dataclass(frozen=True)
+class Attr:
+    """Schema of an attribute: its kind (int, float, bool, str, ints), whether it may be absent, allowed values."""
+
+    kind: str
+    optional: bool = False
+    choices: tuple[str, ...] = ()
+
+    def accepts(self, value: Attribute) -> bool:
+        """Whether `value` has the declared kind."""
+        match self.kind:
+            case "int":
+                return isinstance(value, int) and not isinstance(value, bool)
+            case "float":
+                return isinstance(value, float)
+            case "bool":
+                return isinstance(value, bool)
+            case "str":
+                return isinstance(value, str) and (not self.choices or value in self.choices)
+            case "ints":
+                return isinstance(value, tuple) and all(type(v) is int for v in value)
+        raise AssertionError(self.kind)
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.choices)}" if self.choices else self.kind
+
+
+INT, FLOAT, BOOL, STR, INTS = Attr("int"), Attr("float"), Attr("bool"), Attr("str"), Attr("ints")
+Attrs = dict[str, Any]
+
+
+class OpDef:
+    """One op of the IR. The docstring of a subclass is its line in the reference."""
+
+    name: ClassVar[str]
+    operands: ClassVar[str] = ""
+    """Operand names; `?` marks an optional last one, `*` any number at the end."""
+    attrs: ClassVar[dict[str, Attr]] = {}
+    results: ClassVar[str] = "y"
+    effect: ClassVar[str] = ""
+    """"" (pure), "read" or "write" of the cache operand: such ops keep their order."""
+
+    def __init_subclass__(cls) -> None:
+        if cls.name in OPS:
+            raise ValueError(f"op {cls.name} is declared twice")
+        OPS[cls.name] = cls()
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        """Result types from operand types and attributes; raises TypeRuleError."""
+        raise NotImplementedError
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        """Reference evaluation in plain torch; `ctx` is an `evaluate.Evaluator`."""
+        raise NotImplementedError
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        """Floating-point operations, a multiply-add counting two."""
+        return 0
+
+    def bytes_read(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        """Bytes read from memory; by default every operand once."""
+        return sum((x.nbytes() for x in t if isinstance(x, TensorType)), start=0)
+
+    def bytes_written(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        """Bytes written to memory; by default every result once."""
+        return sum((x.nbytes() for x in r if isinstance(x, TensorType)), start=0)
+
+    def bytes_sent(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        """Bytes sent to other devices."""
+        return 0
+
+    def arity(self) -> tuple[int, int]:
+        """Least and greatest number of operands."""
+        names = self.operands.split()
+        if names and names[-1].endswith("*"):
+            return len(names) - 1, 1 << 16
+        optional = sum(n.endswith("?") for n in names)
+        return len(names) - optional, len(names)
+
+
+OPS: dict[str, OpDef] = {}
+
+
+def operand_type(operand: Operand) -> Type:
+    """The type of a value or of a weight reference."""
+    t = operand.type
+    if t is None:
+        raise TypeRuleError(f"{operand!r} has no type")
+    return t
+
+
+def check_attrs(op: OpDef, attrs: Attrs) -> None:
+    """Raise TypeRuleError for an unknown, missing or ill-typed attribute."""
+    for key, value in attrs.items():
+        if key not in op.attrs:
+            known = ", ".join(op.attrs) or "none"
+            raise TypeRuleError(f"{op.name} has no attribute {key!r} (it has: {known})")
+        if not op.attrs[key].accepts(value):
+            raise TypeRuleError(f"attribute {key} of {op.name} must be {op.attrs[key]}, got {value!r}")
+    for key, spec in op.attrs.items():
+        if not spec.optional and key not in attrs:
+            raise TypeRuleError(f"{op.name} needs attribute {key!r} ({spec})")
+
+
+def infer(op: OpDef, operands: Sequence[Operand], attrs: Attrs, module: Module | None) -> list[Type]:
+    """Check arity and attributes, then apply the op's type rule; raises TypeRuleError."""
+    low, high = op.arity()
+    if not low <= len(operands) <= high:
+        want = str(low) if low == high else f"{low} to {high}" if high < 1 << 16 else f"at least {low}"
+        raise TypeRuleError(f"{op.name} takes {want} operands ({op.operands or 'none'}), got {len(operands)}")
+    check_attrs(op, attrs)
+    return op.infer([operand_type(o) for o in operands], attrs, module)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise TypeRuleError(message) unless the condition holds."""
+    if not condition:
+        raise TypeRuleError(message)
+
+
+def tensor(t: Type, what: str, rank: int | None = None, dtypes: tuple[str, ...] = ()) -> TensorType:
+    """`t` as a tensor type of the given rank and element types; raises TypeRuleError naming the operand."""
+    if not isinstance(t, TensorType):
+        raise TypeRuleError(f"{what} must be a tensor, got {t}")
+    require(rank is None or len(t.shape) == rank, f"{what} must have {rank} dims, got {t}")
+    require(not dtypes or t.dtype in dtypes, f"{what} must be {' or '.join(dtypes)}, got {t.dtype}")
+    return t
+
+
+def cache(t: Type, what: str = "kv") -> CacheType:
+    """`t` as a cache type; raises TypeRuleError."""
+    if not isinstance(t, CacheType):
+        raise TypeRuleError(f"{what} must be a cache, got {t}")
+    return t
+
+
+def index(t: Type, what: str = "layer") -> None:
+    """Raise TypeRuleError unless `t` is an index."""
+    require(isinstance(t, IndexType), f"{what} must be an index, got {t}")
+
+
+def same(a: Size, b: Size, what: str) -> None:
+    """Raise TypeRuleError unless two dims are equal."""
+    require(a == b, f"{what}: {a} and {b} differ")
+
+
+def known(size: Size, what: str) -> int:
+    """`size` as an integer; raises TypeRuleError when it is symbolic."""
+    if not isinstance(size, int):
+        raise TypeRuleError(f"{what} must be known, got {size}")
+    return size
+
+
+# Declarations register themselves on import.
+from moec.ir.ops import attention, control, core, moe, quant, weights  # noqa: E402, F401
