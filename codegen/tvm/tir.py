@@ -6,7 +6,7 @@ their `GlobalVar`, so a whole decode step is one native call. Tested with apache
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,9 @@ from typing import Any
 import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+
+
+CPU = 1  # DLPack's device type
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Kernel:
     name: str
     gvar: Any
     func: Any = None
+    helpers: list[Kernel] = field(default_factory=list)  # kernels that this one calls
 
 
 @dataclass
@@ -84,16 +88,49 @@ def kernel_body(kernel: Kernel, params: Sequence[Param]) -> Iterator[list[Any]]:
             for p in params:
                 raw.append(T.arg(p[0], T.handle(p[1], "global") if len(p) == 3 else getattr(T, p[1])()))
             # Sub-views of a row need not start on a vector boundary: promise element alignment only.
-            yield [
-                T.decl_buffer(tuple(p[2]), p[1], data=v, align=4) if len(p) == 3 else v
-                for p, v in zip(params, raw, strict=True)
-            ]
-            T.Return(const(0))
+            # The packed-function wrapper would set the device; without it TVM cannot place a kernel's local memory.
+            with T.attr({"device_id": const(0), "device_type": const(CPU)}):
+                yield [
+                    T.decl_buffer(tuple(p[2]), p[1], data=v, align=4) if len(p) == 3 else v
+                    for p, v in zip(params, raw, strict=True)
+                ]
+                T.Return(const(0))
     kernel.func = builder.get()
 
 
+def parallel_kernel(
+    name: str, params: Sequence[Param], worker: Kernel, machine: Machine, small: Callable[[list[Any]], Any]
+) -> Kernel:
+    """A kernel that runs `worker(*params, part, parts)` once per core, or once in all while `small(args)` holds.
+
+    Waking the thread pool costs about 2 us: work below that is done by the caller's thread.
+    """
+    kernel = Kernel(name, tvm.ir.GlobalVar(name), helpers=[worker])
+    with kernel_body(kernel, params) as args:
+        values = [T.address_of(a[0]) if len(p) == 3 else a for p, a in zip(params, args, strict=True)]
+        with T.If(small(args)):
+            with T.Then():
+                call(worker, *values, const(0), const(1))
+            with T.Else(), T.parallel(0, machine.cores) as part:
+                call(worker, *values, part, const(machine.cores))
+    return kernel
+
+
 def build_module(kernels: Sequence[Kernel], programs: dict[str, Any]) -> Any:
-    """One IRModule of private kernels and exported program functions."""
-    functions: dict[Any, Any] = {k.gvar: k.func for k in kernels}
+    """One IRModule of private kernels, the helpers they call, and exported program functions."""
+    functions: dict[Any, Any] = {}
+    pending = list(kernels)
+    while pending:
+        kernel = pending.pop()
+        functions[kernel.gvar] = kernel.func
+        pending.extend(h for h in kernel.helpers if h.gvar not in functions)
     functions.update({tvm.ir.GlobalVar(name): func for name, func in programs.items()})
     return tvm.IRModule(functions)
+
+
+def compile_module(module: Any, machine: Machine) -> Any:
+    """The compiled library of `build_module`'s result."""
+    # Storage rewriting would hoist a kernel's local memory out of the attributes that `kernel_body` puts around it; the
+    # kernels reuse their memory themselves.
+    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
+        return tvm.compile(module, target=machine.tvm_target())

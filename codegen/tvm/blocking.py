@@ -1,0 +1,46 @@
+"""Sizes of the blocked matrix product, from the registers and caches of the machine.
+
+The scheme of Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008) with the roles of the
+operands swapped: the weight panel [kc, nr] stays in half of L1 while all row tiles of x pass over it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from moec.codegen.tvm.formats import ROWS
+from moec.codegen.tvm.tir import Machine
+
+PAD = 16  # keeps rows of a power-of-two length out of one cache set
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """Block sizes: rows are rows of x (tokens), columns are rows of the weight (outputs)."""
+
+    tiles: int  # packed 16-row weight tiles side by side in one panel
+    vectors: int  # vectors across a panel
+    mr: int  # rows of the register tile
+    kc: int  # k of a panel
+    mc: int  # rows of x kept in L2
+    panels: int  # panels that share one copy of an x block
+    skinny: int  # up to this many rows the weights are widened in registers, without a panel
+
+    @property
+    def columns(self) -> int:
+        """Columns of a panel."""
+        return self.tiles * ROWS
+
+
+@cache
+def blocking(machine: Machine) -> Blocking:
+    """Block sizes for `machine`: x block and results stay within 3/4 of L2, a panel within half of L1."""
+    tiles = max(1, 2 * machine.lanes // ROWS)
+    columns = tiles * ROWS
+    vectors = columns // machine.lanes
+    mr = (machine.registers - vectors - 2) // vectors
+    kc = max(128, machine.l1_bytes // 2 // (4 * columns) // 128 * 128)
+    mc = max(mr, machine.l2_bytes // 2 // (4 * (kc + PAD)) // mr * mr)
+    panels = max(1, machine.l2_bytes // 4 // (4 * mc * columns))
+    return Blocking(tiles, vectors, mr, kc, mc, panels, skinny=4)
