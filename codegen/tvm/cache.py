@@ -1,0 +1,133 @@
+"""Paged latent cache of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, sec. 2.1.2).
+
+One layer's cache is [pages, page_size, kv_rank + rope_dim] of f32 or bf16 (bit patterns as uint16): a position holds
+the normed latent, then the rotated shared key. page_table i32[sequences, max_pages] maps position p of sequence s to
+page page_table[s, p // page_size], slot p % page_size.
+
+    cache_append(latent, rope_key, seq, pos, page_table, cache, tokens)
+        stores token t (latent[t, :kv_rank] | rope_key[t, :rope_dim]) at position pos[t] of sequence seq[t]
+        seq, pos i32[tokens]; bf16 rounds to nearest even
+    cache_gather(page_table, cache, out, sequence, length)
+        out f32[length, ld_out] = positions 0 .. length-1 of one sequence, widened
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.tvm.tir import Kernel, Machine, const, kernel_body
+from moec.codegen.tvm.vector import (
+    STORAGE,
+    foreach,
+    load,
+    load_as_f32,
+    new_kernel,
+    parallel_rows,
+    pointers,
+    row,
+    scalars,
+    store,
+    store_from_f32,
+)
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What every user of one cache agrees on. `dtype`: "f32" or "bf16"."""
+
+    kv_rank: int
+    rope_dim: int
+    dtype: str
+    max_pages: int
+    page_size: int = 64
+
+    @property
+    def width(self) -> int:
+        """Elements of one position."""
+        return self.kv_rank + self.rope_dim
+
+    def __str__(self) -> str:
+        """Part of the names of the kernels that use the cache."""
+        return f"{self.kv_rank}x{self.rope_dim}{self.dtype}_{self.max_pages}x{self.page_size}"
+
+
+@dataclass(frozen=True)
+class CacheAppendSpec:
+    """Row strides of latent and rope_key in elements."""
+
+    cache: CacheLayout
+    max_tokens: int
+    ld_latent: int
+    ld_rope: int
+
+
+@dataclass(frozen=True)
+class CacheGatherSpec:
+    """`ld_out`: row stride of the contiguous copy, at least the cache's width."""
+
+    cache: CacheLayout
+    max_length: int
+    ld_out: int
+
+
+def position_offset(page_table: Any, sequence: Any, position: Any, layout: CacheLayout) -> Any:
+    """Element offset in the cache (int64) of one position of a sequence."""
+    page = page_table[sequence * layout.max_pages + position // layout.page_size]
+    slot = T.Cast("int64", page) * const(layout.page_size, "int64") + T.Cast("int64", position % layout.page_size)
+    return T.Bind(slot * const(layout.width, "int64"))
+
+
+def build_cache_append(spec: CacheAppendSpec, machine: Machine) -> Kernel:
+    """cache_append(latent, rope_key, seq, pos, page_table, cache, tokens)."""
+    kernel = new_kernel("cache_append", spec)
+    layout = spec.cache
+    params = [
+        *pointers("latent", "rope_key"),
+        *pointers("seq", "pos", "page_table", dtype="int32"),
+        *pointers("cache", dtype=STORAGE[layout.dtype]),
+        *scalars("tokens"),
+    ]
+    with kernel_body(kernel, params) as (latent, rope_key, seq, pos, page_table, cache, tokens):
+
+        def append(t: Any) -> None:
+            target = position_offset(page_table, seq[t], pos[t], layout)
+            for part, stride, begin, size in (
+                (latent, spec.ld_latent, 0, layout.kv_rank),
+                (rope_key, spec.ld_rope, layout.kv_rank, layout.rope_dim),
+            ):
+                source = row(t, stride)
+
+                def put(i: Any, width: int, part: Any = part, source: Any = source, begin: int = begin) -> None:
+                    store_from_f32(cache, load(part, source + i, width), target + begin + i, width)
+
+                foreach(size, machine.lanes, put)
+
+        parallel_rows(machine, tokens, spec.max_tokens, layout.width, append)
+    return kernel
+
+
+def build_cache_gather(spec: CacheGatherSpec, machine: Machine) -> Kernel:
+    """cache_gather(page_table, cache, out, sequence, length)."""
+    kernel = new_kernel("cache_gather", spec)
+    layout = spec.cache
+    params = [
+        *pointers("page_table", dtype="int32"),
+        *pointers("cache", dtype=STORAGE[layout.dtype]),
+        *pointers("out"),
+        *scalars("sequence", "length"),
+    ]
+    with kernel_body(kernel, params) as (page_table, cache, out, sequence, length):
+
+        def copy(p: Any) -> None:
+            source, target = position_offset(page_table, sequence, p, layout), row(p, spec.ld_out)
+
+            def widen(i: Any, width: int) -> None:
+                store(out, load_as_f32(cache, source + i, width), target + i, width)
+
+            foreach(layout.width, machine.lanes, widen)
+
+        parallel_rows(machine, length, spec.max_length, layout.width, copy)
+    return kernel

@@ -1,0 +1,163 @@
+"""Element-wise, gather and argmax kernels over fp32 rows of static stride.
+
+add(a, b, y, tokens)              y = a + b                                 y may be a or b
+scale(x, y, tokens)               y = factor * x                            y may be x
+swiglu(x, y, tokens)              x[t, 2I] = (gate | up), y[t, I] = gate * sigmoid(gate) * up
+gather_rows(x, rows, y, count)    y[r] = x[rows[r]], rows i32[count]
+argmax(x, ids, tokens)            ids i32[tokens]: position of the first largest element of each row
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.tvm.tir import Kernel, Machine, const, kernel_body
+from moec.codegen.tvm.vector import (
+    allow_alias,
+    argmax_row,
+    fill,
+    foreach,
+    load,
+    new_kernel,
+    parallel_rows,
+    pointers,
+    row,
+    scalars,
+    sigmoid,
+    store,
+)
+
+
+@dataclass(frozen=True)
+class AddSpec:
+    """`width` elements a row; strides of a, b, y in elements."""
+
+    width: int
+    max_tokens: int
+    lda: int
+    ldb: int
+    ldy: int
+
+
+@dataclass(frozen=True)
+class ScaleSpec:
+    """`width` elements a row times the constant `factor`."""
+
+    width: int
+    factor: float
+    max_tokens: int
+    ldx: int
+    ldy: int
+
+
+@dataclass(frozen=True)
+class SwigluSpec:
+    """Rows of 2 * `inner` elements (gate, then up) to rows of `inner`."""
+
+    inner: int
+    max_tokens: int
+    ldx: int
+    ldy: int
+
+
+@dataclass(frozen=True)
+class GatherRowsSpec:
+    """At most `max_rows` rows of `width` elements."""
+
+    width: int
+    max_rows: int
+    ldx: int
+    ldy: int
+
+
+@dataclass(frozen=True)
+class ArgmaxSpec:
+    """Rows of `width` elements."""
+
+    width: int
+    max_tokens: int
+    ldx: int
+
+
+def build_add(spec: AddSpec, machine: Machine) -> Kernel:
+    """add(a, b, y, tokens)."""
+    kernel = new_kernel("add", spec)
+    with kernel_body(kernel, [*pointers("a", "b", "y"), *scalars("tokens")]) as (a, b, y, tokens):
+
+        def add_row(t: Any) -> None:
+            a0, b0, y0 = row(t, spec.lda), row(t, spec.ldb), row(t, spec.ldy)
+
+            def add(i: Any, width: int) -> None:
+                store(y, load(a, a0 + i, width) + load(b, b0 + i, width), y0 + i, width)
+
+            foreach(spec.width, machine.lanes, add)
+
+        parallel_rows(machine, tokens, spec.max_tokens, spec.width, add_row)
+    return allow_alias(kernel)
+
+
+def build_scale(spec: ScaleSpec, machine: Machine) -> Kernel:
+    """scale(x, y, tokens)."""
+    kernel = new_kernel("scale", spec)
+    with kernel_body(kernel, [*pointers("x", "y"), *scalars("tokens")]) as (x, y, tokens):
+
+        def scale_row(t: Any) -> None:
+            x0, y0 = row(t, spec.ldx), row(t, spec.ldy)
+
+            def scale(i: Any, width: int) -> None:
+                store(y, load(x, x0 + i, width) * fill(spec.factor, width), y0 + i, width)
+
+            foreach(spec.width, machine.lanes, scale)
+
+        parallel_rows(machine, tokens, spec.max_tokens, spec.width, scale_row)
+    return allow_alias(kernel)
+
+
+def build_swiglu(spec: SwigluSpec, machine: Machine) -> Kernel:
+    """swiglu(x, y, tokens)."""
+    kernel = new_kernel("swiglu", spec)
+    with kernel_body(kernel, [*pointers("x", "y"), *scalars("tokens")]) as (x, y, tokens):
+
+        def swiglu_row(t: Any) -> None:
+            x0, y0 = row(t, spec.ldx), row(t, spec.ldy)
+
+            def swiglu(i: Any, width: int) -> None:
+                gate, up = load(x, x0 + i, width), load(x, x0 + spec.inner + i, width)
+                store(y, gate * sigmoid(gate, width) * up, y0 + i, width)
+
+            foreach(spec.inner, machine.lanes, swiglu)
+
+        # An exponential costs several plain elements.
+        parallel_rows(machine, tokens, spec.max_tokens, 8 * spec.inner, swiglu_row)
+    return kernel
+
+
+def build_gather_rows(spec: GatherRowsSpec, machine: Machine) -> Kernel:
+    """gather_rows(x, rows, y, count); every rows[r] must name a row of x."""
+    kernel = new_kernel("gather_rows", spec)
+    params = [*pointers("x"), *pointers("rows", dtype="int32"), *pointers("y"), *scalars("count")]
+    with kernel_body(kernel, params) as (x, rows, y, count):
+
+        def copy_row(r: Any) -> None:
+            x0, y0 = row(rows[r], spec.ldx), row(r, spec.ldy)
+            foreach(spec.width, machine.lanes, lambda i, width: store(y, load(x, x0 + i, width), y0 + i, width))
+
+        parallel_rows(machine, count, spec.max_rows, spec.width, copy_row)
+    return kernel
+
+
+def build_argmax(spec: ArgmaxSpec, machine: Machine) -> Kernel:
+    """argmax(x, ids, tokens); a row without any number above -infinity gives 0."""
+    kernel = new_kernel("argmax", spec)
+    params = [*pointers("x"), *pointers("ids", dtype="int32"), *scalars("tokens")]
+    with kernel_body(kernel, params) as (x, ids, tokens):
+
+        def find(t: Any) -> None:
+            _, position = argmax_row(x, row(t, spec.ldx), spec.width, machine.lanes)
+            T.buffer_store(ids, T.Select(position < const(spec.width), position, const(0)), [t])
+
+        parallel_rows(machine, tokens, spec.max_tokens, spec.width, find)
+    return kernel
