@@ -1,0 +1,77 @@
+"""Where a model comes from: a preset, a Hugging Face folder, or `file.py:Model`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moec.errors import InputError, near
+from moec.model_defs.registry import Family, family_of, preset_config, preset_folder
+
+
+class FolderError(InputError):
+    """A model folder that cannot be used."""
+
+    template: ClassVar[str] = "{folder}: {message}"
+
+
+class OverrideError(InputError):
+    """A `--set` that does not fit the model."""
+
+    template: ClassVar[str] = "--set {key}: {message}"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model before tracing: its name, family, configuration, and the folder of its weights if it has one."""
+
+    name: str
+    family: Family
+    config: Any
+    raw: Mapping[str, Any]
+    folder: Path | None = None
+
+
+def find_model(spec: str, overrides: Mapping[str, str] | None = None) -> ModelSource:
+    """Resolve a model given on the command line; `overrides` replace fields of its configuration.
+
+    Raises UnknownModel, UnknownArchitecture, FolderError, ConfigError or OverrideError. Runs no code of a model folder.
+    """
+    path = Path(spec)
+    if path.is_dir() or ("/" in spec and not path.exists()):
+        raw, folder, name = _read_config(path), path, path.resolve().name
+    else:
+        raw, folder, name = preset_config(spec), preset_folder(spec), spec
+    family = family_of(raw, spec)
+    raw = {**raw, **_overrides(raw, overrides or {})}
+    return ModelSource(name, family, family.config(raw, name), raw, folder)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FolderError(folder=folder, message="no such folder")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FolderError(folder=folder, message="holds no config.json")
+    try:
+        raw = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise FolderError(folder=folder, message=f"config.json cannot be read: {error}") from None
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise FolderError(folder=folder, message="config.json has no model_type")
+    return raw
+
+
+def _overrides(raw: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, text in given.items():
+        if key not in raw:
+            raise OverrideError(key=key, message=f"no such field{near(key, list(raw))}")
+        try:
+            out[key] = json.loads(text)
+        except ValueError:
+            out[key] = text
+    return out

@@ -1,0 +1,207 @@
+"""Tracing a declared model with torch.fx: every call of `functional.apply` becomes one op, every `Layers` one `repeat`."""
+
+from __future__ import annotations
+
+import operator
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.fx
+from torch import nn
+
+from moec.frontend.source import ModelSource
+from moec.ir import (
+    Builder,
+    CacheType,
+    Function,
+    IndexType,
+    Location,
+    Module,
+    TensorType,
+    Type,
+    Value,
+    Weight,
+    WeightRef,
+)
+from moec.ir.builder import weight_ref
+from moec.ir.dims import symbol
+from moec.ir.module import Operand
+from moec.model_defs import functional
+from moec.model_defs.layers import Layers
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIPPED = (str(Path(torch.fx.__file__).parent), functional.__file__, __file__)
+PAGE = 64
+"""Tokens of a cache page."""
+
+
+class _Tracer(torch.fx.Tracer):
+    """Keeps `Layers` whole and notes the model's line on every node."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Layers)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        node = super().create_node(*args, **kwargs)
+        frame = sys._getframe(1)
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if not file.startswith(SKIPPED) and "/torch/" not in file:
+                node.meta["loc"] = Location(_short(file), frame.f_lineno)
+                break
+            frame = frame.f_back  # type: ignore[assignment]
+        return node
+
+
+def _short(file: str) -> str:
+    path = Path(file).resolve()
+    for base in (ROOT / "model_defs", ROOT):
+        if path.is_relative_to(base):
+            return str(path.relative_to(base))
+    return path.name
+
+
+def trace_model(source: ModelSource) -> Module:
+    """The model as IR with `@prefill` and `@decode`; no weight is read, activations are bf16 until a recipe says more."""
+    c = source.config
+    module = Module(re.sub(r"\W", "_", source.name))
+    graph_module = source.family.model(c)
+    importer = _Importer(module, graph_module, source)
+    for phase in ("prefill", "decode"):
+        importer.entry(phase)
+    return module
+
+
+class _Importer:
+    def __init__(self, module: Module, root: nn.Module, source: ModelSource) -> None:
+        self.module = module
+        self.root = root
+        self.source = source
+        self.stacks = {name: m for name, m in root.named_modules() if isinstance(m, Layers)}
+
+    def entry(self, phase: str) -> None:
+        """Add the entry function of a phase and, before it, its layer functions."""
+        c = self.source.config
+        tokens, batch, pages = symbol("T"), symbol("B"), symbol("P")
+        width = c.kv_lora_rank + c.qk_rope_head_dim
+        args: list[tuple[str, Type]] = [
+            ("ids", TensorType("i32", (tokens,))),
+            ("seq", TensorType("i32", (tokens,))),
+            ("pos", TensorType("i32", (tokens,))),
+            ("pages", TensorType("i32", (batch, symbol("N")))),
+            ("starts", TensorType("i32", (batch + 1,))),
+            ("rows", TensorType("i32", (symbol("R"),))),
+            ("kv", CacheType("kv.latent", (c.num_hidden_layers, pages, PAGE, width), "bf16")),
+        ]
+        self.function(phase, phase, self.root, args, "", None)
+
+    def function(
+        self,
+        name: str,
+        phase: str,
+        body: nn.Module,
+        args: Sequence[tuple[str, Type]],
+        prefix: str,
+        stack: Layers | None,
+    ) -> Function:
+        """Trace one module into a function named `name`."""
+        tracer = _Tracer()
+        graph = tracer.trace(body)
+        builder = Builder(self.module, name, {"phase": phase})
+        env: dict[torch.fx.Node, Any] = {}
+        given = iter(args)
+        index: Value | None = None
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                arg_name, arg_type = next(given)
+                env[node] = builder.arg(arg_name, arg_type)
+                index = env[node] if isinstance(arg_type, IndexType) else index
+            elif node.op == "get_attr":
+                env[node] = self.weight(prefix + str(node.target), stack, index)
+            elif node.op == "call_function" and node.target is operator.getitem:
+                env[node] = self.value(node.args[0], env)[node.args[1]]
+            elif node.op == "call_function" and node.target is functional.apply:
+                operands = [self.value(a, env) for a in node.args[1:]]
+                env[node] = builder.emit(str(node.args[0]), *operands, loc=node.meta.get("loc"), **node.kwargs)
+            elif node.op == "call_module":
+                env[node] = self.repeat(builder, node, phase, env)
+            elif node.op == "output":
+                result = self.value(node.args[0], env)
+                return builder.returns(*(result if isinstance(result, tuple) else (result,)))
+            else:
+                raise TypeError(f"{node.meta.get('loc')}: {node.op} {node.target} is not an op of a model definition")
+        raise AssertionError("a traced graph ends with its output")
+
+    def value(self, arg: Any, env: Mapping[torch.fx.Node, Any]) -> Any:
+        return env[arg] if isinstance(arg, torch.fx.Node) else arg
+
+    def repeat(self, builder: Builder, node: torch.fx.Node, phase: str, env: Mapping[torch.fx.Node, Any]) -> Value:
+        """One `repeat` over a stack of layers, whose function is traced first."""
+        path = str(node.target)
+        stack = self.stacks[path]
+        operands: list[Operand] = [self.value(a, env) for a in node.args]
+        names = ["x", *(o.name if isinstance(o, Value) else o.name.split(".")[-1] for o in operands[1:])]
+        types = [("l", IndexType()), *((n, _type(o)) for n, o in zip(names, operands, strict=True))]
+        function = self.function(f"{path}.{phase}", phase, stack.body, types, f"{path}.", stack)
+        out = builder.emit(
+            "repeat", *operands, loc=node.meta.get("loc"), func=function.name, first=stack.first, last=stack.last
+        )
+        assert isinstance(out, Value)
+        return out
+
+    def weight(self, path: str, stack: Layers | None, layer: Value | None) -> WeightRef:
+        """The weight symbol of a parameter, declared with its program on first use."""
+        relative = path.split(".", 1)[1] if stack else path
+        if path not in self.module.weights:
+            parameter = (stack.body if stack else self.root).get_parameter(relative)
+            self.module.weights[path] = self.declare(path, relative, tuple(parameter.shape), stack)
+        return weight_ref(self.module.weights[path], [layer] if stack and layer else [])
+
+    def declare(self, path: str, relative: str, shape: tuple[int, ...], stack: Layers | None) -> Weight:
+        """The weight and its program: load the tensors that the family's table names and join them by rows."""
+        indices: list[tuple[str, int, int]] = [("l", stack.first, stack.last + 1)] if stack else []
+        program = Builder(Module(""), path)
+        if relative == "rope_table":
+            out = program.emit("weight.rope_table", **_rope_attrs(self.source.config))
+        else:
+            tensors = self.tensors(relative)
+            if any("{e}" in t for t in tensors):
+                indices.append(("e", 0, shape[0]))
+                shape = shape[1:]
+            part = (shape[0] // len(tensors), *shape[1:])
+            loads = [program.emit("weight.load", tensor=t, shape=part, dtype="bf16") for t in tensors]
+            out = loads[0] if len(loads) == 1 else program.emit("weight.concat", *loads, axis=0)  # type: ignore[arg-type]
+        assert isinstance(out, Value)
+        for name, _, _ in indices:
+            program.arg(name, IndexType())
+        program.function.returns = [out]
+        return Weight(path, out.type, tuple(indices), program.function)
+
+    def tensors(self, relative: str) -> tuple[str, ...]:
+        table = self.source.family.tensors
+        if relative == "head" and self.source.config.tie_word_embeddings:
+            return table["embed"]
+        return table[relative]
+
+
+def _type(operand: Operand) -> Type:
+    assert operand.type is not None
+    return operand.type
+
+
+def _rope_attrs(c: Any) -> dict[str, Any]:
+    r = c.rope
+    return {
+        "positions": c.max_position_embeddings,
+        "dims": c.qk_rope_head_dim,
+        "theta": r.theta,
+        "factor": r.factor,
+        "original": r.original,
+        "beta_fast": r.beta_fast,
+        "beta_slow": r.beta_slow,
+        "attention": r.attention,
+        "truncate": r.truncate,
+    }

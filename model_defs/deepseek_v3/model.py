@@ -1,0 +1,151 @@
+"""The DeepSeek-V3 forward pass as a declaration (arXiv 2412.19437, sec. 2.1); V2 differs in its configuration only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from moec.model_defs import functional as F
+from moec.model_defs.deepseek_v3.config import Config
+from moec.model_defs.layers import Layers, Mlp, weight
+
+Tensor = Any
+LATENT_EPS = 1e-6
+"""The norms of the compressed query and latent keep this value whatever `rms_norm_eps` says, as published."""
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention over the cached latent, in the plain form; the compiler may absorb it."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.c = c
+        heads, rank = c.num_attention_heads, c.kv_lora_rank
+        if c.q_lora_rank is None:
+            self.q = weight(heads * c.qk_head_dim, c.hidden_size)
+        else:
+            self.q_a = weight(c.q_lora_rank, c.hidden_size)
+            self.q_norm = weight(c.q_lora_rank)
+            self.q_b = weight(heads * c.qk_head_dim, c.q_lora_rank)
+        self.kv_a = weight(rank + c.qk_rope_head_dim, c.hidden_size)
+        self.kv_norm = weight(rank)
+        self.kv_b = weight(heads * (c.qk_nope_head_dim + c.v_head_dim), rank)
+        self.o = weight(c.hidden_size, heads * c.v_head_dim)
+        self.q_a_bias = weight(c.q_lora_rank) if c.attention_bias and c.q_lora_rank else None
+        self.kv_a_bias = weight(rank + c.qk_rope_head_dim) if c.attention_bias else None
+        self.o_bias = weight(c.hidden_size) if c.attention_bias else None
+
+    def query(self, x: Tensor) -> Tensor:
+        """Queries `[T, heads · (nope + rope)]`, through the compressed query where the model has one."""
+        if self.c.q_lora_rank is None:
+            return F.linear(x, self.q)
+        return F.linear(F.rms_norm(F.linear(x, self.q_a, self.q_a_bias), self.q_norm, LATENT_EPS), self.q_b)
+
+    def forward(
+        self,
+        layer: Tensor,
+        x: Tensor,
+        kv: Tensor,
+        seq: Tensor,
+        pos: Tensor,
+        pages: Tensor,
+        starts: Tensor,
+        rope: Tensor,
+    ) -> Tensor:
+        c = self.c
+        q = F.unflatten(self.query(x), c.num_attention_heads, c.qk_head_dim)
+        q = F.rope(q, pos, rope, c.qk_nope_head_dim, c.qk_rope_head_dim, c.rope_interleave)
+        latent, key_rope = F.split(F.linear(x, self.kv_a, self.kv_a_bias), c.kv_lora_rank, c.qk_rope_head_dim)
+        latent = F.rms_norm(latent, self.kv_norm, LATENT_EPS)
+        key_rope = F.rope(key_rope, pos, rope, 0, c.qk_rope_head_dim, c.rope_interleave)
+        F.cache_append(kv, layer, latent, key_rope, seq, pos, pages)
+        cached, cached_rope = F.cache_read(kv, layer, pages, starts, c.kv_lora_rank)
+        expanded = F.linear(cached, self.kv_b)
+        y = F.mla(q, expanded, cached_rope, seq, pos, starts, c.softmax_scale, c.qk_nope_head_dim, c.v_head_dim)
+        return F.linear(F.flatten(y), self.o, self.o_bias)
+
+
+class Moe(nn.Module):
+    """Routed experts beside shared ones; the gate computes in FP32."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.c = c
+        self.gate = weight(c.n_routed_experts, c.hidden_size)
+        self.gate_bias = weight(c.n_routed_experts) if c.group_score == "top2" else None
+        self.experts_gate_up = weight(c.n_routed_experts, 2 * c.moe_intermediate_size, c.hidden_size)
+        self.experts_down = weight(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size)
+        self.shared = Mlp(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts) if c.n_shared_experts else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.c
+        ids, weights = F.route(
+            x,
+            self.gate,
+            self.gate_bias,
+            score=c.score,
+            groups=c.n_group,
+            top_groups=c.topk_group,
+            group_score=c.group_score,
+            top_k=c.num_experts_per_tok,
+            normalise=bool(c.norm_topk_prob),
+            scale=float(c.routed_scaling_factor),
+        )
+        routed = F.experts(x, ids, weights, self.experts_gate_up, self.experts_down, c.n_routed_experts)
+        return routed if self.shared is None else F.add(routed, self.shared(x))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each behind a norm and beside a residual."""
+
+    def __init__(self, c: Config, mlp: nn.Module) -> None:
+        super().__init__()
+        self.eps = c.rms_norm_eps
+        self.input_norm = weight(c.hidden_size)
+        self.attn = Attention(c)
+        self.post_norm = weight(c.hidden_size)
+        self.mlp = mlp
+
+    def forward(
+        self,
+        layer: Tensor,
+        x: Tensor,
+        kv: Tensor,
+        seq: Tensor,
+        pos: Tensor,
+        pages: Tensor,
+        starts: Tensor,
+        rope: Tensor,
+    ) -> Tensor:
+        normed = F.rms_norm(x, self.input_norm, self.eps)
+        x = F.add(x, self.attn(layer, normed, kv, seq, pos, pages, starts, rope))
+        return F.add(x, self.mlp(F.rms_norm(x, self.post_norm, self.eps)))
+
+
+class Model(nn.Module):
+    """Token ids to logits of the wanted rows; layers of a kind are traced once."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.c = c
+        dense = min(c.first_k_dense_replace, c.num_hidden_layers)
+        self.embed = weight(c.vocab_size, c.hidden_size)
+        self.rope_table = weight(c.max_position_embeddings, c.qk_rope_head_dim)
+        mlp = Mlp(c.hidden_size, c.intermediate_size)
+        self.dense_layers = Layers(Layer(c, mlp), 0, dense - 1) if dense else None
+        last = c.num_hidden_layers - 1
+        self.moe_layers = Layers(Layer(c, Moe(c)), dense, last) if dense <= last else None
+        self.norm = weight(c.hidden_size)
+        self.head = weight(c.vocab_size, c.hidden_size)
+
+    def forward(
+        self, ids: Tensor, seq: Tensor, pos: Tensor, pages: Tensor, starts: Tensor, rows: Tensor, kv: Tensor
+    ) -> Tensor:
+        x = F.embed(ids, self.embed)
+        state = (kv, seq, pos, pages, starts, self.rope_table)
+        if self.dense_layers is not None:
+            x = self.dense_layers(x, *state)
+        if self.moe_layers is not None:
+            x = self.moe_layers(x, *state)
+        return F.linear(F.rms_norm(F.rows(x, rows), self.norm, self.c.rms_norm_eps), self.head, out="f32")

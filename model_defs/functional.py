@@ -1,0 +1,107 @@
+"""The ops of the IR as functions for model definitions: `F.linear(x, w)` records one `linear`.
+
+Definitions are traced, never run: calling one on tensors raises TypeError. Operand and attribute meanings are those of the
+op table (`docs/ir-reference.md`); dims in names: T tokens, S cached rows, h heads, k top-k.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.fx
+
+Tensor = Any
+"""A traced value; model definitions never see data."""
+
+
+def apply(op: str, *operands: Any, **attrs: Any) -> Any:
+    """Record one op of the table; only a tracer can call it."""
+    raise TypeError(f"model definitions are traced, not run (op {op}); use moec.trace(...)")
+
+
+torch.fx.wrap("apply")
+
+
+def embed(ids: Tensor, table: Tensor) -> Tensor:
+    """`embed`: activations take the model's element type."""
+    return apply("embed", ids, table, dtype="bf16")
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """`norm.rms`."""
+    return apply("norm.rms", x, w, eps=float(eps))
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, out: str | None = None) -> Tensor:
+    """`linear`."""
+    operands = (x, w) if bias is None else (x, w, bias)
+    return apply("linear", *operands, **({"out": out} if out else {}))
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """`swiglu`."""
+    return apply("swiglu", x)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """`add`."""
+    return apply("add", a, b)
+
+
+def split(x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+    """`split`."""
+    parts = apply("split", x, sizes=tuple(sizes))
+    return tuple(parts[i] for i in range(len(sizes)))
+
+
+def unflatten(x: Tensor, *sizes: int) -> Tensor:
+    """`unflatten`."""
+    return apply("unflatten", x, sizes=tuple(sizes))
+
+
+def flatten(x: Tensor) -> Tensor:
+    """`flatten`."""
+    return apply("flatten", x)
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """`rows.gather`."""
+    return apply("rows.gather", x, index)
+
+
+def rope(x: Tensor, pos: Tensor, table: Tensor, offset: int, dims: int, interleaved: bool) -> Tensor:
+    """`rope`."""
+    return apply("rope", x, pos, table, offset=offset, dims=dims, interleaved=bool(interleaved))
+
+
+def cache_append(
+    kv: Tensor, layer: Tensor, latent: Tensor, key_rope: Tensor, seq: Tensor, pos: Tensor, pages: Tensor
+) -> None:
+    """`cache.append`."""
+    apply("cache.append", kv, layer, latent, key_rope, seq, pos, pages)
+
+
+def cache_read(kv: Tensor, layer: Tensor, pages: Tensor, starts: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`cache.read` of all cached rows, S in number."""
+    both = apply("cache.read", kv, layer, pages, starts, length="S", rank=rank, dtype="bf16")
+    return both[0], both[1]
+
+
+def mla(
+    q: Tensor, kv: Tensor, key_rope: Tensor, seq: Tensor, pos: Tensor, starts: Tensor, scale: float, nope: int, v: int
+) -> Tensor:
+    """`attn.mla`."""
+    return apply("attn.mla", q, kv, key_rope, seq, pos, starts, scale=float(scale), nope=nope, v=v)
+
+
+def route(x: Tensor, gate: Tensor, bias: Tensor | None, **attrs: Any) -> tuple[Tensor, Tensor]:
+    """`moe.route`: ids and weights `[T, k]`."""
+    both = apply("moe.route", *((x, gate) if bias is None else (x, gate, bias)), **attrs)
+    return both[0], both[1]
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, count: int) -> Tensor:
+    """`moe.dispatch`, `moe.experts` and `moe.combine`."""
+    sent = apply("moe.dispatch", x, ids, experts=count)
+    done = apply("moe.experts", sent[0], sent[1], gate_up, down)
+    return apply("moe.combine", done, sent[2], weights)

@@ -1,0 +1,85 @@
+"""Families and presets: which module, configuration reader and tensor names a model has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moec.errors import InputError, near
+
+PRESETS = Path(__file__).parent / "presets"
+DATA = Path(__file__).parent / "presets_data"
+
+
+class UnknownModel(InputError):
+    """A model that is neither a preset, a folder nor a definition."""
+
+    template: ClassVar[str] = "unknown model {name!r}{hint}"
+
+
+class UnknownArchitecture(InputError):
+    """A `config.json` of a family that moec does not have."""
+
+    template: ClassVar[str] = "{where}: model_type {found!r} is not supported{hint}"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: `config(raw, name)` reads a `config.json`, `model(config)` is the definition on the meta device."""
+
+    name: str
+    model_types: tuple[str, ...]
+    config: Callable[[Mapping[str, Any], str], Any]
+    model: Callable[[Any], Any]
+    tensors: Mapping[str, tuple[str, ...]]
+
+
+def families() -> list[Family]:
+    """Built-in families, then those of installed packages (entry points `moec.models`)."""
+    from moec.model_defs.deepseek_v3 import checkpoint, config
+
+    def model(c: Any) -> Any:
+        from moec.model_defs.deepseek_v3.model import Model
+
+        return Model(c)
+
+    types = ("deepseek_v3", "deepseek_v2", "kimi_k2")
+    built_in = [Family("deepseek_v3", types, config.from_hf, model, checkpoint.TENSORS)]
+    return built_in + [e.load() for e in entry_points(group="moec.models")]
+
+
+def preset_names() -> list[str]:
+    """Names of the presets, sorted."""
+    return sorted({p.stem for p in PRESETS.glob("*.json")} | {p.parent.name for p in DATA.glob("*/config.json")})
+
+
+def preset_config(name: str) -> dict[str, Any]:
+    """The raw `config.json` of a preset; raises UnknownModel with near names."""
+    path = DATA / name / "config.json"
+    if not path.exists():
+        path = PRESETS / f"{name}.json"
+    if "/" in name or not path.exists():
+        raise UnknownModel(name=name, hint=near(name, preset_names()))
+    loaded = json.loads(path.read_text())
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def preset_folder(name: str) -> Path | None:
+    """The folder with the weights that ship with a preset, if they do."""
+    folder = DATA / name
+    return folder if (folder / "config.json").exists() else None
+
+
+def family_of(raw: Mapping[str, Any], where: str) -> Family:
+    """The family of a raw configuration; raises UnknownArchitecture with the nearest names."""
+    found = raw.get("model_type")
+    for family in families():
+        if found in family.model_types:
+            return family
+    known = [t for f in families() for t in f.model_types]
+    raise UnknownArchitecture(where=where, found=found, hint=near(str(found), known))
