@@ -1,0 +1,1 @@
+"""GPU kernels: Triton sources, one specification for each, and their compilation ahead of time."""

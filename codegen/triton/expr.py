@@ -1,0 +1,66 @@
+"""Integer expressions over named sizes, as text: `ceildiv(M, BM) * ceildiv(N, BN)`.
+
+Grids, floating-point operations, bytes and requirements of a kernel are kept as text so that the same declaration is
+evaluated, stored beside the compiled kernel and printed in the documentation. Evaluated without `eval`.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+from moec.codegen.triton.errors import BadExpression
+
+BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+COMPARE: dict[type[ast.cmpop], Callable[[int, int], bool]] = {
+    ast.Eq: operator.eq,
+    ast.LtE: operator.le,
+    ast.GtE: operator.ge,
+    ast.Lt: operator.lt,
+    ast.Gt: operator.gt,
+}
+FUNCTIONS: dict[str, Callable[..., int]] = {"ceildiv": lambda a, b: -(-a // b), "min": min, "max": max}
+
+
+@lru_cache(maxsize=512)
+def parse(text: str) -> ast.expr:
+    """The syntax tree of `text`. Raises BadExpression when it is not one expression."""
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise BadExpression(text=text, reason=error.msg) from None
+
+
+def evaluate(text: str, values: Mapping[str, object]) -> int:
+    """The value of `text` with the sizes in `values`; a comparison gives 0 or 1. Raises BadExpression."""
+
+    def visit(node: ast.expr) -> int:
+        match node:
+            case ast.Constant(value=int(value)):
+                return value
+            case ast.Name(id=name):
+                size = values.get(name)
+                if not isinstance(size, int):
+                    raise BadExpression(text=text, reason=f"size '{name}' is not given")
+                return int(size)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
+                return BINARY[type(op)](visit(left), visit(right))
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARE:
+                return int(COMPARE[type(op)](visit(left), visit(right)))
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in FUNCTIONS:
+                return FUNCTIONS[name](*(visit(a) for a in arguments))
+            case _:
+                raise BadExpression(text=text, reason=f"'{ast.unparse(node)}' is not allowed here")
+
+    try:
+        return visit(parse(text))
+    except (ZeroDivisionError, TypeError) as error:
+        raise BadExpression(text=text, reason=str(error)) from None

@@ -1,0 +1,63 @@
+# mypy: ignore-errors
+"""Pieces that several kernels share: FP8 scales and casts, tile order, rotations.
+
+Quantisation follows the 1x128 recipe of the DeepSeek-V3 technical report (arXiv 2412.19437, sec. 3.3): one scale for
+128 neighbours of a row, `amax / 448`; a power-of-two scale is rounded up *before* the values are divided by it.
+"""
+
+import triton
+import triton.language as tl
+
+GROUP = tl.constexpr(128)
+FP8_MAX = tl.constexpr(448.0)
+# Keeps the scale of an all-zero group a normal number, so that 0 / scale stays 0.
+AMAX_FLOOR = tl.constexpr(1e-10)
+
+
+@triton.jit
+def group_scale(amax, POW2: tl.constexpr):
+    """The scale of a group with the largest magnitude `amax`; with POW2 the next power of two at or above it."""
+    scale = tl.div_rn(tl.maximum(amax, AMAX_FLOOR), tl.full(amax.shape, FP8_MAX, tl.float32))
+    if POW2:
+        bits = scale.to(tl.int32, bitcast=True)
+        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def quantise_groups(y, scale_ptr, scale_at, mask, POW2: tl.constexpr, FP8: tl.constexpr):
+    """Quantises `y[G, 128]`, one scale a row, and stores the scales: float32, or the biased exponent into bytes."""
+    scale = group_scale(tl.max(tl.abs(y), 1), POW2)
+    if scale_ptr.dtype.element_ty == tl.uint8:
+        tl.store(scale_ptr + scale_at, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8), mask=mask)
+    else:
+        tl.store(scale_ptr + scale_at, scale, mask=mask)
+    divisor = tl.broadcast_to(scale[:, None], y.shape)
+    return tl.div_rn(y, divisor).to(FP8)
+
+
+@triton.jit
+def grouped_order(pid, blocks_m, blocks_n, GROUP_M: tl.constexpr):
+    """Tile (m, n) of program `pid`: GROUP_M rows of tiles are walked together so that B's tiles are met in L2."""
+    width = GROUP_M * blocks_n
+    first = (pid // width) * GROUP_M
+    height = tl.minimum(blocks_m - first, GROUP_M)
+    return first + (pid % width) % height, (pid % width) // height
+
+
+@triton.jit
+def silu_mul(gate, up):
+    """SwiGLU's product `gate * sigmoid(gate) * up` in float32."""
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def pair_offsets(pair, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Positions of the two members of each rotated pair: neighbours, or the two halves."""
+    if INTERLEAVED:
+        first = 2 * pair
+        second = 2 * pair + 1
+    else:
+        first = pair
+        second = pair + HALF
+    return first, second

@@ -1,0 +1,192 @@
+"""One declaration per GPU kernel: what drives its interpreter test, compilation, launch, benchmark and documentation.
+
+Sizes have two roles. *Dims* are the sizes of a problem (M, N, K, heads, experts); `constants(dims)` says which of
+them, and what follows from them, a kernel holds as compile-time constants. A *tile* adds the block sizes, warps and
+stages for an architecture and a shape class ("decode": few rows; "prefill": many; "any").
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from moec.codegen.triton.arch import architecture
+from moec.codegen.triton.errors import UnknownKernel, UnknownShapeClass, UnmetRequirement, UnsupportedKernel
+from moec.codegen.triton.expr import evaluate
+from moec.errors import near
+
+if TYPE_CHECKING:
+    from moec.codegen.triton.problem import Expected, Problem
+
+Constant = int | bool | None
+Dims = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes and options of one compiled form; `spills`: bytes of spill stores that are known and accepted."""
+
+    constants: Mapping[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    spills: int = 0
+
+
+TileTable = Mapping[str, Mapping[str, Tile]]
+
+
+def on(architectures: tuple[str, ...], **shapes: Tile) -> dict[str, Mapping[str, Tile]]:
+    """The same tiles for several architectures; tables of `on(...)` are joined with `|`."""
+    return {arch: shapes for arch in architectures}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem to check a kernel on: dims over the spec's own, and element types over its signature's."""
+
+    name: str
+    dims: Dims = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel and all that is known about it.
+
+    `signature` maps the run-time arguments, in order, to Triton types (`*bf16`, `i32`,
+    `tensordesc<fp8e4nv[{BM}, 128]>`); `grid`, `flops`, `bytes` and `requires` are expressions over dims and
+    constants; `build` makes the arguments of a problem and `reference` what they must become, in torch. `ops` names
+    the IR operations that the kernel serves; `fallback` the kernel to use where `tiles` has no entry.
+    """
+
+    name: str
+    function: str
+    ops: tuple[str, ...]
+    summary: str
+    signature: Mapping[str, str]
+    dims: Dims
+    constants: Callable[[Dims], Mapping[str, Constant]]
+    tiles: TileTable
+    grid: tuple[str, ...]
+    build: Callable[[Problem], dict[str, Any]]
+    reference: Callable[[Problem, dict[str, Any]], dict[str, Expected]]
+    cases: tuple[Case, ...]
+    flops: str
+    bytes: str
+    aligned: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    tensor_core: bool = False
+    fallback: str = ""
+    shape_dims: Mapping[str, Dims] = field(default_factory=dict)
+
+    def jit(self) -> Any:
+        """The decorated Triton function. Imports Triton."""
+        module, _, function = self.function.partition(":")
+        return getattr(importlib.import_module(f"moec.codegen.triton.kernels.{module}"), function)
+
+    def shapes(self, arch: str) -> Mapping[str, Tile]:
+        """The tiles for `arch` by shape class. Raises UnknownArchitecture, UnsupportedKernel with the fallback."""
+        known = architecture(arch)
+        if arch not in self.tiles:
+            fp8 = any("fp8" in kind for kind in self.signature.values())
+            reason = "it needs FP8 matrix units" if fp8 and not known.fp8 else "no form of it compiles there"
+            fallback = f"'{self.fallback}'" if self.fallback else "another target"
+            raise UnsupportedKernel(name=self.name, arch=arch, reason=reason, fallback=fallback)
+        return self.tiles[arch]
+
+    def instance(self, arch: str, shape: str = "", **dims: int) -> Instance:
+        """The kernel for `arch` with `dims` over the spec's own; no `shape` takes the first of the table.
+
+        Raises UnknownArchitecture, UnsupportedKernel, UnknownShapeClass, UnmetRequirement.
+        """
+        shapes = self.shapes(arch)
+        chosen = shape or next(iter(shapes))
+        if chosen not in shapes:
+            hint = near(chosen, list(shapes))
+            raise UnknownShapeClass(name=self.name, shape=chosen, arch=arch, hint=hint)
+        return Instance(self, arch, chosen, shapes[chosen], {**self.dims, **self.shape_dims.get(chosen, {}), **dims})
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A kernel fixed to an architecture, a tile and sizes: what is compiled, launched and timed."""
+
+    spec: KernelSpec
+    arch: str
+    shape: str
+    tile: Tile
+    dims: Dims
+    types: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for requirement in self.spec.requires:
+            if not evaluate(requirement, self.values):
+                names = {n: v for n, v in self.values.items() if n in requirement.replace("%", " ").split()}
+                raise UnmetRequirement(name=self.spec.name, requirement=f"'{requirement}'", values=names)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name if self.shape == "any" else f"{self.spec.name}.{self.shape}"
+
+    @property
+    def constants(self) -> dict[str, Constant]:
+        return {**self.spec.constants(self.dims), **self.tile.constants}
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return {**self.dims, **self.constants}
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """Run-time arguments and their types, block sizes filled in."""
+        kinds = {**self.spec.signature, **self.types}
+        return {name: kind.format(**self.constants) for name, kind in kinds.items()}
+
+    def grid(self) -> tuple[int, ...]:
+        return tuple(evaluate(axis, self.values) for axis in self.spec.grid)
+
+    def flops(self) -> int:
+        return evaluate(self.spec.flops, self.values)
+
+    def bytes(self) -> int:
+        """Bytes that have to pass between the device's memory and the kernel at least."""
+        return evaluate(self.spec.bytes, self.values)
+
+
+@lru_cache(maxsize=1)
+def registry() -> Mapping[str, KernelSpec]:
+    """Every kernel by name."""
+    from moec.codegen.triton.specs import ALL
+
+    kernels: dict[str, KernelSpec] = {}
+    for spec in ALL:
+        if spec.name in kernels:
+            raise ValueError(f"two kernels are named {spec.name}")
+        kernels[spec.name] = spec
+    return MappingProxyType(kernels)
+
+
+def kernel(name: str) -> KernelSpec:
+    """The kernel called `name`. Raises UnknownKernel."""
+    if name not in registry():
+        raise UnknownKernel(name=name, hint=near(name, list(registry())))
+    return registry()[name]
+
+
+def serving(op: str, arch: str) -> tuple[KernelSpec, ...]:
+    """The kernels that serve the IR operation `op` on `arch`, most specialised type first, as declared."""
+    architecture(arch)
+    return tuple(spec for spec in registry().values() if op in spec.ops and arch in spec.tiles)
+
+
+def instances(arch: str) -> tuple[Instance, ...]:
+    """Every kernel that runs on `arch`, in every shape class, at the sizes of DeepSeek-V3."""
+    architecture(arch)
+    return tuple(
+        spec.instance(arch, shape) for spec in registry().values() if arch in spec.tiles for shape in spec.tiles[arch]
+    )

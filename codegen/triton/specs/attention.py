@@ -1,0 +1,316 @@
+"""Declarations of latent attention: absorbed decode over the paged cache, and prefill.
+
+The FP8 cache row is 656 bytes: 512 of FP8 latent, four float32 scales, 64 BF16 of rotated key (the layout that
+FlashMLA documents). One buffer holds it; the three parts are views with distances in their own elements.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moec.codegen.triton.problem import MARK_FLOAT, Expected, Problem
+from moec.codegen.triton.spec import Case, Constant, Dims, KernelSpec, Tile, TileTable, on
+from moec.codegen.triton.specs.recipe import BF16_ROUNDING, FP8, NVIDIA, quantise_1x128, wide
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensor = torch.Tensor
+
+# Key counts of the sequences of a batch: what the test cases vary.
+LENGTHS = ((70, 300), (1, 64), (2, 129), (4097, 5))
+QUERIES = ((5, 70), (1, 64), (33, 130), (200, 1))
+PREFIXES = ((0, 0), (0, 0), (100, 7), (313, 3))
+WIDE = ("*bf16", "*fp8e4nv")
+
+
+def cache_row(dv: int, dr: int, fp8: bool) -> dict[str, int]:
+    """Distances between cache rows in elements of each part."""
+    if not fp8:
+        return {"LATENT_ROW": dv + dr, "ROPE_ROW": dv + dr, "SCALE_ROW": 0}
+    size = dv + 4 * (dv // 128) + 2 * dr
+    return {"LATENT_ROW": size, "ROPE_ROW": size // 2, "SCALE_ROW": size // 4}
+
+
+def fp8_cache(rows: int, dv: int, dr: int) -> tuple[Tensor, Tensor, Tensor]:
+    """An unwritten FP8 cache: its latent, scale and rope views of one buffer."""
+    import torch
+
+    groups = dv // 128
+    size = dv + 4 * groups + 2 * dr
+    buffer = torch.full((rows, size), MARK_FLOAT, dtype=torch.uint8)
+    latent = buffer[:, :dv].view(torch.float8_e4m3fn)
+    scale = buffer[:, dv : dv + 4 * groups].view(torch.float32)
+    return latent, scale, buffer[:, dv + 4 * groups :].view(torch.bfloat16)
+
+
+def decode_cache(p: Problem, rows: int) -> tuple[dict[str, Any], Tensor]:
+    """Cache arguments filled with random keys, and the float64 values [rows, DV+DR] they stand for."""
+    import torch
+
+    value = p.normal(rows, p.DV + p.DR)
+    if p.SCALE_ROW == 0:
+        cache = p.put("latent_ptr", value)
+        return {"latent_ptr": cache[:, : p.DV], "rope_ptr": cache[:, p.DV :]}, cache.double()
+    latent, scale, rope = fp8_cache(rows, p.DV, p.DR)
+    q, s = quantise_1x128(value[:, : p.DV])
+    latent.copy_(q)
+    scale.copy_(s)
+    rope.copy_(value[:, p.DV :])
+    arguments = {"latent_ptr": latent, "rope_ptr": rope, "scale_ptr": scale}
+    return arguments, torch.cat([wide(latent, scale), rope.double()], 1)
+
+
+def sequence_lengths(p: Problem) -> list[int]:
+    """The lengths of the case, or `CONTEXT` for every one of B sequences."""
+    return [p.CONTEXT] * p.B if p.LOAD < 0 else list(LENGTHS[p.LOAD])
+
+
+def build_split(p: Problem) -> dict[str, Any]:
+    import torch
+
+    lengths = sequence_lengths(p)
+    pages = max(-(-n // p.PAGE) for n in lengths)
+    total = p.B * pages + 3
+    cache, _ = decode_cache(p, total * p.PAGE)
+    rows = p.HEADS * p.QUERIES
+    return {
+        "q_ptr": p.put("q_ptr", p.normal(p.B, rows, p.DV + p.DR)), **cache,
+        "pages_ptr": p.shuffled(total)[: p.B * pages].view(p.B, pages).to(torch.int32),
+        "length_ptr": torch.tensor(lengths, dtype=torch.int32),
+        "partial_ptr": p.output("partial_ptr", p.B, p.SPLITS, rows, p.DV),
+        "lse_ptr": p.output("lse_ptr", p.B, p.SPLITS, rows),
+        "softmax_scale": 192**-0.5, "max_pages": pages, "splits": p.SPLITS, "ROWS": rows,
+    }  # fmt: skip
+
+
+def cached(p: Problem, x: dict[str, Any]) -> Tensor:
+    """Float64 keys [rows, DV+DR] as the cache holds them; an FP8 latent is widened to the type of the queries."""
+    import torch
+
+    if p.SCALE_ROW == 0:
+        latent = x["latent_ptr"].double()
+    else:
+        latent = wide(x["latent_ptr"], x["scale_ptr"]).to(x["q_ptr"].dtype).double()
+    return torch.cat([latent, x["rope_ptr"].double()], 1)
+
+
+def weight_rounding(x: dict[str, Any]) -> float:
+    """How far the softmax weights may be off, relatively: rounded to the type of the keys, or float32 throughout."""
+    import torch
+
+    return 5e-6 if x["q_ptr"].dtype == torch.float32 else 1.01 * BF16_ROUNDING
+
+
+def reference_split(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
+    """Softmax of each share of the keys in float64, and its base-2 log-sum-exp."""
+    import torch
+
+    keys = cached(p, x).view(-1, p.PAGE, p.DV + p.DR)
+    rows = x["ROWS"]
+    partial = torch.zeros(p.B, p.SPLITS, rows, p.DV, dtype=torch.float64)
+    magnitude = torch.zeros_like(partial)
+    lse = torch.full((p.B, p.SPLITS, rows), -torch.inf, dtype=torch.float64)
+    query = torch.arange(rows) // p.HEADS
+    for b, n in enumerate(x["length_ptr"].tolist()):
+        kv = keys[x["pages_ptr"][b].long()].flatten(0, 1)[:n]
+        score = x["q_ptr"][b].double() @ kv.T * x["softmax_scale"]
+        score.masked_fill_(torch.arange(n)[None] > (n - p.QUERIES + query)[:, None], -torch.inf)
+        blocks = -(-n // p.BN)
+        per_share = -(-blocks // p.SPLITS) * p.BN
+        for s in range(p.SPLITS):
+            part = score[:, s * per_share : (s + 1) * per_share]
+            if part.shape[1]:
+                weight = torch.softmax(part, -1).nan_to_num()
+                value = kv[s * per_share : (s + 1) * per_share, : p.DV]
+                partial[b, s] = weight @ value
+                magnitude[b, s] = weight @ value.abs()
+                lse[b, s] = torch.logsumexp(part, -1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+    return {
+        "partial_ptr": Expected(partial, gpu_absolute=2e-3, floor=weight_rounding(x) * magnitude),
+        "lse_ptr": Expected(lse, 2e-6, 1e-6, 1e-4),
+    }
+
+
+SPLIT_SIGNATURE = {
+    "q_ptr": "*bf16", "latent_ptr": "*bf16", "rope_ptr": "*bf16", "pages_ptr": "*i32", "length_ptr": "*i32",
+    "partial_ptr": "*fp32", "lse_ptr": "*fp32",
+    "softmax_scale": "fp32", "max_pages": "i32", "splits": "i32", "ROWS": "i32",
+}  # fmt: skip
+SPLIT_DIMS = {
+    "B": 128, "HEADS": 128, "QUERIES": 1, "DV": 512, "DR": 64, "PAGE": 64, "CONTEXT": 4096, "SPLITS": 2, "LOAD": -1,
+}  # fmt: skip
+FLOAT = {"q_ptr": "*fp32", "latent_ptr": "*fp32", "rope_ptr": "*fp32"}
+SMALL = {"B": 2, "HEADS": 16, "SPLITS": 3}
+SPLIT_CASES = (
+    Case("lengths 70 and 300", {**SMALL, "LOAD": 0}),
+    Case("lengths 70 and 300 in float32", {**SMALL, "LOAD": 0}, FLOAT),
+    Case("lengths 1 and 64, empty shares", {**SMALL, "LOAD": 1, "SPLITS": 4}),
+    Case("two query tokens, a fresh sequence", {**SMALL, "LOAD": 2, "QUERIES": 2, "HEADS": 40}),
+    Case("lengths 4097 and 5", {**SMALL, "LOAD": 3, "SPLITS": 5}, slow=True),
+)
+
+
+def decode_split(fp8: bool) -> KernelSpec:
+    def constants(dims: Dims) -> dict[str, Constant]:
+        keep = {n: dims[n] for n in ("HEADS", "QUERIES", "DV", "DR", "PAGE")}
+        rows = cache_row(dims["DV"], dims["DR"], fp8)
+        return {**keep, **rows, **({} if fp8 else {"scale_ptr": None})}
+
+    signature = dict(SPLIT_SIGNATURE)
+    if fp8:
+        signature |= {"latent_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+    tiles: TileTable = on(FP8, any=Tile({"BH": 64, "BN": 64}, 8, 2))
+    if not fp8:
+        small = {"BH": 16, "BN": 32}
+        tiles = {**tiles, **on(("sm_80",), any=Tile(small, 4, 2)), **on(("gfx942",), any=Tile(small, 4, 1))}
+    row = "(DV + 4*(DV // 128) + 2*DR)" if fp8 else "2*(DV + DR)"
+    cases = SPLIT_CASES if not fp8 else tuple(c for c in SPLIT_CASES if not c.types)
+    return KernelSpec(
+        name="mla_decode_split_fp8" if fp8 else "mla_decode_split",
+        function="attention:mla_decode_split",
+        ops=("attn.mla_absorbed",),
+        summary=f"Absorbed attention of a share of the keys, paged {'FP8' if fp8 else 'BF16'} latent cache",
+        signature=signature,
+        dims=SPLIT_DIMS,
+        constants=constants,
+        tiles=tiles,
+        grid=("B", "ceildiv(HEADS * QUERIES, BH)", "SPLITS"),
+        build=build_split,
+        reference=reference_split,
+        cases=cases,
+        flops="2*B*QUERIES*HEADS*CONTEXT*(2*DV + DR)",
+        bytes=f"B*CONTEXT*{row} + 2*B*QUERIES*HEADS*(DV + DR) + 4*B*SPLITS*QUERIES*HEADS*(DV + 1)",
+        aligned=("ROWS",),
+        requires=("PAGE % BN == 0", "DV % 128 == 0"),
+        tensor_core=True,
+        fallback="mla_decode_split" if fp8 else "",
+    )  # fmt: skip
+
+
+def build_combine(p: Problem) -> dict[str, Any]:
+    """Random shares; one row has none with keys, another only its last."""
+    partial = p.normal(p.B, p.SPLITS, p.ROWS, p.DV)
+    lse = p.normal(p.B, p.SPLITS, p.ROWS, scale=4.0)
+    lse[0, :, 0] = float("-inf")
+    partial[0, :, 0] = 0.0
+    lse[-1, :-1, -1] = float("-inf")
+    return {
+        "partial_ptr": partial, "lse_ptr": lse, "out_ptr": p.output("out_ptr", p.B, p.ROWS, p.DV), "splits": p.SPLITS,
+        "ROWS": p.ROWS,
+    }  # fmt: skip
+
+
+def reference_combine(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
+    import torch
+
+    weight = torch.softmax(x["lse_ptr"].double() * torch.log(torch.tensor(2.0)).double(), 1).nan_to_num()
+    rounding = BF16_ROUNDING * 1.001 if x["out_ptr"].dtype == torch.bfloat16 else 0.0
+    return {"out_ptr": Expected((weight[..., None] * x["partial_ptr"].double()).sum(1), rounding, 1e-6, 1e-5)}
+
+
+def combine_constants(dims: Dims) -> dict[str, Constant]:
+    return {"DV": dims["DV"]}
+
+
+COMBINE = KernelSpec(
+    name="mla_decode_combine",
+    function="attention:mla_decode_combine",
+    ops=("attn.mla_absorbed",),
+    summary="Joins the shares of a split decode by their log-sum-exp",
+    signature={"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "splits": "i32", "ROWS": "i32"},
+    dims={"B": 128, "ROWS": 128, "SPLITS": 2, "DV": 512},
+    constants=combine_constants,
+    tiles=on((*NVIDIA, "gfx942"), any=Tile({}, 4, 2)),
+    grid=("B", "ROWS"),
+    build=build_combine,
+    reference=reference_combine,
+    cases=(
+        Case("three shares", {"B": 2, "ROWS": 5, "SPLITS": 3}),
+        Case("one share, float32", {"B": 2, "ROWS": 3, "SPLITS": 1}, {"out_ptr": "*fp32"}),
+    ),
+    flops="2*B*ROWS*SPLITS*DV",
+    bytes="B*ROWS*(4*SPLITS*(DV + 1) + 2*DV)",
+)
+
+
+def prefill_spans(p: Problem) -> tuple[list[int], list[int]]:
+    """Queries and keys of every sequence."""
+    if p.LOAD < 0:
+        return [p.CONTEXT] * p.B, [p.CONTEXT] * p.B
+    return list(QUERIES[p.LOAD]), [q + c for q, c in zip(QUERIES[p.LOAD], PREFIXES[p.LOAD], strict=True)]
+
+
+def starts(counts: list[int]) -> Tensor:
+    import torch
+
+    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+
+
+def build_prefill(p: Problem) -> dict[str, Any]:
+    queries, keys = prefill_spans(p)
+    return {
+        "q_ptr": p.put("q_ptr", p.normal(sum(queries), p.HEADS, p.DN + p.DR)),
+        "kv_ptr": p.put("kv_ptr", p.normal(sum(keys), p.HEADS, p.DN + p.DV)),
+        "rope_ptr": p.put("rope_ptr", p.normal(sum(keys), p.DR)),
+        "q_start_ptr": starts(queries), "k_start_ptr": starts(keys),
+        "out_ptr": p.output("out_ptr", sum(queries), p.HEADS, p.DV), "softmax_scale": (p.DN + p.DR) ** -0.5,
+    }  # fmt: skip
+
+
+def reference_prefill(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
+    import torch
+
+    out = torch.empty(x["out_ptr"].shape, dtype=torch.float64)
+    magnitude = torch.empty_like(out)
+    q_start, k_start = x["q_start_ptr"].tolist(), x["k_start_ptr"].tolist()
+    for s in range(len(q_start) - 1):
+        q = x["q_ptr"][q_start[s] : q_start[s + 1]].double()
+        kv = x["kv_ptr"][k_start[s] : k_start[s + 1]].double()
+        rope = x["rope_ptr"][k_start[s] : k_start[s + 1]].double()
+        score = torch.einsum("qhd,khd->hqk", q[..., : p.DN], kv[..., : p.DN])
+        score += torch.einsum("qhd,kd->hqk", q[..., p.DN :], rope)
+        after = torch.arange(len(kv))[None] > (len(kv) - len(q) + torch.arange(len(q)))[:, None]
+        weight = torch.softmax((score * x["softmax_scale"]).masked_fill(after, -torch.inf), -1)
+        value = kv[..., p.DN :]
+        out[q_start[s] : q_start[s + 1]] = torch.einsum("hqk,khd->qhd", weight, value)
+        magnitude[q_start[s] : q_start[s + 1]] = torch.einsum("hqk,khd->qhd", weight, value.abs())
+    error = weight_rounding(x)
+    return {"out_ptr": Expected(out, error, gpu_absolute=2e-3, floor=error * magnitude)}
+
+
+def prefill_constants(dims: Dims) -> dict[str, Constant]:
+    return {n: dims[n] for n in ("HEADS", "DN", "DV", "DR")}
+
+
+PREFILL_FLOAT = dict.fromkeys(("q_ptr", "kv_ptr", "rope_ptr", "out_ptr"), "*fp32")
+PREFILL = KernelSpec(
+    name="mla_prefill",
+    function="attention:mla_prefill",
+    ops=("attn.mla",),
+    summary="Causal attention, head dims 192 and 128, ragged sequences with a cached prefix",
+    signature={
+        "q_ptr": "*bf16", "kv_ptr": "*bf16", "rope_ptr": "*bf16", "q_start_ptr": "*i32", "k_start_ptr": "*i32",
+        "out_ptr": "*bf16", "softmax_scale": "fp32",
+    },
+    dims={"B": 4, "HEADS": 128, "DN": 128, "DV": 128, "DR": 64, "CONTEXT": 4096, "LOAD": -1},
+    constants=prefill_constants,
+    tiles=on(FP8, any=Tile({"BM": 128, "BN": 64}, 8, 2))
+    | on(("sm_80",), any=Tile({"BM": 64, "BN": 32}, 4, 2))
+    | on(("gfx942",), any=Tile({"BM": 64, "BN": 32}, 4, 1)),
+    grid=("ceildiv(CONTEXT, BM)", "HEADS", "B"),
+    build=build_prefill,
+    reference=reference_prefill,
+    cases=(
+        Case("5 and 70 tokens", {"B": 2, "HEADS": 2, "CONTEXT": 70, "LOAD": 0}),
+        Case("5 and 70 tokens in float32", {"B": 2, "HEADS": 2, "CONTEXT": 70, "LOAD": 0}, PREFILL_FLOAT),
+        Case("1 and 64 tokens", {"B": 2, "HEADS": 3, "CONTEXT": 64, "LOAD": 1}),
+        Case("prefix of 100 and 7", {"B": 2, "HEADS": 2, "CONTEXT": 130, "LOAD": 2}, PREFILL_FLOAT),
+        Case("prefix of 313, several blocks", {"B": 2, "HEADS": 1, "CONTEXT": 200, "LOAD": 3}),
+    ),
+    flops="B*HEADS*CONTEXT*CONTEXT*(DN + DR + DV)",
+    bytes="2*B*CONTEXT*(HEADS*(DN + DR + DN + 2*DV) + DR)",
+    tensor_core=True,
+)  # fmt: skip
+
+SPECS = (decode_split(False), decode_split(True), COMBINE, PREFILL)

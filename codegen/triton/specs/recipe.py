@@ -1,0 +1,123 @@
+"""The 1x128 / 128x128 FP8 recipe in torch, and the bounds that quantised results are held to.
+
+DeepSeek-V3 technical report, arXiv 2412.19437, sec. 3.3.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moec.codegen.triton.problem import Expected
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensor = torch.Tensor
+
+E4M3_MAX = 448.0
+AMAX_FLOOR = 1e-10
+# Half a unit in the last place of BF16 and of E4M3, as a share of the value; half of E4M3's smallest subnormal.
+BF16_ROUNDING = 2.0**-8
+E4M3_ROUNDING = 2.0**-4
+E4M3_HALF_STEP = 2.0**-10
+FP8 = ("sm_90a", "sm_100a")
+NVIDIA = ("sm_80", "sm_90a", "sm_100a")
+EVERYWHERE = (*NVIDIA, "gfx942")
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def padded(x: Tensor) -> Tensor:
+    """x[..., K] with zeros up to a multiple of 128, as [..., K/128, 128]."""
+    import torch
+
+    short = -x.shape[-1] % 128
+    return torch.nn.functional.pad(x, (0, short)).reshape(*x.shape[:-1], -1, 128)
+
+
+def scales_1x128(x: Tensor, pow2: bool = False) -> Tensor:
+    """Float32 scales [..., ceil(K/128)] of x[..., K]."""
+    import torch
+
+    scale = padded(x).abs().amax(-1).float().clamp(min=AMAX_FLOOR) / E4M3_MAX
+    return torch.exp2(torch.ceil(torch.log2(scale.double()))).float() if pow2 else scale
+
+
+def spread(scale: Tensor, columns: int) -> Tensor:
+    """Scales [..., G] repeated to [..., columns]."""
+    return scale.repeat_interleave(128, -1)[..., :columns]
+
+
+def quantise_1x128(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """Float32 x -> E4M3 values and float32 scales."""
+    import torch
+
+    scale = scales_1x128(x, pow2)
+    return (x.float() / spread(scale, x.shape[-1])).to(torch.float8_e4m3fn), scale
+
+
+def quantise_128x128(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 w[..., N, K] -> E4M3 values and scales [..., ceil(N/128), ceil(K/128)]."""
+    import torch
+
+    rows = padded(w).abs().amax(-1).transpose(-1, -2)
+    scale = padded(rows).amax(-1).transpose(-1, -2).clamp(min=AMAX_FLOOR) / E4M3_MAX
+    full = block_scale(scale, w)
+    return (w / full).to(torch.float8_e4m3fn).contiguous(), scale.contiguous()
+
+
+def block_scale(scale: Tensor, w: Tensor) -> Tensor:
+    """The 128x128 scales at the shape of w[..., N, K]."""
+    return spread(scale.repeat_interleave(128, -2)[..., : w.shape[-2], :], w.shape[-1])
+
+
+def wide(q: Tensor, scale: Tensor) -> Tensor:
+    """Float64 values of 1x128-quantised `q`."""
+    return q.double() * spread(scale.double(), q.shape[-1])
+
+
+def wide_blocks(q: Tensor, scale: Tensor) -> Tensor:
+    """Float64 values of 128x128-quantised `q`."""
+    return q.double() * block_scale(scale.double(), q)
+
+
+def exponents(scale: Tensor) -> Tensor:
+    """The UE8M0 bytes of power-of-two scales: biased exponents."""
+    import torch
+
+    return (torch.log2(scale.double()).round() + 127).to(torch.uint8)
+
+
+def from_exponents(byte: Tensor) -> Tensor:
+    import torch
+
+    return torch.exp2(byte.double() - 127).float()
+
+
+def rounded_to_fp8(
+    value: Tensor, q: str, scale: str, *, pow2: bool = False, slack: float = 1e-5, gpu_slack: float = 1e-4,
+    where: Tensor | None = None, as_bytes: bool = False,
+) -> dict[str, Expected]:  # fmt: skip
+    """What quantising `value[..., K]` (float64) must give: each element within half a step of E4M3 at its scale.
+
+    `slack` is the error that `value` may carry before it is quantised, as a share of its root mean square.
+    """
+    ideal = scales_1x128(value.float(), pow2)
+
+    def read(written: dict[str, Any]) -> Tensor:
+        got = written[scale]
+        return wide(written[q], from_exponents(got) if as_bytes else got)
+
+    columns = value.shape[-1]
+    fits = None if where is None else where.expand(ideal.shape)
+    scale_value = exponents(ideal) if as_bytes else ideal
+    return {
+        q: Expected(
+            value, 1.001 * E4M3_ROUNDING, slack, gpu_slack,
+            floor=1.001 * E4M3_HALF_STEP * spread(ideal, columns).double(), where=where, read=read,
+        ),
+        scale: Expected(scale_value, 0.0 if pow2 else 1e-5, 0.0, gpu_slack, where=fits),
+    }  # fmt: skip
