@@ -1,0 +1,88 @@
+"""fuse: join ops that one kernel can do in one pass over its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moec.ir import Function, Module, Op, TensorType, Value, WeightRef
+from moec.ir.builder import weight_ref
+from moec.ir.optable import TypeRuleError
+from moec.ir.rewrite import fresh_names, join_weights, remove_dead, replace_values
+from moec.passes.base import Context, Edit, Outcome, Pass
+
+
+@dataclass(frozen=True)
+class Fuse(Pass):
+    """Fuse a residual sum with the norm behind it, and projections of one input into one.
+
+    Consumes `add` followed by `norm.rms` of its result, and `linear` ops that share x; produces `norm.add_rms`, and one
+    `linear` over weights joined by rows followed by a `split`. Quantised parts keep their own scales. Results do not change:
+    tolerance 0 up to the order of a sum.
+    """
+
+    name: ClassVar[str] = "fuse"
+    tolerance: ClassVar[float] = 1e-6
+
+    def run(self, module: Module, ctx: Context) -> Outcome:
+        out = Outcome()
+        for function in module.functions.values():
+            norms = sum(_add_norm(module, function, op) for op in list(function.ops) if op.name == "norm.rms")
+            joined = _join_linears(module, function, out)
+            remove_dead(function)
+            fresh_names(function)
+            out.matched += norms + joined
+            if norms or joined:
+                out.notes.append(
+                    f"@{function.name}: {norms} norms took their residual sum, {joined} projections joined"
+                )
+        if not out.matched:
+            out.warnings.append("no residual sum before a norm and no projections of one input")
+        return out
+
+
+def _add_norm(module: Module, function: Function, norm: Op) -> bool:
+    x = norm.operands[0]
+    made = function.producer().get(x) if isinstance(x, Value) else None
+    if made is None or made.name != "add":
+        return False
+    edit = Edit(module, function, Fuse.name)
+    total, normed = edit.insert(made, "norm.add_rms", *made.operands, norm.operands[1], attrs=norm.attrs)
+    function.ops.remove(made)
+    function.ops.remove(norm)
+    replace_values(function, {made.result: total, norm.result: normed})
+    fresh_names(function)
+    return True
+
+
+def _join_linears(module: Module, function: Function, out: Outcome) -> int:
+    by_input: dict[Value, list[Op]] = {}
+    for op in function.ops:
+        if op.name == "linear" and len(op.operands) == 2 and isinstance(op.operands[0], Value) and not op.attrs:
+            by_input.setdefault(op.operands[0], []).append(op)
+    count = 0
+    for x, ops in by_input.items():
+        refs = [op.operands[1] for op in ops]
+        if len(ops) < 2 or not all(isinstance(r, WeightRef) for r in refs):
+            continue
+        weights = [module.weights[r.name] for r in refs if isinstance(r, WeightRef)]
+        if len({w.indices for w in weights}) > 1:
+            continue
+        name = "+".join([weights[0].name, *(w.name.rsplit(".", 1)[-1] for w in weights[1:])]).replace("+", "_and_")
+        try:
+            if name not in module.weights:
+                module.weights[name] = join_weights(name, weights, 0)
+        except TypeRuleError as error:
+            out.notes.append(f"@{function.name}: projections of %{x.name} stay apart: {error}")
+            continue
+        first = refs[0]
+        assert isinstance(first, WeightRef)
+        edit = Edit(module, function, Fuse.name)
+        (wide,) = edit.insert(ops[0], "linear", x, weight_ref(module.weights[name], first.indices))
+        sizes = tuple(int(w.type.shape[0]) for w in weights if isinstance(w.type, TensorType))  # type: ignore[arg-type]
+        parts = edit.insert(ops[0], "split", wide, attrs={"sizes": sizes})
+        for op in ops:
+            function.ops.remove(op)
+        replace_values(function, {op.result: p for op, p in zip(ops, parts, strict=True)})
+        count += len(ops)
+    return count

@@ -1,0 +1,108 @@
+"""Running a pipeline: each pass checked before and after, verified, timed, and dumped as it goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from moec.errors import InputError, MoecError
+from moec.ir import Module, VerifyError, parse_module, print_module, verify
+from moec.passes.base import Context, Pass, PassError
+
+VERIFY = ("structure", "roundtrip")
+
+
+class PassFailure(MoecError):
+    """A pass that broke the module or its own promise."""
+
+    template: ClassVar[str] = "after pass {name}: {message}"
+
+
+class StrictError(InputError):
+    """A warning under --strict."""
+
+    template: ClassVar[str] = "pass {name}: {message} (--strict)"
+
+
+@dataclass
+class Record:
+    """What one pass of a pipeline did."""
+
+    name: str
+    seconds: float
+    ops_before: int
+    ops_after: int
+    matched: int
+    notes: list[str]
+    warnings: list[str]
+
+
+@dataclass
+class Manager:
+    """Runs passes on a module in place; `records` tells what each did.
+
+    With `dump`, the text before and after each pass is written there at once, so that a crash keeps what was there.
+    """
+
+    context: Context
+    verify: str = "structure"
+    strict: bool = False
+    dump: Path | None = None
+    records: list[Record] = field(default_factory=list)
+
+    def run(self, module: Module, pipeline: Sequence[Pass]) -> Module:
+        """Run all passes; raises PassError, PassFailure or StrictError."""
+        self._write("00_import.ir", module)
+        for number, step in enumerate(pipeline, start=1):
+            self._step(module, step, number)
+        return module
+
+    def _step(self, module: Module, step: Pass, number: int) -> None:
+        reason = step.requires(module)
+        if reason:
+            raise PassError(name=step.name, message=reason)
+        before = sum(1 for _ in module.ops())
+        start = time.perf_counter()
+        outcome = step.run(module, self.context)
+        seconds = time.perf_counter() - start
+        after = sum(1 for _ in module.ops())
+        self.records.append(Record(step.name, seconds, before, after, outcome.matched, outcome.notes, outcome.warnings))
+        self._write(f"{number:02d}_{step.name}.ir", module)
+        self._check(module, step)
+        if self.strict and outcome.warnings:
+            raise StrictError(name=step.name, message=outcome.warnings[0])
+
+    def _check(self, module: Module, step: Pass) -> None:
+        try:
+            verify(module)
+        except VerifyError as error:
+            raise PassFailure(name=step.name, message=str(error)) from None
+        broken = step.ensures(module)
+        if broken:
+            raise PassFailure(name=step.name, message=broken)
+        if self.verify == "roundtrip":
+            text = print_module(module)
+            if print_module(parse_module(text)) != text:
+                raise PassFailure(name=step.name, message="the printed module does not parse back to itself")
+
+    def _write(self, name: str, module: Module) -> None:
+        if self.dump is None:
+            return
+        self.dump.mkdir(parents=True, exist_ok=True)
+        (self.dump / name).write_text(print_module(module))
+        (self.dump / "index.md").write_text(self.index())
+
+    def index(self) -> str:
+        """The pipeline as a Markdown table, one row a pass."""
+        lines = ["# Passes", "", "| # | pass | ms | ops | matched | file |", "|---|---|---|---|---|---|"]
+        lines.append("| 0 | (import) | | | | [00_import.ir](00_import.ir) |")
+        for i, r in enumerate(self.records, start=1):
+            file = f"{i:02d}_{r.name}.ir"
+            ops = f"{r.ops_before} -> {r.ops_after}"
+            lines.append(f"| {i} | {r.name} | {r.seconds * 1e3:.1f} | {ops} | {r.matched} | [{file}]({file}) |")
+        for r in self.records:
+            lines += ["", f"## {r.name}", *(f"- {n}" for n in r.notes), *(f"- warning: {w}" for w in r.warnings)]
+        return "\n".join(lines) + "\n"

@@ -1,0 +1,67 @@
+"""Passes by name, and their text form `name{option=value,...}` (values as in the IR's attributes)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from importlib.metadata import entry_points
+from typing import ClassVar
+
+from moec.errors import InputError, near
+from moec.passes.base import Pass
+from moec.passes.bind_limits import BindLimits
+from moec.passes.canonicalise import Canonicalise
+from moec.passes.fp8_cast import Fp8Cast
+from moec.passes.fuse import Fuse
+from moec.passes.mla_absorb import MlaAbsorb
+from moec.passes.select_kernels import SelectKernels
+
+BUILT_IN: tuple[type[Pass], ...] = (Canonicalise, BindLimits, MlaAbsorb, Fp8Cast, Fuse, SelectKernels)
+
+
+class PassSpecError(InputError):
+    """A pass specification that cannot be read."""
+
+    template: ClassVar[str] = "--pass {spec}: {message}"
+
+
+def passes() -> dict[str, type[Pass]]:
+    """All passes by name: built in, then those of installed packages (entry points `moec.passes`)."""
+    found = {p.name: p for p in BUILT_IN}
+    found.update({e.name: e.load() for e in entry_points(group="moec.passes")})
+    return found
+
+
+def parse_pass(spec: str) -> Pass:
+    """A pass from `name` or `name{key=value,...}`; raises PassSpecError naming the part that is wrong."""
+    match = re.fullmatch(r"\s*([\w\-]+)\s*(?:\{(.*)\})?\s*", spec)
+    if match is None:
+        raise PassSpecError(spec=spec, message="want name or name{option=value,...}")
+    known = passes()
+    name, options = match.group(1), match.group(2)
+    if name not in known:
+        raise PassSpecError(spec=spec, message=f"no such pass{near(name, list(known))}")
+    types = {f.name: f.type for f in fields(known[name])}
+    given: dict[str, object] = {}
+    for part in filter(None, (p.strip() for p in (options or "").split(","))):
+        key, equals, text = (s.strip() for s in part.partition("="))
+        if not equals or key not in types:
+            hint = near(key, list(types)) if types else " (it has no options)"
+            raise PassSpecError(spec=spec, message=f"no option {key!r}{hint}")
+        given[key] = _value(spec, key, str(types[key]), text)
+    return known[name](**given)
+
+
+def _value(spec: str, key: str, kind: str, text: str) -> object:
+    if kind == "bool" and text in ("true", "false"):
+        return text == "true"
+    if kind == "int" and re.fullmatch(r"-?\d+", text):
+        return int(text)
+    if kind == "float":
+        try:
+            return float(text)
+        except ValueError:
+            pass
+    if kind == "str":
+        return text
+    raise PassSpecError(spec=spec, message=f"option {key} must be {kind}, got {text!r}")
