@@ -10,6 +10,7 @@ from moec.targets.document import Leaf
 from moec.targets.fields import FIELDS
 from moec.targets.load import load, merged_leaves
 from moec.targets.parameters import PARAMETERS
+from moec.targets.schema import Target
 
 Leaves = dict[str, Leaf]
 
@@ -44,9 +45,7 @@ def as_table(leaves: Leaves) -> str:
     """One line a value: path, value, source."""
     rows = [(path, _shown(path, leaf), leaf.source) for path, leaf in leaves.items()]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(
-        f"{path:{widths[0]}}  {value:{widths[1]}}  {source}".rstrip() for path, value, source in rows
-    )
+    return "\n".join(f"{path:{widths[0]}}  {value:{widths[1]}}  {source}".rstrip() for path, value, source in rows)
 
 
 def as_json(name: str, leaves: Leaves) -> dict[str, Any]:
@@ -92,3 +91,20 @@ def _lines(tree: dict[str, Any], depth: int) -> list[str]:
         else:
             lines.append(f"{indent}{key}: {node}")
     return lines
+
+
+def calibration_text(target: Target) -> str:
+    """The `calibration:` section of a target file that holds the target's parameters, to four digits."""
+    lines, section = ["calibration:"], ""
+    for path, known in PARAMETERS.items():
+        parameter = target.calibration.get(path)
+        if parameter is None:
+            continue
+        _, family, name = path.split(".")
+        if family != section:
+            lines.append(f"  {family}:")
+            section = family
+        value = units.show(float(f"{parameter.value:.4g}"), known.dimension, "row" if name == "rows" else "SM")
+        source = json.dumps(parameter.source)
+        lines.append(f"    {name}: {{value: {value}, kind: {parameter.kind}, source: {source}}}")
+    return "\n".join(lines) + "\n"

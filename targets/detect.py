@@ -106,9 +106,7 @@ def detected_leaves(measure: bool = False) -> dict[str, Leaf]:
     if "amx_bf16" in cpu.isa:
         tiles = "detected: AMX, 1024 multiply-adds a cycle and core"
         rows.append(("device.matrix.bf16", cpu.cores * cpu.clock * 2048, tiles))
-    rows.extend(
-        (f"device.cache.{k}", size, "detected: /sys cache sizes") for k, size in cpu.cache_bytes.items()
-    )
+    rows.extend((f"device.cache.{k}", size, "detected: /sys cache sizes") for k, size in cpu.cache_bytes.items())
     return {path: Leaf(value, source, "this-machine", 1) for path, value, source in rows}
 
 

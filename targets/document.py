@@ -127,9 +127,7 @@ class _Reader:
                 self.document.wrong(_line(key_node), where, "has a key that is not text")
             elif key in found:
                 path = key if where == "file" else f"{where}.{key}"
-                self.document.wrong(
-                    _line(key_node), path, f"is given twice (first at line {_line(found[key])})"
-                )
+                self.document.wrong(_line(key_node), path, f"is given twice (first at line {_line(found[key])})")
             else:
                 found[key] = value_node
                 value_node.key_line = _line(key_node)

@@ -30,9 +30,7 @@ class Field:
     @property
     def counted(self) -> str:
         """The word after a count: `8 NIC`."""
-        return {"nics": "NIC", "cores": "core"}.get(
-            last := self.path.rpartition(".")[2], last.removesuffix("s")
-        )
+        return {"nics": "NIC", "cores": "core"}.get(last := self.path.rpartition(".")[2], last.removesuffix("s"))
 
 
 def _number(path: str, dimension: str, low: float, high: float, doc: str, required: bool = False) -> Field:
@@ -59,9 +57,7 @@ FIELDS: Final[dict[str, Field]] = {
         Field("device.isa", "instruction set features, for CPUs", "words"),
         _number("device.cores", "count", 1, 1e5, "SMs, compute units or cores", True),
         _number("device.clock", "frequency", 1e8, 1e10, "clock under load", True),
-        _number(
-            "device.vector_bits", "bits", 32, 4096, "width of one vector register (a warp's row on a GPU)"
-        ),
+        _number("device.vector_bits", "bits", 32, 4096, "width of one vector register (a warp's row on a GPU)"),
         *_MATRIX,
         _number("device.vector.fp32", "rate", 1e8, 1e16, "FP32 peak outside the matrix units", True),
         _number("device.memory.capacity", "bytes", 1e8, 1e14, "size of the device's memory", True),
@@ -83,9 +79,7 @@ FIELDS: Final[dict[str, Field]] = {
         Field("node.scale_out.name", "name of the network", "text"),
         _number("node.scale_out.nics", "count", 1, 1e3, "network adapters of a node"),
         _number("node.scale_out.bandwidth", "bandwidth", 1e8, 1e13, "per adapter, one way"),
-        _number(
-            "node.scale_out.latency", "time", 1e-8, 1e-3, "end to end across a leaf switch, small message"
-        ),
+        _number("node.scale_out.latency", "time", 1e-8, 1e-3, "end to end across a leaf switch, small message"),
         _number("cluster.ranks", "count", 1, 1e7, "devices in use"),
         Field("cluster.topology.kind", "how the nodes are joined", "text", choices=TOPOLOGIES),
         _number("cluster.topology.ports", "count", 4, 4096, "ports of a switch"),

@@ -123,9 +123,7 @@ def _incomplete(merged: _Merged, shown: str) -> list[Problem]:
         if known.required and path not in leaves
     ]
     if not any(f"device.matrix.{t}" in leaves for t in ELEMENT_TYPES):
-        problems.append(
-            Problem(shown, 1, "device.matrix", "is missing: give at least one rate, such as bf16")
-        )
+        problems.append(Problem(shown, 1, "device.matrix", "is missing: give at least one rate, such as bf16"))
     for first, others in TOGETHER:
         if first in leaves:
             problems.extend(
@@ -141,9 +139,7 @@ def _contradictions(leaves: dict[str, Leaf]) -> list[Problem]:
     problems = []
     fp8, rate = leaves.get("device.fp8.matrix"), leaves.get("device.matrix.fp8")
     if fp8 is not None and fp8.value is True and rate is None:
-        problems.append(
-            Problem(fp8.file, fp8.line, "device.fp8.matrix", "is true, but device.matrix.fp8 is missing")
-        )
+        problems.append(Problem(fp8.file, fp8.line, "device.fp8.matrix", "is true, but device.matrix.fp8 is missing"))
     if rate is not None and fp8 is not None and fp8.value is False:
         message = "is given, but device.fp8.matrix is false"
         problems.append(Problem(rate.file, rate.line, "device.matrix.fp8", message))

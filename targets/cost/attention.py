@@ -1,0 +1,84 @@
+"""Multi-head latent attention: decode over the latent cache, and prefill in the absorbed or the plain form.
+
+Absorbed: every head attends to the shared latent (rank + rope wide keys, rank wide values). Plain: each head has its
+own keys (nope + rope) and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.targets.cost.physics import ceildiv, fitted, least_rows, soft_max
+from moec.targets.cost.result import Cost
+from moec.targets.schema import Target
+
+# Tokens that one step of the kernel takes, and the fewest that it gives to one part of a split context.
+_BLOCK = 64
+_LEAST_SPLIT = 256
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Key and value widths of one head, in elements; `shared` when all heads read one latent key and value."""
+
+    key: int
+    value: int
+    shared: bool
+
+
+def widths(form: str, kv_rank: int, rope: int, nope: int, value: int) -> Widths:
+    """The widths of the `absorbed` or `plain` form."""
+    if form == "absorbed":
+        return Widths(kv_rank + rope, kv_rank, True)
+    return Widths(nope + rope, value, False)
+
+
+def mla_decode(target: Target, batch: int, context: int, heads: int, kv_dtype: str, wide: Widths, queries: int) -> Cost:
+    """`queries` new tokens per request against `context` cached tokens, `heads` heads on this device.
+
+    The heads fill tiles of the matrix units; when the tiles leave cores idle, the context is split and a second
+    kernel adds up the parts. An FP8 cache is first cast to BF16, as the measured kernels do.
+    """
+    numbers, device = fitted(target, "mla_decode"), target.device
+    least = least_rows(target)
+    rows = ceildiv(heads * queries, least) * least
+    tiles = batch * (rows // least)
+    rate = device.matrix_rate("bf16") / device.cores * numbers["compute"]
+    splits = max(1, min(device.cores // tiles, context // _LEAST_SPLIT))
+    latent = 2 * batch * context * wide.key
+    rows_moved = 2 * batch * heads * queries * (wide.key + wide.value)
+    partial = 8 * batch * heads * queries * wide.value * splits if splits > 1 else 0
+    moved = latent + rows_moved + partial
+    turns = max(1.0, tiles * splits / device.cores)
+    tokens = ceildiv(ceildiv(context, _BLOCK), splits) * _BLOCK
+    busy = turns * 2 * least * tokens * (wide.key + wide.value) / rate
+    memory = moved / (device.memory_bandwidth * numbers["memory"])
+    floor = numbers["floor"] + turns * numbers["tile"] + (numbers["combine"] if splits > 1 else 0.0)
+    flops = 2.0 * batch * heads * queries * context * (wide.key + wide.value)
+    time = floor + soft_max(busy, memory, numbers["norm"])
+    parts = {"latency": floor * 1e6, "compute": busy * 1e6, "memory": memory * 1e6}
+    cost = Cost(time * 1e6, flops, moved, parts=parts)
+    return cost + _cast(target, numbers, batch * context * wide.key) if kv_dtype == "fp8" else cost
+
+
+def _cast(target: Target, numbers: dict[str, float], elements: int) -> Cost:
+    moved = 3 * elements
+    memory = moved / (target.device.memory_bandwidth * numbers["cast"]) * 1e6
+    floor = numbers["cast_floor"] * 1e6
+    return Cost(floor + memory, 0.0, moved, parts={"latency": floor, "memory": memory})
+
+
+def mla_prefill(target: Target, batch: int, new_tokens: int, context: int, heads: int, wide: Widths) -> Cost:
+    """`new_tokens` per request, causal among themselves, after `context - new_tokens` earlier ones."""
+    numbers, device = fitted(target, "mla_prefill"), target.device
+    pairs = new_tokens * (context - new_tokens) + new_tokens * (new_tokens + 1) // 2
+    per_pair = 2 * (wide.key + wide.value)
+    flops = float(batch * heads * pairs * per_pair)
+    computed = batch * heads * (pairs + new_tokens * numbers["block"]) * per_pair
+    busy = computed / (device.matrix_rate("bf16") * numbers["compute"])
+    latent = batch * context * (wide.key if wide.shared else heads * (wide.key + wide.value))
+    moved = 2 * (latent + batch * heads * new_tokens * (wide.key + wide.value))
+    memory = moved / (device.memory_bandwidth * numbers["memory"])
+    time = numbers["floor"] + soft_max(busy, memory, numbers["norm"])
+    parts = {"latency": numbers["floor"] * 1e6, "compute": busy * 1e6, "memory": memory * 1e6}
+    return Cost(time * 1e6, flops, moved, parts=parts)

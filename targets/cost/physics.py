@@ -1,0 +1,76 @@
+"""Pieces that the op models share: the soft maximum, tiles and waves, and a target's fitted numbers by family."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import gcd
+
+from moec.targets.cost.errors import Uncalibrated
+from moec.targets.parameters import PARAMETERS
+from moec.targets.schema import Target
+
+
+def ceildiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def soft_max(a: float, b: float, p: float) -> float:
+    """The p-norm of two times: their sum for p = 1 (no overlap), their maximum for large p (perfect overlap)."""
+    high, low = max(a, b), min(a, b)
+    return high if high <= 0 else high * (1 + (low / high) ** p) ** (1 / p)
+
+
+_NAMES: dict[str, list[str]] = {}
+for _path in PARAMETERS:
+    _, _family, _name = _path.split(".")
+    _NAMES.setdefault(_family, []).append(_name)
+
+
+def fitted(target: Target, family: str) -> dict[str, float]:
+    """The calibration numbers of one family, by name; Uncalibrated when the target's file lacks one."""
+    found = {}
+    for name in _NAMES[family]:
+        parameter = target.calibration.get(f"calibration.{family}.{name}")
+        if parameter is None:
+            raise Uncalibrated(target=target.name, parameter=f"calibration.{family}.{name}")
+        found[name] = parameter.value
+    return found
+
+
+def least_rows(target: Target) -> int:
+    """Rows of the smallest tile of the matrix units; fewer rows cost as much."""
+    return int(fitted(target, "tile")["rows"])
+
+
+@lru_cache(maxsize=4096)
+def best_tile(rows: int, columns: int, groups: int, cores: int, heights: tuple[int, ...]) -> tuple[int, int, int]:
+    """Height, width and number of waves of the tiles that a tuned library takes for `groups` products.
+
+    Fewest waves first, then the fullest last wave, then the narrower tile: the rule of DeepGEMM's heuristics. Widths
+    above 128 need a row of scales each, and tiles above 128 x 160 do not fit the registers.
+    """
+    best: tuple[int, int, int, int] | None = None
+    for height in heights:
+        for width in (*range(16, 129, 8), 144, 160):
+            if height > 128 and width > 128:
+                continue
+            tiles = ceildiv(rows, height) * ceildiv(columns, width) * groups
+            waves, last = ceildiv(tiles, cores), tiles % cores or cores
+            if best is None or _better((height, width, waves, last), best):
+                best = (height, width, waves, last)
+    assert best is not None
+    return best[:3]
+
+
+def _better(new: tuple[int, int, int, int], old: tuple[int, int, int, int]) -> bool:
+    if (new[2], -new[3]) != (old[2], -old[3]):
+        return (new[2], -new[3]) < (old[2], -old[3])
+    if new[0] == old[0]:
+        return new[1] < old[1]
+    return new[1] > old[1] if new[1] != old[1] else new[0] < old[0]
+
+
+def unrolls_badly(width: int) -> bool:
+    """Whether a tile this wide needs its loop unrolled over more than one pattern of scales (128 not a multiple)."""
+    return gcd(width, 128) == 16
