@@ -1,0 +1,99 @@
+"""Opens an artifact folder: manifest, hashes and machine are checked before anything in it is used."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from moec.runtime.errors import MissingFile, NeedsRanks, NotAnArtifact, NotForCpu, NoWeights, UnsafePath, WrongHash
+from moec.runtime.machine import check_machine
+from moec.runtime.manifest import Manifest, parse_manifest
+from moec.runtime.plan import Plan, parse_plan
+
+KERNELS: Final = "kernels/kernels.so"
+_NEEDED: Final = ("program.ir", "plan.json", "kernels/kernels.json")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact that may run on this machine; `weights` is its safetensors file."""
+
+    path: Path
+    manifest: Manifest
+    plan: Plan
+    weights: Path
+
+    @property
+    def kernels(self) -> Path:
+        """The kernel library, as an absolute path."""
+        return self.path / KERNELS
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's folder; it need not exist."""
+        return self.path / "tokenizer"
+
+
+def open_artifact(path: str | Path, check: bool = False) -> Artifact:
+    """Open the artifact at `path`; the hashes of weights are compared only with `check`, all others always.
+
+    Raises an InputError of `moec.runtime.errors` that says what is wrong: no artifact, a file missing or changed,
+    another format version, another machine, no weights.
+    """
+    manifest = read_manifest(path)
+    root, shown = Path(path).resolve(), str(path)
+    if KERNELS not in manifest.files:
+        raise NotForCpu(path=shown, target=manifest.target)
+    check_machine(manifest, shown)
+    plan = b""
+    for name in sorted(manifest.files):
+        file = _inside(root, name, shown)
+        if name == "plan.json":
+            plan = file.read_bytes()
+            _compare(hashlib.sha256(plan).hexdigest(), manifest.files[name], name, shown)
+        elif check or not name.startswith("weights/"):
+            with file.open("rb") as stream:
+                _compare(hashlib.file_digest(stream, "sha256").hexdigest(), manifest.files[name], name, shown)
+    ranks = [name for name in manifest.files if name.startswith("weights/") and name.endswith(".safetensors")]
+    if not ranks:
+        raise NoWeights(path=shown)
+    if len(ranks) > 1:
+        raise NeedsRanks(path=shown, ranks=len(ranks))
+    return Artifact(root, manifest, parse_plan(plan, f"{shown}/plan.json", manifest), root / ranks[0])
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of the artifact at `path`, without a look at its other files."""
+    root, shown = Path(path), str(path)
+    if not root.exists():
+        raise NotAnArtifact(path=shown, why="no such folder")
+    if not root.is_dir():
+        raise NotAnArtifact(path=shown, why="it is a file, an artifact is a folder")
+    try:
+        raw = (root / "manifest.json").read_bytes()
+    except FileNotFoundError:
+        raise NotAnArtifact(path=shown, why="it has no manifest.json (`moec compile --out DIR` writes one)") from None
+    except OSError as error:
+        raise NotAnArtifact(path=shown, why=f"manifest.json: {error.strerror}") from None
+    manifest = parse_manifest(raw, shown)
+    for name in _NEEDED:
+        if name not in manifest.files:
+            raise NotAnArtifact(path=shown, why=f"its manifest lists no {name}")
+    return manifest
+
+
+def _inside(root: Path, name: str, shown: str) -> Path:
+    """The listed file, which must exist and, after links are followed, lie inside the artifact."""
+    file = (root / name).resolve()
+    if not file.is_relative_to(root):
+        raise UnsafePath(path=shown, file=name)
+    if not file.is_file():
+        raise MissingFile(path=shown, file=name)
+    return file
+
+
+def _compare(found: str, expected: str, name: str, shown: str) -> None:
+    if found != expected:
+        raise WrongHash(path=shown, file=name, found=found, expected=expected)

@@ -1,0 +1,127 @@
+"""The executor: one native call for a chunk of a prompt, one for a step of all live sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as List
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.runtime.artifact import Artifact
+from moec.runtime.cache import PagePool, Sequence
+from moec.runtime.library import Library
+from moec.runtime.memory import Memory, aligned_zeros
+from moec.runtime.plan import Argument, Entry
+from moec.runtime.weights import Weights
+
+Logits = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+class Engine:
+    """Kernels, weights and cache of an artifact. Not for two threads at once: calls share their buffers."""
+
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        plan = artifact.plan
+        self.library = Library(artifact.kernels, threads)
+        self.weights = Weights(artifact.weights)
+        self.pool = PagePool(plan.pages, plan.page_size, artifact.manifest.context)
+        kept = [a for entry in (plan.prefill, plan.decode) for a in entry.args if a.kind in ("cache", "workspace")]
+        self.memory = Memory(kept)
+        self.chunk = min(artifact.manifest.chunk, plan.prefill.max_tokens)
+        self.rows = plan.prefill.max_rows
+        self.batch = artifact.manifest.batch
+        self._prefill = self._entry(plan.prefill, sequences=1)
+        self._decode = self._entry(plan.decode, sequences=self.batch)
+
+    def _entry(self, entry: Entry, sequences: int) -> _Call:
+        def fixed(arg: Argument) -> NDArray[np.generic]:
+            return self.weights.view(arg) if arg.kind == "weight" else self.memory.view(arg)
+
+        return _Call(entry, sequences, self.pool.table_width, self.library, fixed)
+
+    def prefill(self, sequence: Sequence, tokens: Ids, last_only: bool = True) -> Logits:
+        """Append `tokens` int64[T], T <= chunk, to `sequence`.
+
+        Returns f32[1, V], the logits after the last token, or with `last_only=False` (T <= rows) f32[T, V], those
+        after each. The result is a view that the next call overwrites.
+        """
+        count = len(tokens)
+        self.pool.extend(sequence, count)
+        call = self._prefill
+        arrays, args = call.bind(tokens=count, rows=1 if last_only else count, sequences=1)
+        arrays["ids"][:] = tokens
+        arrays["seq"][:] = 0
+        arrays["pos"][:] = np.arange(sequence.length, sequence.length + count)
+        arrays["pages"][0] = sequence.table
+        arrays["starts"][:] = (0, sequence.length + count)
+        arrays["rows"][:] = count - 1 if last_only else np.arange(count)
+        call.function(*args)
+        sequence.length += count
+        return arrays["logits"]
+
+    def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
+        """Append one token to each of B <= batch sequences; returns f32[B, V], a view that the next call overwrites."""
+        count = len(sequences)
+        call = self._decode
+        arrays, args = call.bind(tokens=count, rows=count, sequences=count)
+        for row, sequence in enumerate(sequences):
+            self.pool.extend(sequence, 1)
+            arrays["pages"][row] = sequence.table
+            arrays["pos"][row] = sequence.length
+            sequence.length += 1
+        arrays["ids"][:] = tokens
+        arrays["seq"][:] = arrays["rows"][:] = np.arange(count)
+        np.cumsum(arrays["pos"] + 1, out=arrays["starts"][1:])
+        call.function(*args)
+        return arrays["logits"]
+
+
+class _Call:
+    """One entry with its buffers, and the argument list for each combination of sizes that occurred."""
+
+    def __init__(
+        self,
+        entry: Entry,
+        sequences: int,
+        table_width: int,
+        library: Library,
+        fixed: Callable[[Argument], NDArray[np.generic]],
+    ) -> None:
+        self.function = library.function(entry.symbol)
+        self._entry = entry
+        self._library = library
+        self._table_width = table_width
+        self._fixed = {a.name: library.tensor(fixed(a)) for a in entry.args if a.kind not in ("input", "output")}
+        largest = self._symbols(entry.max_tokens, entry.max_rows, sequences)
+        self._buffers = {
+            a.name: aligned_zeros(int(np.prod(a.sizes(largest), dtype=np.int64)) * a.dtype.itemsize)
+            for a in entry.args
+            if a.kind in ("input", "output")
+        }
+        self._bound: dict[tuple[int, int, int], tuple[dict[str, Any], list[Any]]] = {}
+
+    def bind(self, tokens: int, rows: int, sequences: int) -> tuple[dict[str, NDArray[Any]], list[Any]]:
+        """Arrays to fill by name, and the arguments of the call, for exactly these sizes."""
+        key = (tokens, rows, sequences)
+        if key not in self._bound:
+            self._bound[key] = self._views(self._symbols(*key))
+        return self._bound[key]
+
+    def _symbols(self, tokens: int, rows: int, sequences: int) -> dict[str, int]:
+        return {"T": tokens, "R": rows, "B": sequences, "B+1": sequences + 1, "N": self._table_width}
+
+    def _views(self, symbols: dict[str, int]) -> tuple[dict[str, Any], list[Any]]:
+        arrays: dict[str, Any] = {}
+        args = []
+        for arg in self._entry.args:
+            if arg.name in self._fixed:
+                args.append(self._fixed[arg.name])
+                continue
+            shape = arg.sizes(symbols)
+            size = int(np.prod(shape, dtype=np.int64)) * arg.dtype.itemsize
+            arrays[arg.name] = self._buffers[arg.name][:size].view(arg.dtype).reshape(shape)
+            args.append(self._library.tensor(arrays[arg.name]))
+        return arrays, args

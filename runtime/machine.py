@@ -1,0 +1,38 @@
+"""Whether the kernels of an artifact can run on this machine."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Final
+
+from moec.runtime.errors import MissingCpuFeatures, OtherArchitecture
+from moec.runtime.manifest import Manifest
+
+_SAME: Final = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
+_CPUINFO: Final = Path("/proc/cpuinfo")
+
+
+def check_machine(manifest: Manifest, path: str) -> None:
+    """Raise OtherArchitecture or MissingCpuFeatures when this machine cannot run the kernels."""
+    needed, system = architecture(manifest.triple.split("-")[0]), "linux" if "linux" in manifest.triple else ""
+    have = architecture(platform.machine())
+    if needed != have or (system and system != sys.platform):
+        raise OtherArchitecture(path=path, needed=f"{needed} {system}".strip(), have=f"{have} {sys.platform}")
+    missing = sorted(set(manifest.features) - cpu_features()) if _CPUINFO.exists() else []
+    if missing:
+        raise MissingCpuFeatures(path=path, missing=", ".join(missing))
+
+
+def architecture(name: str) -> str:
+    """One name for each architecture: x86_64, aarch64, ..."""
+    return _SAME.get(name.lower(), name.lower())
+
+
+def cpu_features() -> frozenset[str]:
+    """The flags of the first CPU in /proc/cpuinfo."""
+    text = _CPUINFO.read_text(encoding="utf-8", errors="replace") if _CPUINFO.exists() else ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()

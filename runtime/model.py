@@ -1,0 +1,170 @@
+"""`moec.load`: a compiled model that computes logits and generates tokens with its artifact's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.runtime.artifact import Artifact, open_artifact
+from moec.runtime.cache import Sequence
+from moec.runtime.engine import Engine, Ids, Logits
+from moec.runtime.errors import WrongOption
+from moec.runtime.generate import Completions, Stream, complete
+from moec.runtime.sampling import Sampling
+from moec.runtime.tokens import as_batch, as_prompts
+
+if TYPE_CHECKING:
+    import torch
+
+    from moec.runtime.tokenizer import Tokenizer
+
+
+def load(path: str | Path, check: bool = False, threads: int | None = None) -> Model:
+    """Open the artifact at `path` on this machine.
+
+    `check` compares the hashes of weights too. `threads`: how many run the kernels (default: TVM_NUM_THREADS, or every
+    CPU that this process may use). Raises an InputError of `moec.runtime.errors` that says why it cannot run.
+    """
+    return Model(open_artifact(path, check), threads)
+
+
+class Model:
+    """A loaded artifact. One call runs at a time: others wait."""
+
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        self.artifact = artifact
+        self.engine = Engine(artifact, threads)
+        self._lock = RLock()
+
+    @property
+    def vocab(self) -> int:
+        """Size of the vocabulary."""
+        return self.artifact.manifest.vocab
+
+    @property
+    def context(self) -> int:
+        """The most tokens of one sequence."""
+        return self.artifact.manifest.context
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The artifact's tokenizer; raises NoTokenizer when it has none."""
+        from moec.runtime.tokenizer import Tokenizer
+
+        return Tokenizer(self.artifact.tokenizer, str(self.artifact.path))
+
+    def logits(self, ids: Any, chunk: int | None = None) -> Logits:
+        """Logits f32[B, T, V] after each of `ids` int64[B, T].
+
+        `chunk`: feed each sequence in pieces of at most that many tokens (default and limit: the compiled chunk). With
+        1, every token after the first goes through the decode entry, in step for all sequences. Raises WrongTokens,
+        EmptyPrompt, PromptTooLong, TokenOutsideVocabulary or WrongOption.
+        """
+        batch = as_batch(ids, self.artifact.manifest)
+        result = np.empty((*batch.shape, self.vocab), dtype=np.float32)
+        for rows, columns, logits in self._pieces(batch, chunk):
+            result[rows, columns] = logits
+        return result
+
+    def losses(self, ids: Any) -> NDArray[np.float64]:
+        """-log p(ids[t] | ids[:t]) in nats, f64[T - 1] for t = 1 .. T-1, of `ids` int64[T].
+
+        Holds the logits of one chunk at a time. Raises as `logits`.
+        """
+        batch = as_batch(np.asarray(ids)[None], self.artifact.manifest)
+        losses = np.zeros(batch.shape[1] - 1)
+        for _, columns, logits in self._pieces(batch, None):
+            targets = batch[0, columns.start + 1 : columns.stop + 1]
+            scored = logits[0, : len(targets)].astype(np.float64)
+            scored -= scored.max(axis=1, keepdims=True)
+            chosen = scored[np.arange(len(targets)), targets]
+            losses[columns.start : columns.start + len(targets)] = np.log(np.exp(scored).sum(axis=1)) - chosen
+        return losses
+
+    def generate(
+        self,
+        ids: Any,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Iterable[int] | None = None,
+        stream: Stream | None = None,
+    ) -> list[int] | list[list[int]]:
+        """The new tokens after `ids`, a list of ids; for several prompts (any lengths) a list of such lists.
+
+        Ends at `max_new_tokens` or at a token in `stop` (default: the model's end-of-sequence tokens; it is part of the
+        result). `stream(index of the prompt, token)` is called for every new token. Greedy at temperature 0; the same
+        seed gives the same tokens. Raises WrongTokens, EmptyPrompt, PromptTooLong, NoRoom, TokenOutsideVocabulary or
+        WrongOption.
+        """
+        sampling = Sampling(temperature, top_p, seed)
+        single, done = self._complete(ids, max_new_tokens, sampling, stop, stream)
+        return done.tokens[0] if single else done.tokens
+
+    def complete(
+        self,
+        ids: Any,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Iterable[int] | None = None,
+        stream: Stream | None = None,
+    ) -> Completions:
+        """As `generate`, with the rates: `.tokens` is a list for each prompt, `.rates` tokens and seconds."""
+        return self._complete(ids, max_new_tokens, sampling or Sampling(), stop, stream)[1]
+
+    def as_module(self) -> torch.nn.Module:
+        """A torch.nn.Module whose forward maps int64[B, T] to logits f32[B, T, V]; it has no gradients."""
+        from moec.runtime.torch_module import ArtifactModule
+
+        return ArtifactModule(self)
+
+    def _complete(
+        self, ids: Any, new: int, sampling: Sampling, stop: Iterable[int] | None, stream: Stream | None
+    ) -> tuple[bool, Completions]:
+        if new < 1:
+            raise WrongOption(option="max-new-tokens", expected="at least 1", value=new)
+        manifest = self.artifact.manifest
+        prompts, single = as_prompts(ids, manifest, new)
+        ends = frozenset(manifest.eos_token_ids if stop is None else stop)
+        with self._lock:
+            self.engine.library.use_threads()
+            return single, complete(self.engine, prompts, new, sampling, ends, stream)
+
+    def _pieces(self, batch: Ids, chunk: int | None) -> Iterator[tuple[slice, slice, Logits]]:
+        """(rows, columns, logits f32[rows, columns, V]) in turn until all of `batch` is covered."""
+        if chunk is not None and chunk < 1:
+            raise WrongOption(option="chunk", expected="at least 1", value=chunk)
+        size = min(chunk or self.engine.chunk, self.engine.chunk, self.engine.rows)
+        width = self.engine.batch if chunk == 1 else 1
+        with self._lock:
+            self.engine.library.use_threads()
+            for start in range(0, len(batch), width):
+                group = batch[start : start + width]
+                sequences = [self.engine.pool.open() for _ in group]
+                try:
+                    for rows, columns, logits in _feed(self.engine, group, sequences, size, chunk == 1):
+                        yield slice(start + rows.start, start + rows.stop), columns, logits
+                finally:
+                    for sequence in sequences:
+                        self.engine.pool.close(sequence)
+
+
+def _feed(
+    engine: Engine, group: Ids, sequences: list[Sequence], size: int, stepwise: bool
+) -> Iterator[tuple[slice, slice, Logits]]:
+    """Prefill each sequence in pieces of `size`, or, `stepwise`, its first token, then decode all in step."""
+    tokens = group.shape[1]
+    for row, sequence in enumerate(sequences):
+        for begin in range(0, 1 if stepwise else tokens, size):
+            piece = group[row, begin : begin + size]
+            logits = engine.prefill(sequence, piece, last_only=False)
+            yield slice(row, row + 1), slice(begin, begin + len(piece)), logits[None]
+    for column in range(1, tokens if stepwise else 1):
+        yield slice(0, len(group)), slice(column, column + 1), engine.decode(sequences, group[:, column])[:, None]

@@ -1,0 +1,98 @@
+"""The part of `plan.json` that execution needs: the entry points and their arguments, in call order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, cast, get_args
+
+import numpy as np
+
+from moec.runtime.fields import Fields
+from moec.runtime.manifest import Manifest
+
+Kind = Literal["input", "weight", "cache", "workspace", "output"]
+SYMBOLS: Final = ("T", "R", "B", "B+1", "N")
+INPUTS: Final[dict[str, tuple[int | str, ...]]] = {
+    "ids": ("T",),
+    "seq": ("T",),
+    "pos": ("T",),
+    "pages": ("B", "N"),
+    "starts": ("B+1",),
+    "rows": ("R",),
+}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One tensor of a call. `shape` holds sizes and symbols: T tokens, R rows, B sequences, N pages each."""
+
+    name: str
+    kind: Kind
+    dtype: np.dtype[np.generic]
+    shape: tuple[int | str, ...]
+
+    def sizes(self, symbols: dict[str, int]) -> tuple[int, ...]:
+        """The shape with the symbols' values in it."""
+        return tuple(symbols[d] if isinstance(d, str) else d for d in self.shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An exported function of the kernel library: at most `max_tokens` tokens and `max_rows` rows of logits a call."""
+
+    symbol: str
+    max_tokens: int
+    max_rows: int
+    args: tuple[Argument, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Both entries, and the paged cache: `pages` pages of `page_size` tokens each."""
+
+    prefill: Entry
+    decode: Entry
+    page_size: int
+    pages: int
+
+
+def parse_plan(raw: bytes, file: str, manifest: Manifest) -> Plan:
+    """Read and check `plan.json` against the manifest's limits; raises MalformedFile."""
+    fields = Fields.parse(raw, file)
+    entries = fields.table("entries")
+    cache = fields.table("cache").dims("shape")
+    page_size = fields.integer("page_size", 1)
+    needed = manifest.batch * -(-manifest.context // page_size)
+    if len(cache) < 2 or not isinstance(cache[1], int) or cache[1] < needed:
+        raise fields.problem("cache.shape", f"has not the {needed} pages of {manifest.batch} full sequences")
+    decode = _entry(entries.table("decode"))
+    if decode.max_tokens < manifest.batch or decode.max_rows < manifest.batch:
+        raise fields.problem("entries.decode", f"takes less than the batch of {manifest.batch} sequences")
+    return Plan(_entry(entries.table("prefill")), decode, page_size, cache[1])
+
+
+def _entry(fields: Fields) -> Entry:
+    args = tuple(_argument(arg) for arg in fields.tables("args"))
+    if not any(arg.kind == "output" and arg.name == "logits" for arg in args):
+        raise fields.problem("args", "has no output logits")
+    return Entry(fields.text("symbol"), fields.integer("max_tokens", 1), fields.integer("max_rows", 1), args)
+
+
+def _argument(fields: Fields) -> Argument:
+    name, kind, shape = fields.text("name"), fields.text("kind"), fields.dims("shape")
+    if kind not in get_args(Kind):
+        raise fields.problem("kind", f"is {kind!r}, known: {', '.join(get_args(Kind))}")
+    if kind == "input" and name not in INPUTS:
+        raise fields.problem("name", f"is {name!r}, known inputs: {', '.join(INPUTS)}")
+    if kind == "input":
+        shape = INPUTS[name]
+    if kind in ("weight", "cache", "workspace") and not all(isinstance(d, int) for d in shape):
+        raise fields.problem("shape", f"of a {kind} must be numbers")
+    for dim in shape:
+        if isinstance(dim, str) and dim not in SYMBOLS:
+            raise fields.problem("shape", f"has an unknown size {dim!r}, known: {', '.join(SYMBOLS)}")
+    try:
+        dtype = np.dtype(fields.text("dtype"))
+    except TypeError:
+        raise fields.problem("dtype", f"is {fields.data['dtype']!r}, no numpy type") from None
+    return Argument(name, cast(Kind, kind), dtype, shape)

@@ -1,0 +1,144 @@
+"""Text to tokens and back with the model's own tokenizer files, in Hugging Face's layout."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from moec.runtime.errors import ChatTemplateFails, NoChatTemplate, NoTokenizer, WrongTokenizer
+
+_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """`tokenizer.json` with what `tokenizer_config.json` and `chat_template.jinja` beside it add."""
+
+    def __init__(self, folder: Path, artifact: str) -> None:
+        """Load the files in `folder`; `artifact` names them in messages. Raises NoTokenizer or WrongTokenizer."""
+        from tokenizers import Tokenizer as Fast
+
+        self._folder = folder
+        self._artifact = artifact
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise NoTokenizer(path=artifact, advice="give token ids (--prompt-ids)")
+        try:
+            self._fast: Any = Fast.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception for every problem
+            raise WrongTokenizer(file=file, problem=f"does not load ({error})") from None
+        self._config = self._read_config()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with the special tokens that the model expects around it."""
+        ids: list[int] = self._fast.encode(text, add_special_tokens=True).ids
+        first = self._fast.token_to_id(self._special("bos_token") or "")
+        if self._config.get("add_bos_token") is True and first is not None and ids[:1] != [first]:
+            ids.insert(0, first)
+        return ids
+
+    def encode_chat(self, message: str) -> list[int]:
+        """Token ids of a conversation that holds one user message, up to where the answer begins.
+
+        Raises NoChatTemplate or ChatTemplateFails.
+        """
+        text = self.render_chat([{"role": "user", "content": message}])
+        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """The text that the model's Jinja template makes of `messages`, in a sandbox: templates are untrusted."""
+        import jinja2
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def raise_exception(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = _to_json
+        special = {key: self._special(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        known = {key: value for key, value in special.items() if value is not None}
+        try:
+            template = environment.from_string(self._chat_template())
+            return template.render(messages=messages, add_generation_prompt=True, **known)
+        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+            raise ChatTemplateFails(path=self._artifact, why=str(error).partition("\n")[0]) from None
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._fast.decode(ids, skip_special_tokens=True)
+        return text
+
+    def stream(self) -> TextStream:
+        """Text token by token."""
+        return TextStream(self)
+
+    def _chat_template(self) -> str:
+        file = self._folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        template = self._config.get("chat_template")
+        if isinstance(template, list):
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        if not isinstance(template, str):
+            raise NoChatTemplate(path=self._artifact)
+        return template
+
+    def _special(self, key: str) -> str | None:
+        """A special token's text: the configuration has it as a string or as an object with `content`."""
+        value = self._config.get(key)
+        content = value.get("content") if isinstance(value, dict) else value
+        return content if isinstance(content, str) else None
+
+    def _read_config(self) -> dict[str, Any]:
+        file = self._folder / "tokenizer_config.json"
+        if not file.is_file():
+            return {}
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise WrongTokenizer(file=file, problem=f"is not JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise WrongTokenizer(file=file, problem="must be an object")
+        return config
+
+
+class TextStream:
+    """Turns tokens into text as they come: a character is given out once all its bytes are there.
+
+    What `push` and `finish` return, joined, is `decode` of all tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._begin = 0  # decoding starts here: one group of tokens back, for decoders that look at their neighbour
+        self._told = 0  # the text of the tokens before this was given out
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, often empty."""
+        self._ids.append(token)
+        text = self._pending()
+        if not text or text.endswith(_REPLACEMENT):
+            return ""  # perhaps the first bytes of a longer character
+        self._begin, self._told = self._told, len(self._ids)
+        return text
+
+    def finish(self) -> str:
+        """The rest: bytes that never became a character."""
+        text = self._pending()
+        self._begin = self._told = len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        before = self._tokenizer.decode(self._ids[self._begin : self._told])
+        return self._tokenizer.decode(self._ids[self._begin :])[len(before) :]
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
