@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .problem import Floats, Ints
 
@@ -73,24 +74,46 @@ def mutate(rng: np.random.Generator, loads: Floats, counts: Ints, copies: int) -
     Each neighbour moves one to four replicas from experts that have more than one to others, with a preference for
     heavy or light experts that is itself drawn.
     """
+    rows = len(counts)
+    total = rows * copies
     changed = np.repeat(counts, copies, axis=0)
-    total = len(changed)
-    row = np.arange(total)
-    tiny = np.finfo(np.float64).tiny
-    log_load = np.repeat(np.log(np.maximum(loads, loads.max(axis=1, keepdims=True) * 1e-9 + tiny)), copies, axis=0)
-    giving, taking = rng.choice(_EXPONENTS, size=(2, total, 1))
+    row = np.repeat(np.arange(rows), copies)
+    giver = _Lottery(loads, counts, counts > 1)
+    taker = _Lottery(loads, counts, np.ones_like(counts, dtype=bool))
+    kind = rng.integers(len(_EXPONENTS), size=(2, total))
     moves = np.minimum(rng.geometric(0.5, size=total), _MOST_MOVES)
+    sticky = rng.random(size=(2, total)) < 0.5
+    donors = giver.draw(rng, row, kind[0])
+    receivers = taker.draw(rng, row, kind[1])
     for move in range(_MOST_MOVES):
         on = np.flatnonzero(moves > move)
-        now = changed[on]
-        log_size = log_load[on] - np.log(now)
-        noise = rng.gumbel(size=now.shape)
-        donor = np.where(now > 1, noise - giving[on] * log_size, -np.inf).argmax(axis=1)
-        at = row[: len(on)]
-        attraction = noise[:, ::-1] + taking[on] * log_size
-        attraction[at, donor] = -np.inf
-        receiver = attraction.argmax(axis=1)
-        can = now[at, donor] > 1
+        if move:
+            fresh = on[~sticky[0, on]]
+            donors[fresh] = giver.draw(rng, row[fresh], kind[0, fresh])
+            fresh = on[~sticky[1, on]]
+            receivers[fresh] = taker.draw(rng, row[fresh], kind[1, fresh])
+        donor, receiver = donors[on], receivers[on]
+        can = (changed[on, donor] > 1) & (donor != receiver)
         changed[on[can], donor[can]] -= 1
         changed[on[can], receiver[can]] += 1
     return changed
+
+
+class _Lottery:
+    """Draws experts with probability proportional to a power of the size of their replicas, among those allowed."""
+
+    def __init__(self, loads: Floats, counts: Ints, allowed: NDArray[np.bool_]) -> None:
+        size = loads / counts
+        # Relative to the largest and kept from zero, so that no power overflows and experts without load take part.
+        size = np.maximum(size / np.maximum(size.max(axis=1, keepdims=True), np.finfo(np.float64).tiny), 1e-6)
+        weight = size[:, None, :] ** _EXPONENTS[None, :, None] * allowed[:, None, :]
+        reach = weight.cumsum(axis=2)
+        last = np.where(reach[..., -1:] > 0, reach[..., -1:], 1.0)
+        self.experts = counts.shape[1]
+        # Every (row, exponent) has its own unit interval on one line: a single sorted search serves all draws.
+        self.line = (reach / last + np.arange(reach[..., 0].size).reshape(reach.shape[:2])[..., None]).ravel()
+
+    def draw(self, rng: np.random.Generator, row: Ints, kind: Ints) -> Ints:
+        interval = row * len(_EXPONENTS) + kind
+        at = np.searchsorted(self.line, interval + rng.random(len(row)), side="right")
+        return np.asarray(np.clip(at - interval * self.experts, 0, self.experts - 1))

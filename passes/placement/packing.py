@@ -48,8 +48,16 @@ def replicas(loads: Floats, counts: Ints) -> tuple[Ints, Floats]:
 
 
 def pack(loads: Floats, counts: Ints, devices: int) -> Packing:
-    """Place the replicas: pairs of largest with smallest for two slots a device (optimal), largest first otherwise."""
-    expert, size = replicas(loads, counts)
+    """Place `counts` [rows, experts] replicas with even shares; see `pack_replicas`."""
+    return pack_replicas(*replicas(loads, counts), devices)
+
+
+def pack_replicas(expert: Ints, size: Floats, devices: int) -> Packing:
+    """Place replicas, largest first in each row: two arrays [rows, slots].
+
+    Pairs of largest with smallest for two slots a device (optimal for these sizes), otherwise each to the least
+    loaded device with a free slot.
+    """
     rows, slots = size.shape
     per_device = slots // devices
     if per_device == 2:

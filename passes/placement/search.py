@@ -12,6 +12,7 @@ import numpy as np
 
 from .counts import mutate, spread_widest, starting_counts
 from .packing import Packing, improve, pack
+from .pairs import anneal
 from .problem import Floats, Ints
 
 # Swaps go on until the greatest device load is this near the target (cheap); other replica counts are tried only for
@@ -38,7 +39,11 @@ def search(loads: Floats, devices: int, slots: int, target: Floats, *, seed: int
     improve(best, target * _POLISHED, _POLISH_SWAPS)
     state = _State(loads, devices, target, counts, best)
     state.try_starts(slots)
-    state.try_changes(np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    if slots == 2 * devices:
+        state.anneal_pairs(rng)
+    else:
+        state.try_changes(rng)
     return state.best
 
 
@@ -66,6 +71,11 @@ class _State:
             better = score < best_score
             best_score[better], best_counts[better] = score[better], counts[better]
         self._accept(rows, best_counts)
+
+    def anneal_pairs(self, rng: np.random.Generator) -> None:
+        rows = self.unfinished()
+        if len(rows):
+            self._accept(rows, anneal(rng, self.loads[rows], self.counts[rows]))
 
     def try_changes(self, rng: np.random.Generator) -> None:
         effort = 0

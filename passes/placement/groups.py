@@ -1,0 +1,135 @@
+"""Groups of experts bound to nodes, as node-limited routing wants it: each node is then a problem of its own.
+
+With G groups on N nodes every node hosts G / N whole groups, so that a token whose experts lie in few groups visits
+few nodes (DeepSeek-V3 technical report, arXiv 2412.19437, sec. 2.1.2 and 3.2). Which groups share a node decides the
+load of the fullest node, below which no packing inside the nodes can bring the greatest device load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from math import factorial
+
+import numpy as np
+
+from .bounds import lower_bound
+from .packing import Packing, improve, pack
+from .problem import Floats, Ints, Problem
+
+_MOST_PARTITIONS = 3000
+_TRIED_PARTITIONS = 4
+
+# Places sub-problems: (loads [rows, experts], devices, slots, target [rows]) -> packing.
+Solver = Callable[[Floats, int, int, Floats], Packing]
+
+
+def node_bound(problem: Problem, *, even: bool = True) -> Floats:
+    """Lower bound on the greatest device load of each layer when groups stay on one node; float64[layers].
+
+    The least, over all ways to spread the groups over the nodes, of the fullest node's own lower bound. Where the
+    ways are too many to list, a bound on the load of the fullest node alone.
+    """
+    layers, groups = problem.layers, problem.groups
+    grouped = problem.loads.reshape(layers, groups, -1)
+    devices, slots = problem.devices // problem.nodes, problem.slots // problem.nodes
+    whole = lower_bound(problem.loads, problem.devices, problem.slots, even=even)
+    if _number_of_partitions(groups, problem.nodes) > _MOST_PARTITIONS:
+        sums = np.sort(grouped.sum(axis=2), axis=1)
+        lightest_mates = sums[:, : groups // problem.nodes - 1].sum(axis=1)
+        return np.maximum(whole, (sums[:, -1] + lightest_mates) / devices)
+    # Nodes repeat between partitions: each set of groups is bounded once.
+    sets = list(combinations(range(groups), groups // problem.nodes))
+    index = {members: i for i, members in enumerate(sets)}
+    bounds = np.stack(
+        [lower_bound(grouped[:, members].reshape(layers, -1), devices, slots, even=even) for members in sets], axis=1
+    )
+    ways = np.array([[index[node] for node in way] for way in _partitions(groups, problem.nodes)])
+    return np.maximum(whole, bounds[:, ways].max(axis=2).min(axis=1))
+
+
+def place_groups(problem: Problem, bound: Floats, solve: Solver) -> Packing:
+    """Place every layer with its groups bound to nodes.
+
+    Spreads the groups over the nodes (the most even way first, and the way of largest-first packing, which is what
+    the greedy does), solves every node as a problem of its own with the layer's `bound` as the target, and tries
+    further ways for the layers that stay above it.
+    """
+    shape = (problem.layers, problem.devices, problem.slots_per_device)
+    best = Packing(np.zeros(shape, np.int64), np.full(shape, np.inf))
+    greatest = np.full(problem.layers, np.inf)
+    for homes, heaviest in _ways(problem):
+        rows = np.flatnonzero((greatest > bound * (1 + 1e-3)) & (heaviest < greatest))
+        if not len(rows):
+            continue
+        packing = _solve_nodes(problem, rows, homes[rows], bound[rows], solve)
+        now = packing.greatest
+        better = np.flatnonzero(now < greatest[rows])
+        best.replace(rows[better], packing.take(better))
+        greatest[rows[better]] = now[better]
+    return best
+
+
+def _solve_nodes(problem: Problem, rows: Ints, homes: Ints, bound: Floats, solve: Solver) -> Packing:
+    """Solve all nodes of the layers `rows`; `homes` int64[rows, nodes, groups per node] says who lives where."""
+    nodes = problem.nodes
+    size = problem.experts // problem.groups
+    # int64[rows * nodes, experts per node]: the experts of each node, by their number in the layer.
+    experts = (homes[..., None] * size + np.arange(size)).reshape(len(rows) * nodes, -1)
+    layer = np.repeat(rows, nodes)
+    packing = solve(
+        problem.loads[layer[:, None], experts], problem.devices // nodes, problem.slots // nodes, np.repeat(bound, nodes)
+    )
+    shape = (len(rows), problem.devices, problem.slots_per_device)
+    flat = packing.experts.reshape(len(experts), -1)
+    named = np.take_along_axis(experts, flat, axis=1).reshape(shape)
+    return Packing(named, packing.sizes.reshape(shape))
+
+
+def _ways(problem: Problem) -> Iterator[tuple[Ints, Floats]]:
+    """Ways to spread groups over nodes: int64[layers, nodes, groups per node], and the mean device load of the fullest.
+
+    The second value is a lower bound on what the way can lead to.
+    """
+    sums = problem.loads.reshape(problem.layers, problem.groups, -1).sum(axis=2)
+    devices = problem.devices // problem.nodes
+    layers = np.arange(problem.layers)[:, None, None]
+    largest_first = pack(sums, np.ones(sums.shape, np.int64), problem.nodes)
+    yield from (
+        (homes, sums[layers, homes].sum(axis=2).max(axis=1) / devices)
+        for homes in (*_most_even(problem, sums), largest_first.experts)
+    )
+
+
+def _most_even(problem: Problem, sums: Floats) -> Iterator[Ints]:
+    """The ways with the lightest fullest node, best first."""
+    groups, nodes = problem.groups, problem.nodes
+    if _number_of_partitions(groups, nodes) > _MOST_PARTITIONS:
+        packing = pack(sums, np.ones(sums.shape, np.int64), nodes)
+        improve(packing, sums.sum(axis=1) / nodes, steps=10 * groups)
+        yield packing.experts
+        return
+    ways = np.array(list(_partitions(groups, nodes)))
+    fullest = sums[:, ways].sum(axis=3).max(axis=2)
+    order = np.argsort(fullest, axis=1, kind="stable")
+    for k in range(min(_TRIED_PARTITIONS, len(ways))):
+        yield ways[order[:, k]]
+
+
+def _number_of_partitions(groups: int, nodes: int) -> int:
+    return factorial(groups) // (factorial(groups // nodes) ** nodes * factorial(nodes))
+
+
+def _partitions(groups: int, nodes: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """All ways to split `range(groups)` into `nodes` unordered sets of equal size."""
+
+    def split(left: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
+        if not left:
+            yield ()
+            return
+        for mates in combinations(left[1:], groups // nodes - 1):
+            rest = tuple(g for g in left[1:] if g not in mates)
+            for others in split(rest):
+                yield ((left[0], *mates), *others)
+
+    return split(tuple(range(groups)))
