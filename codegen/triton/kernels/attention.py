@@ -23,15 +23,16 @@ def load_latent(
     TO: tl.constexpr,
 ):
     """Latent [BN, DV] of the cache rows `slot[BN]` in TO; an FP8 cache is widened with its scale for every 128."""
-    BN: tl.constexpr = slot.shape[0]
-    rv = tl.arange(0, DV)
-    at = latent_ptr + slot[:, None] * LATENT_ROW + rv[None, :]
-    if SCALE_ROW == 0:
-        return tl.load(at, mask=inside[:, None], other=0.0)
-    groups = tl.arange(0, DV // 128)
-    latent = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + slot[:, None] * SCALE_ROW + groups[None, :], mask=inside[:, None], other=0.0)
-    return tl.reshape(tl.reshape(latent, (BN, DV // 128, 128)) * scale[:, :, None], (BN, DV)).to(TO)
+    at = latent_ptr + slot[:, None] * LATENT_ROW + tl.arange(0, DV)[None, :]
+    latent = tl.load(at, mask=inside[:, None], other=0.0)
+    if SCALE_ROW > 0:
+        BN: tl.constexpr = slot.shape[0]
+        G: tl.constexpr = DV // 128
+        scale_at = scale_ptr + slot[:, None] * SCALE_ROW + tl.arange(0, G)[None, :]
+        scale = tl.load(scale_at, mask=inside[:, None], other=0.0)
+        grouped = tl.reshape(latent.to(tl.float32), (BN, G, 128))
+        latent = tl.reshape(grouped * scale[:, :, None], (BN, DV)).to(TO)
+    return latent
 
 
 @triton.jit

@@ -160,7 +160,11 @@ def decode_split(fp8: bool) -> KernelSpec:
     signature = dict(SPLIT_SIGNATURE)
     if fp8:
         signature |= {"latent_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-    tiles: TileTable = on(FP8, any=Tile({"BH": 64, "BN": 64}, 8, 2))
+    many = {"BH": 64, "BN": 64}
+    tiles: TileTable = {
+        **on(("sm_90a",), any=Tile(many, 8, 2, spills=8 if fp8 else 0)),
+        **on(("sm_100a",), any=Tile(many, 8, 1) if fp8 else Tile({"BH": 64, "BN": 32}, 8, 2)),
+    }
     if not fp8:
         small = {"BH": 16, "BN": 32}
         tiles = {**tiles, **on(("sm_80",), any=Tile(small, 4, 2)), **on(("gfx942",), any=Tile(small, 4, 1))}

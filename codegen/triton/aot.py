@@ -1,0 +1,242 @@
+"""Compiles kernels ahead of time, for machines that are not there: in parallel, cached by content, checked.
+
+    compiled = compile_kernels(instances("sm_90a"))
+    write(compiled, Path("out/kernels"))
+
+Needs Triton and no GPU, driver or torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from moec.codegen.triton import cache
+from moec.codegen.triton.arch import architecture
+from moec.codegen.triton.errors import CheckFailed, CompileFailed, TritonMissing
+from moec.codegen.triton.facts import problems
+from moec.codegen.triton.spec import Instance
+
+# Part of every cache key: raised when what is stored, or how it is compiled, changes.
+FORMAT = 1
+KERNELS = Path(__file__).parent / "kernels"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as compiled: its binary (cubin or hsaco), its assembly, and what is known about both."""
+
+    instance: Instance
+    binary: bytes
+    assembly: bytes
+    facts: dict[str, Any]
+    cached: bool
+
+    @property
+    def seconds(self) -> float:
+        """What compiling took, when it was done."""
+        return float(self.facts["seconds"])
+
+    @property
+    def spills_listed(self) -> bool:
+        return 0 < self.facts["spill_stores"] <= self.instance.tile.spills
+
+    def problems(self) -> list[str]:
+        """What fails of: tensor instruction, spills, shared memory, serialised wgmma."""
+        instance = self.instance
+        return problems(self.facts, architecture(instance.arch), instance.spec.tensor_core, instance.tile.spills)
+
+    def file_names(self) -> tuple[str, str]:
+        binary, assembly = ("cubin", "ptx") if architecture(self.instance.arch).nvidia else ("hsaco", "amdgcn")
+        return f"{self.instance.name}.{binary}", f"{self.instance.name}.{assembly}"
+
+    def record(self) -> dict[str, Any]:
+        """The kernel's entry in kernels.json; `launch` is what a loader needs beside the binary."""
+        binary, assembly = self.file_names()
+        instance = self.instance
+        return {
+            "name": instance.name,
+            "ops": list(instance.spec.ops),
+            "cubin": binary,
+            "ptx": assembly,
+            "registers": self.facts["registers"],
+            "spill_stores": self.facts["spill_stores"],
+            "spills_listed": self.spills_listed,
+            "shared_bytes": self.facts["shared_bytes"],
+            "tensor_instruction": self.facts["tensor_instruction"],
+            "launch": {
+                "arch": instance.arch,
+                "symbol": self.facts["symbol"],
+                "threads": self.facts["threads"],
+                "global_scratch": self.facts["global_scratch"],
+                "parameters": [[name, kind, name in aligned(instance)] for name, kind in instance.signature.items()],
+                "tensor_maps": self.facts["tensor_maps"],
+                "constants": instance.constants,
+                "grid": list(instance.spec.grid),
+                "sha256": cache.digest(self.binary),
+            },
+        }
+
+
+def aligned(instance: Instance) -> set[str]:
+    """Arguments that are multiples of 16: all pointers, and the sizes that the spec names."""
+    pointers = {name for name, kind in instance.signature.items() if kind.startswith("*")}
+    return pointers | {name for name in instance.spec.aligned if name in instance.signature}
+
+
+@lru_cache(maxsize=64)
+def source_of(module: str) -> str:
+    """The text of a kernel module and, after it, of the kernel modules that it imports."""
+    text = (KERNELS / f"{module}.py").read_text()
+    used = re.findall(r"^from moec\.codegen\.triton\.kernels\.(\w+) import", text, re.MULTILINE)
+    return text + "".join(source_of(name) for name in sorted(set(used)))
+
+
+def triton_version() -> str:
+    """Raises TritonMissing."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        raise TritonMissing() from None
+
+
+def request_of(instance: Instance) -> dict[str, Any]:
+    """All that decides the compiled result, with its hash as `key`."""
+    content = {
+        "format": FORMAT,
+        "triton": triton_version(),
+        "arch": instance.arch,
+        "function": instance.spec.function,
+        "source": hashlib.sha256(source_of(instance.spec.function.partition(":")[0]).encode()).hexdigest(),
+        "signature": instance.signature,
+        "constants": instance.constants,
+        "aligned": sorted(aligned(instance)),
+        "num_warps": instance.tile.num_warps,
+        "num_stages": instance.tile.num_stages,
+    }
+    # Order of arguments decides parameters: the signature is hashed as it stands, not sorted.
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return {**content, "key": key, "kernel": instance.spec.name}
+
+
+class Worker:
+    """A compiler process; the next request after a crash starts a new one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.scratch = tempfile.TemporaryDirectory(prefix="moec-triton-")
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> subprocess.Popen[str]:
+        """No line information and a scratch cache of its own: the result depends on nothing but the request."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+        environment |= {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": self.scratch.name}
+        command = [sys.executable, "-m", "moec.codegen.triton.compiler", str(self.folder)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def compile(self, request: dict[str, Any]) -> str:
+        """Sends one request; what went wrong, or nothing."""
+        if self.process is None:
+            self.process = self.start()
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if line:
+            return str(json.loads(line).get("error", ""))
+        status = self.process.wait()
+        self.process = None
+        return f"the compiler's process ended with status {status}"
+
+    def close(self) -> None:
+        if self.process is not None:
+            assert self.process.stdin and self.process.stdout
+            self.process.stdin.close()
+            self.process.wait()
+            self.process.stdout.close()
+        self.scratch.cleanup()
+
+
+def compile_missing(requests: Sequence[dict[str, Any]], folder: Path, jobs: int) -> dict[str, str]:
+    """Compiles into the cache with `jobs` processes; the errors by key."""
+    waiting: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    for request in requests:
+        waiting.put(request)
+    errors: dict[str, str] = {}
+
+    def work() -> None:
+        worker = Worker(folder)
+        try:
+            while True:
+                request = waiting.get_nowait()
+                if error := worker.compile(request):
+                    errors[request["key"]] = error
+        except queue.Empty:
+            return
+        finally:
+            worker.close()
+
+    count = max(1, min(jobs, len(requests)))
+    with ThreadPoolExecutor(count) as pool:
+        for done in [pool.submit(work) for _ in range(count)]:
+            done.result()
+    return errors
+
+
+def compile_kernels(
+    wanted: Sequence[Instance], *, jobs: int = 2, folder: Path | None = None, strict: bool = True
+) -> list[Compiled]:
+    """The kernels, in order, from the cache in `folder` (the user's without it) or compiled into it.
+
+    Raises CompileFailed, TritonMissing, and with `strict` CheckFailed for a kernel with `problems()`.
+    """
+    home = folder or cache.default_folder()
+    requests = [request_of(instance) for instance in wanted]
+    found = {r["key"]: cache.load(home, r["key"]) for r in requests}
+    missing = {r["key"]: r for r in requests if found[r["key"]] is None}
+    errors = compile_missing(list(missing.values()), home, jobs) if missing else {}
+    results = []
+    for instance, request in zip(wanted, requests, strict=True):
+        key = request["key"]
+        if key in errors:
+            raise CompileFailed(name=instance.name, arch=instance.arch, reason=errors[key])
+        entry = found[key] or cache.load(home, key)
+        if entry is None:
+            raise CompileFailed(name=instance.name, arch=instance.arch, reason=f"nothing was written to {home}")
+        facts, files = entry
+        compiled = Compiled(instance, files["binary"], files["assembly"], facts, key not in missing)
+        if strict and (wrong := compiled.problems()):
+            raise CheckFailed(name=instance.name, arch=instance.arch, problems="; ".join(wrong))
+        results.append(compiled)
+    return results
+
+
+def write(compiled: Sequence[Compiled], folder: Path) -> list[dict[str, Any]]:
+    """Writes binaries, assembly, the kernels' sources and kernels.json into `folder`; gives the records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for kernel in compiled:
+        binary, assembly = kernel.file_names()
+        (folder / binary).write_bytes(kernel.binary)
+        (folder / assembly).write_bytes(kernel.assembly)
+        records.append(kernel.record())
+    beside = folder / ".kernels.json.new"
+    beside.write_text(json.dumps(records, indent=1) + "\n")
+    os.replace(beside, folder / "kernels.json")
+    return records

@@ -1,0 +1,231 @@
+"""Compilation without a GPU: what comes out, that it is the same every time, its cache and its checks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moec.codegen.triton import aot, cache
+from moec.codegen.triton.arch import ARCHITECTURES, architecture
+from moec.codegen.triton.errors import (
+    CheckFailed,
+    CompileFailed,
+    UnknownArchitecture,
+    UnknownKernel,
+    UnknownShapeClass,
+    UnmetRequirement,
+    UnsupportedKernel,
+)
+from moec.codegen.triton.facts import problems
+from moec.codegen.triton.spec import Instance, Tile, instances, kernel, registry, serving
+
+
+def few() -> list[Instance]:
+    return [
+        kernel("fp8_gemm").instance("sm_90a", "decode"),
+        kernel("fp8_gemm_tma").instance("sm_90a", "decode"),
+        kernel("quantise").instance("sm_90a"),
+        kernel("bf16_gemm").instance("sm_80", "decode"),
+        kernel("embedding").instance("sm_100a"),
+        kernel("swiglu").instance("gfx942"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def compiled(folder: Path) -> list[aot.Compiled]:
+    return aot.compile_kernels(few(), folder=folder, jobs=1)
+
+
+def test_binaries_and_instructions(compiled: list[aot.Compiled]) -> None:
+    assert all(k.binary[:4] == b"\x7fELF" for k in compiled)
+    found = {(k.instance.arch, k.instance.name): k.facts["tensor_instruction"] for k in compiled}
+    assert found["sm_90a", "fp8_gemm.decode"] == "wgmma"
+    assert found["sm_80", "bf16_gemm.decode"] == "mma"
+    assert found["sm_90a", "quantise"] is None
+    assert b"e4m3.e4m3" in compiled[0].assembly
+    assert all(k.facts["registers"] > 0 and k.facts["threads"] >= 32 for k in compiled)
+
+
+def test_facts_agree_with_cuobjdump(compiled: list[aot.Compiled], tmp_path: Path) -> None:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    for k in compiled[:4]:
+        file = tmp_path / "kernel.cubin"
+        file.write_bytes(k.binary)
+        told = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+        assert f"Function {k.facts['symbol']}:" in told
+        assert f"REG:{k.facts['registers']} " in told
+
+
+def test_parameters_follow_the_signature(compiled: list[aot.Compiled]) -> None:
+    """Every argument in order and two pointers at the end; a descriptor is a map, two sizes and two strides."""
+    plain, descriptors = compiled[0], compiled[1]
+    assert plain.facts["parameters"] == len(plain.instance.signature) + 2
+    assert descriptors.facts["parameters"] == 6 + 2 * 5 + 2
+    assert [m["box"] for m in descriptors.facts["tensor_maps"]] == [[64, 128], [64, 128]]
+
+
+def test_second_time_from_cache(compiled: list[aot.Compiled], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a compiler was started")
+
+    monkeypatch.setattr(aot.Worker, "start", refuse)
+    again = aot.compile_kernels(few(), folder=folder)
+    assert all(k.cached for k in again)
+    assert [k.binary for k in again] == [k.binary for k in compiled]
+
+
+def test_same_bytes_from_another_cache(compiled: list[aot.Compiled], tmp_path: Path) -> None:
+    fresh = aot.compile_kernels(few()[:3], folder=tmp_path, jobs=2)
+    assert not any(k.cached for k in fresh)
+    assert [k.binary for k in fresh] == [k.binary for k in compiled[:3]]
+    assert [k.assembly for k in fresh] == [k.assembly for k in compiled[:3]]
+    assert [k.record() for k in fresh] == [k.record() for k in compiled[:3]]
+
+
+def test_damaged_entry_is_made_again(compiled: list[aot.Compiled], folder: Path) -> None:
+    embedding = few()[4]
+    entry = cache.place(folder, aot.request_of(embedding)["key"])
+    for damage in (b"", b"\x7fELF but not all of it"):
+        (entry / "binary").write_bytes(damage)
+        mended = aot.compile_kernels([embedding], folder=folder)[0]
+        assert not mended.cached
+        assert mended.binary == compiled[4].binary
+
+
+def test_many_writers_of_one_entry(tmp_path: Path) -> None:
+    files = {"binary": b"1" * 100_000, "assembly": b"2"}
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(cache.store, tmp_path, "ab12", {"n": 1}, files) for _ in range(40)]:
+            done.result()
+    found = cache.load(tmp_path, "ab12")
+    assert found is not None
+    assert found[1] == files
+    assert [p.name for p in cache.place(tmp_path, "ab12").parent.iterdir()] == ["ab12"]
+
+
+def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEC_CACHE_DIR", str(tmp_path))
+    assert cache.default_folder() == tmp_path / "gpu-kernels"
+    monkeypatch.delenv("MOEC_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.default_folder() == tmp_path / "moec" / "gpu-kernels"
+
+
+def test_key_follows_what_decides_the_result() -> None:
+    base = kernel("fp8_gemm").instance("sm_90a", "decode")
+    others = [
+        kernel("fp8_gemm").instance("sm_90a", "prefill"),
+        kernel("fp8_gemm").instance("sm_100a", "decode"),
+        kernel("fp8_gemm").instance("sm_90a", "decode", K=7168 + 16),
+        replace(base, types={"c_ptr": "*fp32"}),
+        replace(base, tile=replace(base.tile, num_stages=2)),
+    ]
+    keys = [aot.request_of(i)["key"] for i in (base, *others)]
+    assert len(set(keys)) == len(keys)
+    # M is a run-time argument: no size of it needs a kernel of its own.
+    assert aot.request_of(kernel("fp8_gemm").instance("sm_90a", "decode", M=9))["key"] == keys[0]
+
+
+def test_written_folder(compiled: list[aot.Compiled], tmp_path: Path) -> None:
+    aot.write(compiled[:3], tmp_path)
+    records = json.loads((tmp_path / "kernels.json").read_text())
+    fields = ("name", "ops", "cubin", "ptx", "registers", "spill_stores", "spills_listed", "shared_bytes")
+    for record, k in zip(records, compiled, strict=False):
+        assert all(field in record for field in (*fields, "tensor_instruction"))
+        assert (tmp_path / record["cubin"]).read_bytes() == k.binary
+        assert (tmp_path / record["ptx"]).read_bytes() == k.assembly
+        assert cache.digest(k.binary) == record["launch"]["sha256"]
+
+
+GOOD = {"tensor_instruction": "wgmma", "spill_stores": 0, "shared_bytes": 1024, "serialised": False, "registers": 168, "threads": 384}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, ""),
+        ({"tensor_instruction": "mma"}, "wgmma expected, mma found"),
+        ({"tensor_instruction": None}, "wgmma expected, no tensor instruction found"),
+        ({"spill_stores": 16}, "16 bytes of spill stores, 8 listed"),
+        ({"spill_stores": 8}, ""),
+        ({"shared_bytes": 227 * 1024 + 1}, "shared memory, 232448 are there"),
+        ({"registers": 255}, "98304 registers for a block, 65536 are there"),
+        ({"serialised": True}, "ptxas serialises its wgmma"),
+    ],
+)
+def test_checks(change: dict[str, Any], said: str) -> None:
+    found = "; ".join(problems({**GOOD, **change}, architecture("sm_90a"), True, 8))
+    assert said in found
+    assert bool(said) == bool(found)
+
+
+def test_bad_tile_fails_its_check(folder: Path) -> None:
+    """16 rows are too few for wgmma: the kernel compiles to mma, and the check says so."""
+    narrow = replace(
+        kernel("bf16_gemm").instance("sm_90a", "decode"), tile=Tile({"BM": 16, "BN": 64, "BK": 64, "GROUP_M": 8})
+    )
+    with pytest.raises(
+        CheckFailed, match=r"'bf16_gemm\.decode' for sm_90a fails its checks: wgmma expected, mma found"
+    ):
+        aot.compile_kernels([narrow], folder=folder)
+
+
+def test_kernel_that_does_not_compile(folder: Path) -> None:
+    odd = replace(kernel("embedding").instance("sm_90a"), tile=Tile({"BLOCK": 1000}))
+    with pytest.raises(CompileFailed, match=r"'embedding' does not compile for sm_90a: .*power of 2") as caught:
+        aot.compile_kernels([odd], folder=folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_use_is_one_line() -> None:
+    with pytest.raises(
+        UnsupportedKernel, match="'fp8_gemm' does not run on sm_80: it needs FP8 .*; use 'bf16_gemm' there"
+    ):
+        kernel("fp8_gemm").instance("sm_80")
+    with pytest.raises(UnknownArchitecture, match=r"'sm_90' .*did you mean sm_90a"):
+        instances("sm_90")
+    with pytest.raises(UnknownKernel, match=r"'fp8_gem' .*did you mean fp8_gemm"):
+        kernel("fp8_gem")
+    with pytest.raises(UnknownShapeClass, match=r"'decod' on sm_90a \(did you mean decode\?\)"):
+        kernel("fp8_gemm").instance("sm_90a", "decod")
+    with pytest.raises(UnmetRequirement, match=r"needs 'INNER % 128 == 0', which does not hold for {'INNER': 192}"):
+        kernel("grouped_fp8_swiglu_masked").instance("sm_90a", INNER=192)
+
+
+def test_every_fallback_runs_where_it_is_needed() -> None:
+    for spec in registry().values():
+        for arch in set(ARCHITECTURES) - set(spec.tiles):
+            if spec.fallback:
+                chain = kernel(spec.fallback)
+                while arch not in chain.tiles and chain.fallback:
+                    chain = kernel(chain.fallback)
+                assert arch in chain.tiles, (spec.name, arch)
+                assert set(chain.ops) & set(spec.ops), (spec.name, chain.name)
+
+
+@pytest.mark.parametrize("op", ["linear", "moe.experts", "attn.mla_absorbed", "attn.mla", "norm.rms", "rope", "cache.append",
+                                "moe.route", "embed"])  # fmt: skip
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_ops_have_a_kernel_everywhere(op: str, arch: str) -> None:
+    assert serving(op, arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_all_kernels_compile_and_pass(arch: str, folder: Path) -> None:
+    results = aot.compile_kernels(instances(arch), folder=folder)
+    names = [k.instance.name for k in results]
+    assert len(set(names)) == len(names)
