@@ -104,7 +104,7 @@ def calibration_text(target: Target) -> str:
         if family != section:
             lines.append(f"  {family}:")
             section = family
-        value = units.show(float(f"{parameter.value:.4g}"), known.dimension, "row" if name == "rows" else "SM")
+        value = units.show(float(f"{parameter.value:.4g}"), known.dimension, "SM" if name == "sms" else "row")
         source = json.dumps(parameter.source)
         lines.append(f"    {name}: {{value: {value}, kind: {parameter.kind}, source: {source}}}")
     return "\n".join(lines) + "\n"

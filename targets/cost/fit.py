@@ -48,7 +48,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family(
         "gemm fp8_block",
         lambda r: r["op"] == "gemm" and r["dtype"] == "fp8_block",
-        _all("gemm_fp8", "floor") + _all("quantise"),
+        _all("gemm_fp8") + _all("quantise"),
     ),
     Family(
         "mla_decode bf16",
@@ -128,10 +128,11 @@ def fit_family(target: Target, family: Family, rows: Sequence[Row], source: str)
     import numpy as np
     from scipy.optimize import least_squares
 
-    if family.name == "gemm fp8_block":
-        # Rows that always hold both kernels cannot tell their floors apart: the product's is that of a BF16 product.
-        target = with_values(target, {"calibration.gemm_fp8.floor": _value(target, "gemm_bf16.floor")}, source)
-    start = {path: max(target.calibration[path].value, _EPSILON) for path in family.parameters}
+    names = family.parameters
+    if all(row.get("quantise_a") for row in rows):
+        # Rows that always hold both kernels cannot tell their floors apart: the product's stays as it is.
+        names = tuple(name for name in names if name != "calibration.gemm_fp8.floor")
+    start = {path: max(target.calibration[path].value, _EPSILON) for path in names}
     measured = np.log([row["time_us"] for row in rows])
 
     def tried(logs: Any) -> Target:
@@ -161,10 +162,6 @@ def _forward_differences(residuals: Callable[[Any], Any], step: float = 2e-3) ->
         return np.stack([(residuals(logs + step * unit) - base) / step for unit in np.eye(len(logs))], axis=1)
 
     return jacobian
-
-
-def _value(target: Target, name: str) -> float:
-    return target.calibration[f"calibration.{name}"].value
 
 
 def _log_ratio(limit: float, value: float) -> float:
