@@ -12,7 +12,7 @@ from moec.codegen.tvm.blocking import PAD, Blocking, blocking
 from moec.codegen.tvm.decode import decoder
 from moec.codegen.tvm.formats import ROWS, Format
 from moec.codegen.tvm.gemv import PREFETCH_BYTES, STEP, prefetch
-from moec.codegen.tvm.tir import Kernel, Machine, Param, const, kernel_body, splat
+from moec.codegen.tvm.tir import Kernel, Machine, Param, assign, const, kernel_body, variables
 
 
 @cache
@@ -87,21 +87,21 @@ def panel_product(machine: Machine) -> Kernel:
 
 def _register_tile(panel: Any, x: Any, c: Any, first: Any, mr: int, k: Any, sizes: Blocking, lanes: int) -> None:
     vectors, columns, ldx = sizes.vectors, sizes.columns, sizes.kc + PAD
-    acc = T.alloc_buffer((mr * vectors,), f"float32x{lanes}", scope="local")
+    acc = variables(mr * vectors, f"float32x{lanes}")
 
     def at(r: int, h: int) -> Any:
         return (first + r) * columns + h * lanes
 
     for r in range(mr):
         for h in range(vectors):
-            T.buffer_store(acc, c.vload([at(r, h)], f"float32x{lanes}"), [r * vectors + h])
+            assign(acc[r * vectors + h], c.vload([at(r, h)], f"float32x{lanes}"))
     with T.serial(0, k) as kk:
         b = [T.Bind(panel.vload([kk * columns + h * lanes], f"float32x{lanes}")) for h in range(vectors)]
         for r in range(mr):
             a = T.Bind(T.broadcast(x[(first + r) * ldx + kk], lanes))
             for h in range(vectors):
                 i = r * vectors + h
-                T.buffer_store(acc, acc[i] + a * b[h], [i])
+                assign(acc[i], acc[i][0] + a * b[h])
     for r in range(mr):
         for h in range(vectors):
-            T.buffer_store(c, acc[r * vectors + h], [T.ramp(at(r, h), 1, lanes)])
+            T.buffer_store(c, acc[r * vectors + h][0], [T.ramp(at(r, h), 1, lanes)])

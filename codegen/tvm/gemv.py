@@ -14,7 +14,7 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm.decode import decoder
 from moec.codegen.tvm.formats import ROWS, Format
-from moec.codegen.tvm.tir import Kernel, Machine, Param, kernel_body, splat
+from moec.codegen.tvm.tir import Kernel, Machine, Param, assign, kernel_body, splat, variables
 
 PREFETCH_BYTES = 4096
 STEP = 8  # k of one iteration, a divisor of every format's k_multiple
@@ -43,16 +43,16 @@ def row_lane(fmt: Format, m: int, machine: Machine) -> Kernel:
     params += [("x", "float32", (1 << 30,)), ("out", "float32", (m * ROWS,)), ("ldx", "int32"), ("k", "int32")]
     with kernel_body(kernel, params) as args:
         w, *scales, x, out, ldx, k = args
-        acc = T.alloc_buffer((len(sums) * copies,), vtype, scope="local")
+        acc = variables(len(sums) * copies, vtype)
 
         def clear() -> None:
-            for i in range(len(sums) * copies):
-                T.buffer_store(acc, splat(0.0, lanes), [i])
+            for a in acc:
+                assign(a, splat(0.0, lanes))
 
         def total(i: int) -> Any:
-            value = acc[i * copies]
+            value = acc[i * copies][0]
             for c in range(1, copies):
-                value = value + acc[i * copies + c]
+                value = value + acc[i * copies + c][0]
             return value
 
         def store(i: int, value: Any) -> None:
@@ -77,21 +77,21 @@ def row_lane(fmt: Format, m: int, machine: Machine) -> Kernel:
                         a = T.Bind(T.broadcast(x[r * ldx + k0 + kk], lanes))
                         for h in range(vectors):
                             i = sums.index((h, r)) * copies + kk % copies
-                            T.buffer_store(acc, acc[i] + parts[h][b] * a, [i])
+                            assign(acc[i], acc[i][0] + parts[h][b] * a)
 
         if fmt.scale_block:
-            totals = T.alloc_buffer((len(sums),), vtype, scope="local")
-            for i in range(len(sums)):
-                T.buffer_store(totals, splat(0.0, lanes), [i])
+            totals = variables(len(sums), vtype)
+            for t in totals:
+                assign(t, splat(0.0, lanes))
             with T.serial(0, k // fmt.scale_block) as block:
                 clear()
                 with T.serial(0, fmt.scale_block // STEP) as step:
                     accumulate(block * fmt.scale_block + step * STEP)
                 s = T.Bind(T.broadcast(scales[0][block], lanes))
                 for i in range(len(sums)):
-                    T.buffer_store(totals, totals[i] + total(i) * s, [i])
+                    assign(totals[i], totals[i][0] + total(i) * s)
             for i in range(len(sums)):
-                store(i, totals[i])
+                store(i, totals[i][0])
         else:
             clear()
             with T.serial(0, k // STEP) as step:

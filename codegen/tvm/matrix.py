@@ -19,7 +19,18 @@ from moec.codegen.tvm.decode import decoder
 from moec.codegen.tvm.formats import ROWS, Format
 from moec.codegen.tvm.gemm import copy_row, panel_product, unpack_tile
 from moec.codegen.tvm.gemv import row_lane
-from moec.codegen.tvm.tir import Kernel, Machine, Param, call, const, kernel_body, parallel_kernel, splat
+from moec.codegen.tvm.tir import (
+    Kernel,
+    Machine,
+    Param,
+    assign,
+    call,
+    const,
+    kernel_body,
+    parallel_kernel,
+    splat,
+    variables,
+)
 
 UNBOUNDED = (1 << 40,)
 SERIAL_PRODUCTS = 1 << 16  # below this many multiplications a second core costs more than it saves
@@ -148,13 +159,13 @@ class _Worker:
     def _groups(self) -> None:
         """Walk the groups; this core's share of the summed cost falls on some panels of each."""
         part, parts = (T.Cast("int64", self.args[p]) for p in ("part", "parts"))
-        passed = T.alloc_buffer((1,), "int64", scope="local")
-        T.buffer_store(passed, const(0, "int64"), [0])
+        (passed,) = variables(1, "int64")
+        assign(passed, const(0, "int64"))
         with T.serial(0, self.problem.groups) as g:
-            T.buffer_store(passed, passed[0] + self._panel_cost(g) * self.panels, [0])
+            assign(passed, passed[0] + self._panel_cost(g) * self.panels)
         total = T.Bind(passed[0])
         low, high = T.Bind(part * total // parts), T.Bind((part + 1) * total // parts)
-        T.buffer_store(passed, const(0, "int64"), [0])
+        assign(passed, const(0, "int64"))
         with T.serial(0, self.problem.groups) as g:
             cost = T.Bind(self._panel_cost(g))
 
@@ -163,7 +174,7 @@ class _Worker:
                 return T.Bind(T.Cast("int32", (inside + cost - 1) // T.max(cost, const(1, "int64"))))
 
             first, last = panel(low), panel(high)
-            T.buffer_store(passed, passed[0] + cost * self.panels, [0])
+            assign(passed, passed[0] + cost * self.panels)
             with T.If(first < last), T.Then():
                 self._group(g, T.Bind(self.rows.count(g)), first, last)
 

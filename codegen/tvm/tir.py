@@ -16,9 +16,6 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 
-CPU = 1  # DLPack's device type
-
-
 @dataclass(frozen=True)
 class Machine:
     """What a kernel builder needs to know of the CPU, taken from the target description."""
@@ -34,6 +31,9 @@ class Machine:
     def tvm_target(self) -> Any:
         """The TVM target; string targets are refused by TVM 0.27."""
         config: dict[str, Any] = {"kind": "llvm", "mcpu": self.mcpu, "num-cores": self.cores}
+        # TVM makes each buffer variable an alias class of its own. Where LLVM inlines one kernel into another, the same
+        # memory then has two classes, and stores of the one move past loads of the other: such analysis has to be off.
+        config["cl-opt"] = ["-enable-tbaa:bool=0"]
         if self.triple:
             config["mtriple"] = self.triple
         return tvm.target.Target(config)
@@ -67,6 +67,20 @@ def splat(value: float | int, lanes: int, dtype: str = "float32") -> Any:
     return T.broadcast(const(value, dtype), lanes)
 
 
+def variables(count: int, dtype: str) -> list[Any]:
+    """`count` mutable variables (one-element buffers), which LLVM keeps in registers where it can.
+
+    TVM puts memory of the scope "global" on the stack as long as one allocation stays below 1 KiB, which 28 sums of 512 bits
+    together would not; "local" goes to its workspace pool, which private functions cannot reach.
+    """
+    return [T.alloc_buffer((1,), dtype, scope="global") for _ in range(count)]
+
+
+def assign(variable: Any, value: Any) -> None:
+    """Set one of `variables`."""
+    T.buffer_store(variable, value, [0])
+
+
 def call(kernel: Kernel, *args: Any) -> None:
     """Emit a call of `kernel` inside the program function: pointers by `T.address_of`, scalars as int32 expressions."""
     T.evaluate(T.Call(kernel.gvar, list(args), ret_ty="int32"))
@@ -79,22 +93,19 @@ Param = tuple[str, str] | tuple[str, str, Sequence[int]]
 @contextmanager
 def kernel_body(kernel: Kernel, params: Sequence[Param]) -> Iterator[list[Any]]:
     """Build `kernel.func`: yields one scalar variable or buffer per parameter, in order."""
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True, is_private=True):
-            T.func_name(kernel.name)
-            T.func_attr({"tirx.noalias": True})
-            T.func_ret(tvm.ir.PrimType("int32"))
-            raw = []
-            for p in params:
-                raw.append(T.arg(p[0], T.handle(p[1], "global") if len(p) == 3 else getattr(T, p[1])()))
-            # Sub-views of a row need not start on a vector boundary: promise element alignment only.
-            # The packed-function wrapper would set the device; without it TVM cannot place a kernel's local memory.
-            with T.attr({"device_id": const(0), "device_type": const(CPU)}):
-                yield [
-                    T.decl_buffer(tuple(p[2]), p[1], data=v, align=4) if len(p) == 3 else v
-                    for p, v in zip(params, raw, strict=True)
-                ]
-                T.Return(const(0))
+    with IRBuilder() as builder, T.prim_func(s_tir=True, is_private=True):
+        T.func_name(kernel.name)
+        # No "tirx.noalias": kernels may work in place.
+        T.func_ret(tvm.ir.PrimType("int32"))
+        raw = []
+        for p in params:
+            raw.append(T.arg(p[0], T.handle(p[1], "global") if len(p) == 3 else getattr(T, p[1])()))
+        # Sub-views of a row need not start on a vector boundary: promise element alignment only.
+        yield [
+            T.decl_buffer(tuple(p[2]), p[1], data=v, align=4) if len(p) == 3 else v
+            for p, v in zip(params, raw, strict=True)
+        ]
+        T.Return(const(0))
     kernel.func = builder.get()
 
 
@@ -130,7 +141,4 @@ def build_module(kernels: Sequence[Kernel], programs: dict[str, Any]) -> Any:
 
 def compile_module(module: Any, machine: Machine) -> Any:
     """The compiled library of `build_module`'s result."""
-    # Storage rewriting would hoist a kernel's local memory out of the attributes that `kernel_body` puts around it; the
-    # kernels reuse their memory themselves.
-    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        return tvm.compile(module, target=machine.tvm_target())
+    return tvm.compile(module, target=machine.tvm_target())

@@ -1,0 +1,40 @@
+"""Random packed weights with their exact values in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moec.codegen.tvm.formats import BF16, F32, Format, pack
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A packed matrix (or stack), the kernel operands that hold it, and what it stands for."""
+
+    operands: tuple[torch.Tensor, ...]  # packed lanes and, for scaled formats, scales
+    values: torch.Tensor  # float64 [..., N, K]
+
+
+def random_weight(fmt: Format, *shape: int, seed: int = 0) -> Weight:
+    """A random matrix [..., N, K] in `fmt`; FP8 with a different scale for each block of 128x128."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(*shape, generator=generator)
+    if fmt is F32:
+        return Weight((torch.from_numpy(pack(w.numpy(), fmt)[0]),), w.double())
+    if fmt is BF16:
+        bits = w.bfloat16()
+        return Weight((torch.from_numpy(pack(bits.view(torch.uint16).numpy(), fmt)[0]),), bits.double())
+    *lead, n, k = shape
+    scales = 0.01 + torch.rand(*lead, -(-n // 128), -(-k // 128), generator=generator)
+    stored = (w * 40).to(torch.float8_e4m3fn)
+    packed, tile_scales = pack(stored.view(torch.uint8).numpy(), fmt, scales.numpy())
+    assert tile_scales is not None
+    full = scales.double().repeat_interleave(128, -2).repeat_interleave(128, -1)[..., :n, :k]
+    return Weight((torch.from_numpy(packed), torch.from_numpy(tile_scales)), stored.double() * full)
+
+
+def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest error, relative to the largest exact magnitude."""
+    return float((result.double() - exact).abs().max() / exact.abs().max())
