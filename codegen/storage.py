@@ -1,0 +1,58 @@
+"""How weights lie in the artifact: one array of stored elements and one of scales, index ranges leading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from moec.ir import TensorType, Weight
+
+SAFETENSORS = {"f32": "F32", "bf16": "BF16", "fp8_e4m3": "U8"}
+"""Packed FP8 is stored as bytes: its order is the kernel's, not the format's."""
+BYTES = {"F32": 4, "BF16": 2, "U8": 1}
+PLAIN = {"f32": "float32", "bf16": "uint16"}
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One tensor of the weight file and how a kernel sees it (4-byte lanes for packed matrices)."""
+
+    name: str
+    safetensors_dtype: str
+    shape: tuple[int, ...]
+    lane_dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return prod(self.shape, start=1) * BYTES[self.safetensors_dtype]
+
+    @property
+    def lanes(self) -> int:
+        """Elements as the kernel counts them."""
+        return self.nbytes // {"int32": 4, "float32": 4, "uint16": 2}[self.lane_dtype]
+
+    @property
+    def lane_shape(self) -> tuple[int, ...]:
+        """The flat shape that the program takes."""
+        return (self.lanes,)
+
+
+def stored_arrays(weight: Weight) -> list[StoredArray]:
+    """The arrays of a weight: data, then `NAME.scale` when it is quantised and packed."""
+    t = weight.type
+    assert isinstance(t, TensorType)
+    lead = tuple(stop - start for _, start, stop in weight.indices)
+    shape = tuple(int(d) for d in t.shape)  # type: ignore[arg-type]
+    if t.layout is None:
+        return [StoredArray(weight.name, SAFETENSORS[t.dtype], lead + shape, PLAIN[t.dtype])]
+    *stack, n, k = shape
+    size = BYTES[SAFETENSORS[t.dtype]]
+    q = 4 // size
+    padded = -(-k // 128) * 128 if t.quant else -(-k // 8) * 8
+    tiles = -(-n // 16)
+    head = (*lead, *stack)
+    arrays = [StoredArray(weight.name, SAFETENSORS[t.dtype], (*head, tiles, padded // q, 16, q), "int32")]
+    if t.quant:
+        arrays.append(StoredArray(f"{weight.name}.scale", "F32", (*head, tiles, padded // 128), "float32"))
+    return arrays

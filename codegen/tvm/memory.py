@@ -1,0 +1,192 @@
+"""Memory planning: where each value of a function lives in one arena, views and in-place results included.
+
+Sizes are those at the compiled limits. Values whose lifetimes do not meet share bytes; the arena is placed greedily,
+largest first (Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+
+from moec.ir import Function, Op, TensorType, Value
+from moec.ir.dims import bind
+
+ALIGN = 16
+"""Elements (4 bytes each) to which buffers are rounded: one cache line."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """A run of 4-byte elements of the arena, alive from op `first` to op `last`."""
+
+    size: int
+    first: int
+    last: int
+    offset: int = -1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value stands: a slot or an argument (`base`), its first element, its shape and strides in elements."""
+
+    base: Slot | Value
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    keeps: tuple[Slot, ...] = ()
+    """Other slots that must live as long as this value."""
+
+    @property
+    def ld(self) -> int:
+        """Elements from one row to the next."""
+        return self.strides[0]
+
+
+@dataclass
+class Layout:
+    """Places of all values of a function, extra buffers of its ops, and the elements that the arena needs."""
+
+    places: dict[Value, Place] = field(default_factory=dict)
+    extra: dict[Op, list[Slot]] = field(default_factory=dict)
+    size: int = 0
+
+
+def plan_function(
+    function: Function,
+    symbols: Mapping[str, int],
+    extra_sizes: Mapping[Op, list[int]],
+    result_into: Mapping[Value, Value],
+) -> Layout:
+    """Plan one function; `result_into` says which returned value is written into which argument's buffer.
+
+    `extra_sizes` gives the elements of the temporary buffers that an op's kernels pass between them.
+    """
+    layout = Layout()
+    for arg in function.args:
+        if isinstance(arg.type, TensorType):
+            shape = arg.type.bound(symbols)
+            layout.places[arg] = Place(arg, 0, shape, _contiguous(shape))
+    last_use = _last_uses(function)
+    slots: list[Slot] = []
+
+    def new_slot(size: int, position: int, last: int) -> Slot:
+        slot = Slot(-(-max(size, 1) // ALIGN) * ALIGN, position, last)
+        slots.append(slot)
+        return slot
+
+    for position, op in enumerate(function.ops):
+        layout.extra[op] = [new_slot(s, position, position) for s in extra_sizes.get(op, [])]
+        for i, value in enumerate(op.results):
+            assert isinstance(value.type, TensorType)
+            shape = value.type.bound(symbols)
+            place = _view(op, i, shape, layout, last_use, position)
+            if place is None and value in result_into:
+                place = Place(result_into[value], 0, shape, _contiguous(shape))
+            if place is None:
+                # Latent and rotary key are read in one go, side by side in rows of the cache's width.
+                beside = sum(int(r.type.shape[1]) for r in op.results[1:]) if op.name == "cache.read" else 0
+                strides = (shape[1] + beside, 1) if beside else _contiguous(shape)
+                place = Place(new_slot(shape[0] * strides[0], position, position), 0, shape, strides)
+            layout.places[value] = place
+        for value in (*op.values(), *op.results):
+            _touch(layout, value, position)
+    for value in function.returns:
+        _touch(layout, value, len(function.ops))
+    layout.size = _assign(slots)
+    return layout
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[i + 1 :], start=1) for i in range(len(shape)))
+
+
+def _last_uses(function: Function) -> dict[Value, int]:
+    out = dict.fromkeys(function.returns, len(function.ops))
+    for position, op in enumerate(function.ops):
+        for value in op.values():
+            out[value] = max(position, out.get(value, 0))
+    return out
+
+
+def _view(
+    op: Op, result: int, shape: tuple[int, ...], layout: Layout, last_use: Mapping[Value, int], position: int
+) -> Place | None:
+    """The place of a result that shares its operand's bytes; None when it needs its own."""
+    if not op.operands or not isinstance(op.operands[0], Value) or op.operands[0] not in layout.places:
+        return None
+    x = layout.places[op.operands[0]]
+    match op.name:
+        case "split":
+            sizes = op.attrs["sizes"]
+            assert isinstance(sizes, tuple)
+            start = sum(int(s) for s in sizes[:result])  # type: ignore[arg-type]
+            return replace(x, offset=x.offset + start, shape=shape)
+        case "unflatten":
+            return replace(x, shape=shape, strides=(*x.strides[:-1], *_contiguous(shape[len(x.shape) - 1 :])))
+        case "flatten":
+            assert x.strides[1:] == _contiguous(x.shape)[1:], "flatten of rows that are not contiguous"
+            return replace(x, shape=shape, strides=(x.ld, 1))
+        case "rope":
+            # In place, unless somebody still reads the unrotated value.
+            return replace(x, shape=shape) if last_use[op.operands[0]] == position else None
+        case "moe.dispatch" if result == 0:
+            # Rows are never copied: the grouped product gathers them from x by the index of their token.
+            return replace(x, keeps=(*x.keeps, layout.extra[op][0]))
+        case "cache.read":
+            if result == 0:
+                return None
+            first = layout.places[op.results[0]]
+            return replace(first, offset=first.offset + first.shape[1], shape=shape)
+        case "repeat":
+            return replace(x, shape=shape)
+    return None
+
+
+def _touch(layout: Layout, value: Value, position: int) -> None:
+    place = layout.places.get(value)
+    if place is None:
+        return
+    for slot in (place.base, *place.keeps):
+        if isinstance(slot, Slot):
+            slot.last = max(slot.last, position)
+
+
+def _assign(slots: list[Slot]) -> int:
+    placed: list[Slot] = []
+    for slot in sorted(slots, key=lambda s: -s.size):
+        meeting = sorted((p for p in placed if p.first <= slot.last and slot.first <= p.last), key=lambda p: p.offset)
+        offset = 0
+        for p in meeting:
+            if offset + slot.size <= p.offset:
+                break
+            offset = max(offset, p.offset + p.size)
+        slot.offset = offset
+        placed.append(slot)
+    return max((s.offset + s.size for s in slots), default=0)
+
+
+def loop_result(function: Function) -> dict[Value, Value]:
+    """For a layer function: its returned value is written over its first tensor argument when that is dead by then.
+
+    Returns an empty mapping when the argument is still read by or after the op that makes the result; the emitter then
+    copies.
+    """
+    (returned,) = function.returns
+    x = function.args[1]
+    made = next((i for i, op in enumerate(function.ops) if returned in op.results), -1)
+    last = max((i for i, op in enumerate(function.ops) if x in op.values()), default=-1)
+    in_place = made >= 0 and function.ops[made].name in ("add", "norm.add_rms") and last <= made
+    return {returned: x} if last < made or in_place else {}
+
+
+def symbol_bounds(max_tokens: int, max_rows: int, context: int, batch: int, page: int) -> dict[str, int]:
+    """Greatest value of every symbol of an entry function."""
+    pages = -(-context // page)
+    return {"T": max_tokens, "R": max_rows, "S": context, "C": context, "B": batch, "N": pages, "P": batch * pages}
+
+
+def elements(type_: TensorType, symbols: Mapping[str, int]) -> int:
+    """Elements of a tensor at the limits."""
+    return bind(type_.elements(), symbols)

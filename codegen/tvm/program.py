@@ -1,0 +1,235 @@
+"""One native function a phase: the program that calls all kernels of a step, layer loops included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.storage import stored_arrays
+from moec.codegen.tvm.emit import FunctionEmitter, Program, WeightBuffer, extra_sizes
+from moec.codegen.tvm.memory import Layout, loop_result, plan_function, symbol_bounds
+from moec.codegen.tvm.tir import Kernel, Machine
+from moec.ir import CacheType, Function, Module, Op, TensorType, Value, WeightRef
+
+TIR_TYPES = {"f32": "float32", "bf16": "uint16", "i32": "int32"}
+
+
+@dataclass
+class Entry:
+    """How the runtime calls one phase; `args` in call order, see docs/artifact.md."""
+
+    symbol: str
+    max_tokens: int
+    max_rows: int
+    args: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry as it stands in plan.json."""
+        return {
+            "symbol": self.symbol,
+            "max_tokens": self.max_tokens,
+            "max_rows": self.max_rows,
+            "args": self.args,
+        }
+
+
+@dataclass
+class Phase:
+    """A built phase: its exported function, the kernels that it calls, and how to call it."""
+
+    entry: Entry
+    function: Any
+    kernels: list[Kernel]
+    uses: dict[str, set[str]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Limits of one phase: tokens and wanted rows of a call, context, sequences, tokens of a page, pages of the cache."""
+
+    max_tokens: int
+    max_rows: int
+    context: int
+    batch: int
+    page: int
+    pages: int
+
+
+def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine) -> Phase:
+    """Emit the entry function `name` of a module whose ops all have kernels."""
+    function = module.functions[name]
+    kv = next(a for a in function.args if isinstance(a.type, CacheType))
+    symbols = symbol_bounds(sizes.max_tokens, sizes.max_rows, sizes.context, sizes.batch, sizes.page)
+    (result,) = function.returns
+    logits = Value("logits", result.type)
+    layout = plan_function(function, symbols, extra_sizes(function.ops, symbols), {result: logits})
+    layers = _layer_layouts(module, function, symbols)
+    layer_size = max((lay.size for lay in layers.values()), default=0)
+    limits = {**symbols, "rank": _rank(module)}
+    entry = Entry(name, sizes.max_tokens, sizes.max_rows)
+    # Scratch stands last, and how much of it there is shows only once everything is emitted: build twice.
+    scratch = 0
+    for _ in range(2):
+        entry.args = []
+        with IRBuilder() as builder:
+            with T.prim_func(s_tir=True):
+                T.func_name(name)
+                T.func_attr({"global_symbol": name, "tirx.noalias": True})
+                env = _inputs(entry, function, kv, sizes.pages)
+                arena = layout.size + layer_size
+                workspace = _array(entry, "workspace", "workspace", "float32", (arena + scratch,))
+                vocab = int(result.type.shape[1])  # type: ignore[union-attr, arg-type]
+                out = _matched(entry, "logits", "output", "float32", ("R", vocab), env.sizes)
+                arrays = {w: _weight_arrays(entry, module, w) for w in _used_weights(module, function)}
+                # Every argument is declared: from here on views of them may be.
+                weights = {w: _weight(module, w, a) for w, a in arrays.items()}
+                program = Program(machine, limits, sizes.page, workspace, weights, env.counts(), scratch_at=arena)
+                emitter = FunctionEmitter(program, module, function, layout, 0)
+                emitter.env = env.views()
+                emitter.env[logits] = (_flat(out), 0)
+                emitter.repeat = _Loops(program, module, layers, layout.size)
+                emitter.emit()
+        scratch = program.scratch_size
+    return Phase(entry, builder.get(), list(program.kernels.values()), program.uses)
+
+
+def _rank(module: Module) -> int:
+    for _, op in module.ops():
+        if op.name == "cache.append":
+            latent = op.operands[2].type
+            assert isinstance(latent, TensorType)
+            return int(latent.shape[1])  # type: ignore[arg-type]
+    raise AssertionError("a model without a cache")
+
+
+def _layer_layouts(module: Module, function: Function, symbols: Mapping[str, int]) -> dict[str, Layout]:
+    out = {}
+    for op in function.ops:
+        if op.name == "repeat":
+            callee = module.functions[str(op.attrs["func"])]
+            out[callee.name] = plan_function(callee, symbols, extra_sizes(callee.ops, symbols), loop_result(callee))
+    return out
+
+
+class _Loops:
+    """Emits a `repeat`: a serial loop over layers around the body of the layer function, state in place."""
+
+    def __init__(self, program: Program, module: Module, layouts: Mapping[str, Layout], base: int) -> None:
+        self.program = program
+        self.module = module
+        self.layouts = layouts
+        self.base = base
+
+    def __call__(self, op: Op, outer: FunctionEmitter) -> None:
+        callee = self.module.functions[str(op.attrs["func"])]
+        layout = self.layouts[callee.name]
+        with T.serial(int(op.attrs["first"]), int(op.attrs["last"]) + 1) as layer:  # type: ignore[arg-type]
+            inner = FunctionEmitter(self.program, self.module, callee, layout, self.base)
+            inner.env[callee.args[0]] = layer
+            for arg, operand in zip(callee.args[1:], op.operands, strict=True):
+                inner.env[arg] = self._argument(outer, operand)
+            inner.emit()
+            inner.finish(callee.returns[0], callee.args[1])
+
+    def _argument(self, outer: FunctionEmitter, operand: Value | WeightRef) -> Any:
+        if isinstance(operand, WeightRef):
+            return self.program.weights[operand.name].data, 0
+        if isinstance(operand.type, CacheType):
+            return outer.env[operand]
+        return outer.buffer_of(operand)
+
+
+@dataclass
+class _Inputs:
+    buffers: dict[Value, Any]
+    sizes: dict[str, Any]
+    pages: int
+
+    def views(self) -> dict[Value, Any]:
+        """Flat views with the first element of each (of the cache: with its number of pages)."""
+        return {
+            v: (_flat(b), self.pages if isinstance(v.type, CacheType) else 0) for v, b in self.buffers.items()
+        }
+
+    def counts(self) -> dict[str, Any]:
+        """Run-time sizes: tokens, wanted rows, and the cached positions of the one sequence of a prefill call."""
+        (starts,) = [b for v, b in self.buffers.items() if v.name == "starts"]
+        return {"T": self.sizes["T"], "R": self.sizes["R"], "S": T.Bind(starts[1])}
+
+
+def _inputs(entry: Entry, function: Function, kv: Value, pages: int) -> _Inputs:
+    """Declare the integer inputs and the cache."""
+    sizes = {n: T.int32() for n in ("T", "R", "B", "N", "B + 1")}
+    buffers: dict[Value, Any] = {}
+    for arg in function.args:
+        if isinstance(arg.type, TensorType):
+            buffers[arg] = _matched(entry, arg.name, "input", "int32", [str(d) for d in arg.type.shape], sizes)
+    assert isinstance(kv.type, CacheType)
+    layers, _, page, width = kv.type.shape
+    buffers[kv] = _matched(entry, "kv", "cache", TIR_TYPES[kv.type.dtype], (layers, pages, page, width), sizes)
+    return _Inputs(buffers, sizes, pages)
+
+
+def _flat(buffer: Any) -> Any:
+    """The same memory as one dimension, addressed by 64-bit element numbers."""
+    return T.decl_buffer((1 << 40,), buffer.dtype, data=buffer.data, align=4)
+
+
+def _matched(
+    entry: Entry, name: str, kind: str, dtype: str, shape: Sequence[Any], sizes: Mapping[str, Any]
+) -> Any:
+    handle = T.arg(name, T.handle())
+    entry.args.append({"name": name, "kind": kind, "dtype": dtype, "shape": list(shape)})
+    dims = [sizes[d] if isinstance(d, str) else int(d) for d in shape]
+    return T.match_buffer(handle, dims, dtype, align=4)
+
+
+def _array(entry: Entry, name: str, kind: str, dtype: str, shape: tuple[int, ...]) -> Any:
+    return _matched(entry, name, kind, dtype, shape, {})
+
+
+def _used_weights(module: Module, function: Function) -> list[str]:
+    seen: dict[str, None] = {}
+    for op in function.ops:
+        if op.name == "repeat":
+            seen.update(dict.fromkeys(_used_weights(module, module.functions[str(op.attrs["func"])])))
+        seen.update(dict.fromkeys(o.name for o in op.operands if isinstance(o, WeightRef)))
+    return [w for w in module.weights if w in seen]
+
+
+def _weight_arrays(entry: Entry, module: Module, name: str) -> list[Any]:
+    stored = stored_arrays(module.weights[name])
+    return [_array(entry, a.name, "weight", a.lane_dtype, a.lane_shape) for a in stored]
+
+
+def _weight(module: Module, name: str, arrays: Sequence[Any]) -> WeightBuffer:
+    """A weight's arrays as flat views; a layer is a run of elements of each."""
+    weight = module.weights[name]
+    by_layer = bool(weight.indices) and weight.indices[0][0] == "l"
+    first, stop = weight.indices[0][1:] if by_layer else (0, 1)
+    elements = [a.lanes // (stop - first) for a in stored_arrays(weight)]
+    views = [_flat(a) for a in arrays]
+    return WeightBuffer(
+        views[0], views[1] if views[1:] else None, elements[0], elements[1] if views[1:] else 0, first
+    )
+
+
+def kernel_table(phases: Sequence[Phase]) -> list[dict[str, Any]]:
+    """The list for kernels.json: every kernel with the ops that use it."""
+    uses: dict[str, set[str]] = {}
+    for phase in phases:
+        for name, ops in phase.uses.items():
+            uses.setdefault(name, set()).update(ops)
+    return [{"name": name, "ops": sorted(ops), "symbol": name} for name, ops in sorted(uses.items())]
+
+
+def program_functions(phases: Sequence[Phase]) -> tuple[list[Kernel], dict[str, Any]]:
+    """Kernels of all phases, each name once, and the exported functions."""
+    kernels = {k.name: k for phase in phases for k in phase.kernels}
+    return list(kernels.values()), {phase.entry.symbol: phase.function for phase in phases}
+
+
