@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .counts import spread_widest
-from .problem import Floats
+from moec.passes.placement.counts import spread_widest
+from moec.passes.placement.problem import Floats
 
 
 def lower_bound(loads: Floats, devices: int, slots: int, *, even: bool = True) -> Floats:

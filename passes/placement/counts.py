@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from .problem import Floats, Ints
+from moec.passes.placement.problem import Floats, Ints
 
 # Exponents of the replica size with which an expert is drawn to give up or to receive a replica: negative ones favour
 # experts with small replicas, 0 draws evenly, large ones go for the heaviest.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moec.errors import InputError
+from moec.errors import InputError, MoecError
 
 
 class UnreadableFile(InputError):
@@ -65,3 +65,11 @@ class SearchTooLarge(InputError):
 
 class MissingDevices(InputError):
     template = "how many devices? give --target or --devices"
+
+
+class UnwritableFile(MoecError):
+    template = "cannot write {path}: {reason}"
+
+
+class ExactWithGroups(InputError):
+    template = "the exact solver does not take groups: leave --exact or --groups out"

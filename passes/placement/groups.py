@@ -13,15 +13,18 @@ from math import factorial
 
 import numpy as np
 
-from .bounds import lower_bound
-from .packing import Packing, improve, pack
-from .problem import Floats, Ints, Problem
+from moec.passes.placement.bounds import lower_bound
+from moec.passes.placement.packing import Packing, improve, pack
+from moec.passes.placement.problem import Floats, Ints, Problem
 
 _MOST_PARTITIONS = 3000
 _TRIED_PARTITIONS = 4
 
-# Places sub-problems: (loads [rows, experts], devices, slots, target [rows]) -> packing.
-Solver = Callable[[Floats, int, int, Floats], Packing]
+# Effort for each way to spread the groups: layers that need more than one way take more than one share.
+_EFFORT_A_WAY = 0.4
+
+# Places sub-problems: (loads [rows, experts], devices, slots, target [rows], effort) -> packing.
+Solver = Callable[[Floats, int, int, Floats, float], Packing]
 
 
 def node_bound(problem: Problem, *, even: bool = True) -> Floats:
@@ -37,7 +40,7 @@ def node_bound(problem: Problem, *, even: bool = True) -> Floats:
     if _number_of_partitions(groups, problem.nodes) > _MOST_PARTITIONS:
         sums = np.sort(grouped.sum(axis=2), axis=1)
         lightest_mates = sums[:, : groups // problem.nodes - 1].sum(axis=1)
-        return np.maximum(whole, (sums[:, -1] + lightest_mates) / devices)
+        return np.asarray(np.maximum(whole, (sums[:, -1] + lightest_mates) / devices))
     # Nodes repeat between partitions: each set of groups is bounded once.
     sets = list(combinations(range(groups), groups // problem.nodes))
     index = {members: i for i, members in enumerate(sets)}
@@ -45,7 +48,7 @@ def node_bound(problem: Problem, *, even: bool = True) -> Floats:
         [lower_bound(grouped[:, members].reshape(layers, -1), devices, slots, even=even) for members in sets], axis=1
     )
     ways = np.array([[index[node] for node in way] for way in _partitions(groups, problem.nodes)])
-    return np.maximum(whole, bounds[:, ways].max(axis=2).min(axis=1))
+    return np.asarray(np.maximum(whole, bounds[:, ways].max(axis=2).min(axis=1)))
 
 
 def place_groups(problem: Problem, bound: Floats, solve: Solver) -> Packing:
@@ -78,7 +81,11 @@ def _solve_nodes(problem: Problem, rows: Ints, homes: Ints, bound: Floats, solve
     experts = (homes[..., None] * size + np.arange(size)).reshape(len(rows) * nodes, -1)
     layer = np.repeat(rows, nodes)
     packing = solve(
-        problem.loads[layer[:, None], experts], problem.devices // nodes, problem.slots // nodes, np.repeat(bound, nodes)
+        problem.loads[layer[:, None], experts],
+        problem.devices // nodes,
+        problem.slots // nodes,
+        np.repeat(bound, nodes),
+        _EFFORT_A_WAY,
     )
     shape = (len(rows), problem.devices, problem.slots_per_device)
     flat = packing.experts.reshape(len(experts), -1)
@@ -117,7 +124,7 @@ def _most_even(problem: Problem, sums: Floats) -> Iterator[Ints]:
 
 
 def _number_of_partitions(groups: int, nodes: int) -> int:
-    return factorial(groups) // (factorial(groups // nodes) ** nodes * factorial(nodes))
+    return factorial(groups) // int(factorial(groups // nodes) ** nodes * factorial(nodes))
 
 
 def _partitions(groups: int, nodes: int) -> Iterator[tuple[tuple[int, ...], ...]]:

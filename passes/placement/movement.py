@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from . import errors
-from .placement import Placement
-from .problem import Floats, Ints, Problem
+from moec.passes.placement import errors
+from moec.passes.placement.placement import Placement
+from moec.passes.placement.problem import Floats, Ints, Problem
 
 
 def moved_slots(placement: Placement, previous: Placement) -> int:
@@ -84,7 +84,8 @@ def _overlap(now: Ints, before: Ints, experts: int) -> Ints:
     common = np.zeros((len(now), len(before)), np.int64)
     # The common multiset of two devices: one more for every copy that both hold.
     for copies in range(1, int(max(ours.max(), theirs.max())) + 1):
-        common += (ours >= copies).astype(np.float32) @ (theirs >= copies).astype(np.float32).T
+        # In float32 the product runs through BLAS; the counts are small and stay exact.
+        common += ((ours >= copies).astype(np.float32) @ (theirs >= copies).astype(np.float32).T).astype(np.int64)
     return common
 
 
@@ -101,9 +102,7 @@ def _match_nodes(overlap: Ints, nodes: int) -> Ints:
     size = len(overlap) // nodes
     blocks = overlap.reshape(nodes, size, nodes, size).transpose(0, 2, 1, 3)
     inner = np.array([[_match(blocks[a, b]) for b in range(nodes)] for a in range(nodes)])
-    gain = np.array(
-        [[blocks[a, b][inner[a, b], np.arange(size)].sum() for b in range(nodes)] for a in range(nodes)]
-    )
+    gain = np.array([[blocks[a, b][inner[a, b], np.arange(size)].sum() for b in range(nodes)] for a in range(nodes)])
     outer = _match(gain)
     return np.concatenate([outer[b] * size + inner[outer[b], b] for b in range(nodes)])
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .problem import Floats, Ints
+from moec.passes.placement.problem import Floats, Ints
 
 # The best swap is nearly always with one of the least loaded devices: all others are looked at only when none helps.
-_PARTNERS = 12
+PARTNERS = 12
 # A gain below rounding would let two swaps undo each other for ever.
 _LEAST_GAIN = 1 - 1e-12
 
@@ -115,9 +115,9 @@ def improve(packing: Packing, target: Floats, steps: int) -> None:
         active, fullest, top = active[busy], fullest[busy], top[busy]
         if not len(active):
             return
-        partners, score, choice = _best_swap(packing.sizes, load, active, fullest, top, _PARTNERS)
+        partners, score, choice = _best_swap(packing.sizes, load, active, fullest, top, PARTNERS)
         stuck = np.flatnonzero(score >= top * _LEAST_GAIN)
-        if len(stuck) and devices > _PARTNERS:
+        if len(stuck) and devices > PARTNERS:
             again = _best_swap(packing.sizes, load, active[stuck], fullest[stuck], top[stuck], devices)
             partners[stuck], score[stuck], choice[stuck] = again
         gains = score < top * _LEAST_GAIN

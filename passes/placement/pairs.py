@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .problem import Floats, Ints
+from moec.passes.placement.problem import Floats, Ints
 
 _CHAINS = 4
 _GOAL = 1 - 5e-3
@@ -23,17 +23,17 @@ _TRIES = 8
 
 
 def greatest_pair(loads: Floats, counts: Ints) -> Floats:
-    """Greatest device load of each row when the replicas are paired optimally; rows of `counts` sum to an even number."""
+    """Greatest device load of each row with the replicas paired optimally; rows of `counts` have an even sum."""
     size = loads / counts
     replicas = np.repeat(size.ravel(), counts.ravel()).reshape(len(loads), -1)
     return np.asarray(_pairs(replicas).max(axis=1))
 
 
-def anneal(rng: np.random.Generator, loads: Floats, counts: Ints) -> Ints:
-    """Replica counts [rows, experts] at least as good as `counts`, found by simulated annealing on every row."""
+def anneal(rng: np.random.Generator, loads: Floats, counts: Ints, effort: float = 1.0) -> Ints:
+    """Replica counts [rows, experts] at least as good as `counts`; `effort` scales the length of the annealing."""
     chains = _Chains(loads, counts)
     total, slots = chains.slot_expert.shape
-    steps = min(_MOST_STEPS, _EFFORT // (total * slots))
+    steps = max(1, int(effort * min(_MOST_STEPS, _EFFORT // (total * slots))))
     for step in range(steps):
         chains.step(rng, _TEMPERATURE * (1 - step / steps))
     return chains.best_counts

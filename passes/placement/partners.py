@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .packing import Packing, improve, pack_replicas
-from .placement import Placement
-from .problem import Floats, Ints, Problem
+from moec.passes.placement.packing import Packing, improve, pack_replicas
+from moec.passes.placement.placement import Placement
+from moec.passes.placement.problem import Floats, Ints, Problem
 
 Mask = NDArray[np.bool_]
 
@@ -83,13 +83,13 @@ def _exchange_devices_and_replicas(
     return order[_exchange(affinity[np.ix_(order, order)], home, fits)]
 
 
-def _exchange_and_repack(
-    problem: Problem, affinity: Floats, home: Ints, load: Floats, ceiling: float
-) -> Ints | None:
-    """As above with all slots of a node alike, then every node packed afresh; None when the packing misses the ceiling."""
+def _exchange_and_repack(problem: Problem, affinity: Floats, home: Ints, load: Floats, ceiling: float) -> Ints | None:
+    """As above with all slots of a node alike, then nodes packed afresh; None when that misses the ceiling."""
     devices, per_node = problem.devices // problem.nodes, problem.slots // problem.nodes
     # Half of the room above the mean is left to the packing inside the nodes.
-    limit = max(load.reshape(problem.nodes, -1).sum(axis=1).max(), devices * (ceiling + load.sum() / problem.devices) / 2)
+    limit = max(
+        load.reshape(problem.nodes, -1).sum(axis=1).max(), devices * (ceiling + load.sum() / problem.devices) / 2
+    )
 
     def fits(change: Ints) -> Mask:
         now = load[change]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .packing import Packing
-from .problem import Floats, Ints, Problem
+from moec.passes.placement.packing import Packing
+from moec.passes.placement.problem import Floats, Ints, Problem
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,21 @@ class Placement:
         """Make a placement of a packing: even shares, or shares in proportion to the loads that the slots carry."""
         mapping = packing.experts.reshape(problem.layers, problem.slots)
         weight = np.ones(mapping.shape) if even else packing.sizes.reshape(mapping.shape)
-        return cls(mapping, normalised_shares(mapping, weight, problem.experts), problem.experts, problem.devices, problem.nodes)
+        return cls(
+            mapping,
+            normalised_shares(mapping, weight, problem.experts),
+            problem.experts,
+            problem.devices,
+            problem.nodes,
+        )
 
     @property
     def layers(self) -> int:
-        return self.physical_to_logical_map.shape[0]
+        return int(self.physical_to_logical_map.shape[0])
 
     @property
     def slots(self) -> int:
-        return self.physical_to_logical_map.shape[1]
+        return int(self.physical_to_logical_map.shape[1])
 
     @property
     def slots_per_device(self) -> int:
@@ -77,7 +83,7 @@ def counts_of(mapping: Ints, experts: int) -> Ints:
 
 
 def normalised_shares(mapping: Ints, weight: Floats, experts: int) -> Floats:
-    """`weight` [layers, slots] scaled so that the slots of every expert sum to 1; even where all of them weigh nothing."""
+    """`weight` [layers, slots] scaled so that the slots of an expert sum to 1; even shares where all weigh nothing."""
     layers = len(mapping)
     flat = (mapping + np.arange(layers)[:, None] * experts).ravel()
     total = np.bincount(flat, weights=weight.ravel(), minlength=layers * experts)[flat].reshape(mapping.shape)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import errors
+from moec.passes.placement import errors
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -94,11 +94,11 @@ class Problem:
 
     @property
     def layers(self) -> int:
-        return self.loads.shape[0]
+        return int(self.loads.shape[0])
 
     @property
     def experts(self) -> int:
-        return self.loads.shape[1]
+        return int(self.loads.shape[1])
 
     @property
     def slots(self) -> int:

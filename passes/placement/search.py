@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .counts import mutate, spread_widest, starting_counts
-from .packing import Packing, improve, pack
-from .pairs import anneal
-from .problem import Floats, Ints
+from moec.passes.placement.counts import mutate, spread_widest, starting_counts
+from moec.passes.placement.packing import PARTNERS, Packing, improve, pack
+from moec.passes.placement.pairs import anneal
+from moec.passes.placement.problem import Floats, Ints
 
 # Swaps go on until the greatest device load is this near the target (cheap); other replica counts are tried only for
 # rows that are further away than the second figure (dear).
@@ -23,14 +23,15 @@ _QUICK_SWAPS = 10
 _POLISH_SWAPS = 300
 _LIMITS = 9
 _FEWEST_COPIES, _MOST_COPIES = 8, 256
-# Replica placements that the rounds of random changes may score in all: about a second on one core.
-_EFFORT = 800_000
+# Numbers that the rounds of random changes may look at in all: about a second on one core.
+_EFFORT = 60_000_000
 
 
-def search(loads: Floats, devices: int, slots: int, target: Floats, *, seed: int = 0) -> Packing:
+def search(loads: Floats, devices: int, slots: int, target: Floats, *, effort: float = 1.0, seed: int = 0) -> Packing:
     """Place every expert of `loads` [rows, experts] with even shares; never worse than greedy replication.
 
-    `target` [rows] is the load to approach, for example the lower bound. The search begins with the greedy counts packed largest first and only ever accepts improvements.
+    `target` [rows] is the load to approach, for example the lower bound; `effort` scales the time that rows
+    far from it may take. The search begins with the greedy counts packed largest first and only accepts improvements.
     """
     counts = spread_widest(loads, slots)
     best = pack(loads, counts, devices)
@@ -41,9 +42,9 @@ def search(loads: Floats, devices: int, slots: int, target: Floats, *, seed: int
     state.try_starts(slots)
     rng = np.random.default_rng(seed)
     if slots == 2 * devices:
-        state.anneal_pairs(rng)
+        state.anneal_pairs(rng, effort)
     else:
-        state.try_changes(rng)
+        state.try_changes(rng, effort)
     return state.best
 
 
@@ -72,20 +73,23 @@ class _State:
             best_score[better], best_counts[better] = score[better], counts[better]
         self._accept(rows, best_counts)
 
-    def anneal_pairs(self, rng: np.random.Generator) -> None:
+    def anneal_pairs(self, rng: np.random.Generator, effort: float) -> None:
         rows = self.unfinished()
         if len(rows):
-            self._accept(rows, anneal(rng, self.loads[rows], self.counts[rows]))
+            self._accept(rows, anneal(rng, self.loads[rows], self.counts[rows], effort))
 
-    def try_changes(self, rng: np.random.Generator) -> None:
-        effort = 0
+    def try_changes(self, rng: np.random.Generator, effort: float) -> None:
         slots = int(self.counts[0].sum())
-        while effort < _EFFORT:
+        per_device = slots // self.devices
+        swaps = _QUICK_SWAPS * min(PARTNERS, self.devices) * per_device**2
+        cost = slots * self.devices + swaps
+        left = effort * _EFFORT
+        while left > 0:
             rows = self.unfinished()
             if not len(rows):
                 return
             copies = int(np.clip(512 // len(rows), _FEWEST_COPIES, _MOST_COPIES))
-            effort += len(rows) * copies * slots
+            left -= len(rows) * copies * cost
             counts = mutate(rng, self.loads[rows], self.counts[rows], copies)
             score = self._score(np.repeat(rows, copies), counts).reshape(len(rows), copies)
             chosen = np.arange(len(rows)) * copies + score.argmin(axis=1)

@@ -17,8 +17,8 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from .packing import Packing
-from .problem import Floats, Ints
+from moec.passes.placement.packing import Packing
+from moec.passes.placement.problem import Floats, Ints
 
 _SPARE = -1
 _MOST_EXCHANGES = 400
@@ -33,9 +33,7 @@ def free_shares(loads: Floats, devices: int, slots: int, even: Packing | None) -
     """
     rows, experts = loads.shape
     per_device = slots // devices
-    result = Packing(
-        np.empty((rows, devices, per_device), np.int64), np.zeros((rows, devices, per_device), np.float64)
-    )
+    result = Packing(np.empty((rows, devices, per_device), np.int64), np.zeros((rows, devices, per_device), np.float64))
     for row in range(rows):
         if even is None:
             parts = [(np.arange(devices), np.arange(experts))]

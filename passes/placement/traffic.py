@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .placement import Placement
-from .problem import Floats, Ints
+from moec.passes.placement.placement import Placement
+from moec.passes.placement.problem import Floats, Ints
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def sample_routing(
 
 
 def routed_traffic(rng: np.random.Generator, placement: Placement, routing: Ints) -> Traffic:
-    """Exact counts for recorded or sampled choices, int64[layers, tokens, top_k]; replicas are drawn by their shares."""
+    """Exact counts for choices int64[layers, tokens, top_k], recorded or sampled; replicas drawn by their shares."""
     nodes = placement.nodes
     direct = np.zeros((placement.layers, nodes))
     forwarded = np.zeros((placement.layers, nodes))

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .bounds import lower_bound
-from .groups import node_bound, place_groups
-from .movement import keep_previous
-from .packing import Packing
-from .placement import Placement
-from .problem import Floats, Problem, Shares
-from .search import search
-from .shares import free_shares, one_component
-from .partners import gather_partners
+from moec.passes.placement.bounds import lower_bound
+from moec.passes.placement.groups import node_bound, place_groups
+from moec.passes.placement.movement import keep_previous
+from moec.passes.placement.packing import Packing
+from moec.passes.placement.partners import gather_partners
+from moec.passes.placement.placement import Placement
+from moec.passes.placement.problem import Floats, Problem, Shares
+from moec.passes.placement.search import search
+from moec.passes.placement.shares import free_shares, one_component
 
 DEFAULT_SLACK = 2e-3
 
@@ -23,8 +23,8 @@ DEFAULT_SLACK = 2e-3
 class Result:
     """A placement with what was proven about it; all arrays are float64[layers].
 
-    `greatest` is the load of the fullest device and `bound` a lower bound on it under the same constraints; `free_bound`
-    is the bound without groups, so that `bound / free_bound` is the least that binding the groups costs.
+    `greatest` is the load of the fullest device and `bound` a lower bound on it under the same constraints;
+    `free_bound` is the bound without groups, so that `bound / free_bound` is the least that binding groups costs.
     """
 
     problem: Problem
@@ -73,16 +73,16 @@ def place(
     free_bound = lower_bound(problem.loads, problem.devices, problem.slots, even=even)
     bound = node_bound(problem, even=even) if problem.bound_to_nodes else free_bound
 
-    def solve(loads: Floats, devices: int, slots: int, target: Floats) -> Packing:
+    def solve(loads: Floats, devices: int, slots: int, target: Floats, effort: float) -> Packing:
         if not even and one_component(loads.shape[1], devices, slots):
             return free_shares(loads, devices, slots, None)
-        packing = search(loads, devices, slots, target, seed=seed)
+        packing = search(loads, devices, slots, target, effort=effort, seed=seed)
         return packing if even or slots == devices else free_shares(loads, devices, slots, packing)
 
     if problem.bound_to_nodes:
         packing = place_groups(problem, bound, solve)
     else:
-        packing = solve(problem.loads, problem.devices, problem.slots, bound)
+        packing = solve(problem.loads, problem.devices, problem.slots, bound, 1.0)
     placement = Placement.of_packing(problem, packing, even=even)
     ceiling = np.maximum(placement.greatest_loads(problem.loads), bound * (1 + slack))
     if coactivation is not None and problem.nodes > 1:

@@ -1,0 +1,206 @@
+"""`moec place`: where the experts go, from recorded loads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from moec.passes.placement import Problem
+    from moec.passes.placement.problem import Floats
+    from moec.passes.placement.summary import Routing
+
+
+def register(app: typer.Typer) -> None:
+    """Add `moec place`."""
+    app.command("place")(place)
+
+
+def place(
+    loads: Annotated[Path, typer.Argument(help="Loads [layers, experts]: .npy, .npz or .json.")],
+    target: Annotated[str | None, typer.Option(help="Target: number of devices, and devices a node.")] = None,
+    devices: Annotated[
+        int | None, typer.Option("--devices", "--ranks", help="Devices (default: the target's).")
+    ] = None,
+    devices_per_node: Annotated[int | None, typer.Option(help="Devices a node (default: the target's).")] = None,
+    slots_per_device: Annotated[int | None, typer.Option(help="Slots a device (default: as few as fit).")] = None,
+    redundant: Annotated[int, typer.Option(help="Without --slots-per-device: at least so many redundant slots.")] = 0,
+    groups: Annotated[int, typer.Option(help="Bind this many groups of experts to nodes (1: no groups).")] = 1,
+    shares: Annotated[str, typer.Option(help="How replicas share tokens: even or free.")] = "even",
+    coactivation: Annotated[
+        Path | None, typer.Option(help="Tokens per pair of experts [layers, experts, experts].")
+    ] = None,
+    previous: Annotated[Path | None, typer.Option(help="Placement now in use: move as little as possible.")] = None,
+    slack: Annotated[
+        float | None, typer.Option(help="Part of the greatest load that traffic and movement may cost (default 0.002).")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Experts a token chooses (for traffic).")] = 8,
+    top_groups: Annotated[int, typer.Option(help="Groups a token may use (for traffic, with --groups).")] = 4,
+    exact: Annotated[float, typer.Option(help="Seconds a layer for the exact solver (0: off).")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the placement: .json or .npz.")] = None,
+    sglang: Annotated[Path | None, typer.Option(help="Write the file for SGLang's --init-expert-location.")] = None,
+    dense_layers: Annotated[int, typer.Option(help="Leading dense layers of the model (rows of SGLang's file).")] = 0,
+    report: Annotated[Path | None, typer.Option(help="Write a page with pictures of balance and traffic.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Place experts on devices from recorded loads.
+
+    Objectives in this order: the greatest device load; traffic between nodes (with --coactivation); how little moves
+    (with --previous).
+    """
+    from moec.errors import near
+    from moec.passes.placement import DEFAULT_SLACK, errors, formats
+    from moec.passes.placement import place as solve
+    from moec.passes.placement.exact import prove
+    from moec.passes.placement.report import render
+    from moec.passes.placement.summary import estimate_traffic, summarise, what_redundancy_buys
+
+    if shares not in ("even", "free"):
+        raise errors.UnknownChoice(name="--shares", value=shares, hint=near(shares, ["even", "free"]))
+    for name, value, least in (("--redundant", redundant, 0), ("--dense-layers", dense_layers, 0), ("--seed", seed, 0)):
+        if value < least:
+            raise errors.NotPositive(name=name, expected=f"at least {least}", value=value)
+    for name, number in (("--slack", DEFAULT_SLACK if slack is None else slack), ("--exact", exact)):
+        if not 0 <= number < float("inf"):
+            raise errors.NotPositive(name=name, expected="a number of at least 0", value=number)
+    how = cast(Literal["even", "free"], shares)
+    problem = _problem(
+        formats.read_loads(loads), target, devices, devices_per_node, slots_per_device, redundant, groups
+    )
+    routing = _routing(problem, top_k, top_groups)
+    pairs = None if coactivation is None else formats.read_coactivation(coactivation, problem.layers, problem.experts)
+    before = None
+    if previous is not None:
+        before = formats.read_placement(previous, devices=problem.devices, experts=problem.experts, nodes=problem.nodes)
+    if exact and problem.bound_to_nodes:
+        raise errors.ExactWithGroups()
+    result = solve(
+        problem,
+        shares=how,
+        coactivation=pairs,
+        previous=before,
+        slack=DEFAULT_SLACK if slack is None else slack,
+        seed=seed,
+    )
+    if exact:
+        result = prove(result, shares=how, seconds=exact)
+    traffic = estimate_traffic(problem, result.placement, routing, pairs) if problem.nodes > 1 else None
+    figures = summarise(result, traffic=traffic, coactivation=pairs, previous=before)
+    if out is not None:
+        formats.write_placement(result.placement, out)
+    if sglang is not None:
+        if how == "free":
+            print(
+                "moec: note: SGLang shares tokens evenly among replicas; free shares do not reach it", file=sys.stderr
+            )
+        formats.write_sglang(result.placement, sglang, dense_layers=dense_layers)
+    if report is not None:
+        formats.write_text(report, render(result, traffic, what_redundancy_buys(problem, how)))
+    if as_json:
+        print(json.dumps(formats.as_dict(result.placement) | figures))
+    else:
+        _print(figures, [path for path in (out, sglang, report) if path is not None])
+
+
+def _problem(
+    loads: Floats,
+    target: str | None,
+    devices: int | None,
+    devices_per_node: int | None,
+    slots_per_device: int | None,
+    redundant: int,
+    groups: int,
+) -> Problem:
+    """The problem that the options describe; what they leave open comes from the target, or is the least that fits."""
+    from moec.passes.placement import Problem, errors, smallest_slots
+
+    if target is not None:
+        from moec import targets
+
+        machine = targets.load(target)
+        devices = machine.cluster.ranks if devices is None else devices
+        devices_per_node = machine.node.devices if devices_per_node is None else devices_per_node
+    if devices is None:
+        raise errors.MissingDevices()
+    if devices < 1:
+        raise errors.NotPositive(name="--devices", expected="at least 1", value=devices)
+    if slots_per_device is None:
+        slots_per_device = smallest_slots(loads.shape[1], devices, redundant)
+        slots = slots_per_device * devices
+        print(
+            f"moec: note: {slots_per_device} slots a device, {slots - loads.shape[1]} of them redundant in all: "
+            f"the fewest that hold {loads.shape[1]} experts" + (f" and {redundant} more" if redundant else ""),
+            file=sys.stderr,
+        )
+    return Problem.of(
+        loads,
+        devices=devices,
+        slots_per_device=slots_per_device,
+        devices_per_node=devices_per_node,
+        groups=groups,
+    )
+
+
+def _routing(problem: Problem, top_k: int, top_groups: int) -> Routing:
+    from moec.passes.placement import errors
+    from moec.passes.placement.summary import Routing
+
+    for name, value in (("--top-k", top_k), ("--top-groups", top_groups)):
+        if value < 1:
+            raise errors.NotPositive(name=name, expected="at least 1", value=value)
+    reachable = min(top_groups, problem.groups) * (problem.experts // problem.groups)
+    return Routing(min(top_k, reachable), min(top_groups, problem.groups))
+
+
+def _print(figures: dict[str, Any], written: list[Path]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(
+        f"{figures['layers']} layers, {figures['experts']} experts on {figures['devices']} devices "
+        f"x {figures['slots_per_device']} slots ({figures['redundant']} redundant), {figures['nodes']} nodes"
+    )
+    table = Table("", "mean of layers", "worst", "in layer")
+    for key, name in (
+        ("balance", "greatest device load / lower bound"),
+        ("over_mean", "greatest device load / mean device load"),
+        ("price_of_groups", "price of binding groups to nodes"),
+    ):
+        if figures[key] is not None:
+            values = figures[key]
+            table.add_row(name, f"{values['mean']:.5f}", f"{values['worst']:.5f}", str(values["worst_layer"]))
+    console.print(table)
+    if "traffic" in figures:
+        _print_traffic(console, figures["traffic"])
+    if "pairs_on_one_node" in figures:
+        console.print(f"co-activated pairs served on one node: {figures['pairs_on_one_node']:.1%}")
+    if "moved_slots" in figures:
+        total = figures["layers"] * figures["devices"] * figures["slots_per_device"]
+        console.print(f"replicas to load that were not there before: {figures['moved_slots']} of {total}")
+    for path in written:
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _print_traffic(console: Any, traffic: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    low, high = traffic["copies_per_token_forwarded"]
+    between = f"{high:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
+    how = "sampled from the loads" if traffic["sampled"] else "from loads and co-activation"
+    console.print(
+        f"copies of a token that leave its node, per layer ({how}): {traffic['copies_per_token']:.2f}; "
+        f"{between} with forwarding inside nodes"
+    )
+    pairs, forwarded = traffic["between_nodes"], traffic["between_nodes_forwarded"]
+    nodes = len(pairs)
+    table = Table("copies per 1000 tokens into node", "from each other node", "with forwarding")
+    for node in range(nodes):
+        other = (node + 1) % nodes
+        table.add_row(str(node), f"{1000 * pairs[other][node]:.1f}", f"{1000 * forwarded[other][node]:.1f}")
+    console.print(table)
