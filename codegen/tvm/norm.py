@@ -16,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm.tir import Kernel, Machine, const, kernel_body
 from moec.codegen.tvm.vector import (
+    Variable,
     allow_alias,
     foreach,
     load,
@@ -27,7 +28,6 @@ from moec.codegen.tvm.vector import (
     spread,
     store,
     sum_lanes,
-    variables,
 )
 
 
@@ -58,16 +58,14 @@ class AddRmsNormSpec:
 def _inverse_rms(x: Any, x0: Any, spec: RmsNormSpec | AddRmsNormSpec, machine: Machine) -> Any:
     """1 / rms of the row at offset `x0`."""
     wide = 4 * machine.lanes  # four independent sums hide the latency of the fused multiply-add
-    vector = variables(1, wide)
-    scalar = variables(1, 1)
+    vector, scalar = Variable(wide), Variable(1)
 
     def square(i: Any, width: int) -> None:
         v = load(x, x0 + i, width)
-        total = scalar if width == 1 else vector
-        T.buffer_store(total, total[0] + v * v, [0])
+        (scalar if width == 1 else vector).add(v * v)
 
     foreach(spec.hidden, wide, square)
-    mean = (sum_lanes(vector[0], wide) + scalar[0]) * const(1.0 / spec.hidden, "float32")
+    mean = (sum_lanes(vector.value, wide) + scalar.value) * const(1.0 / spec.hidden, "float32")
     return T.Bind(const(1.0, "float32") / T.sqrt(mean + const(spec.eps, "float32")))
 
 

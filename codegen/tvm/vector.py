@@ -88,13 +88,26 @@ def store(buffer: Any, value: Any, offset: Any, width: int) -> None:
     T.buffer_store(buffer, value, [offset if width == 1 else T.ramp(offset, 1, width)])
 
 
-def variables(count: int, width: int, value: float | int = 0.0, dtype: str = "float32") -> Any:
-    """`count` variables of `width` lanes set to `value`; LLVM keeps them in registers when their indices are static."""
-    # TVM puts small memory of the scope "global" on the stack; "local" is refused inside private functions.
-    storage = T.alloc_buffer((count,), dtype if width == 1 else f"{dtype}x{width}", scope="global")
-    for i in range(count):
-        T.buffer_store(storage, fill(value, width, dtype), [i])
-    return storage
+class Variable:
+    """One mutable value of `width` lanes that LLVM keeps in a register."""
+
+    def __init__(self, width: int, value: float | int = 0.0, dtype: str = "float32") -> None:
+        # TVM puts small memory of the scope "global" on the stack; "local" is refused inside private functions.
+        self._storage = T.alloc_buffer((1,), dtype if width == 1 else f"{dtype}x{width}", scope="global")
+        self.set(fill(value, width, dtype))
+
+    @property
+    def value(self) -> Any:
+        """The present value."""
+        return self._storage[0]
+
+    def set(self, value: Any) -> None:
+        """Assign."""
+        T.buffer_store(self._storage, value, [0])
+
+    def add(self, value: Any) -> None:
+        """Increase."""
+        self.set(self.value + value)
 
 
 def row(index: Any, stride: int) -> Any:
@@ -131,11 +144,6 @@ def shuffle(vectors: list[Any], lanes: list[int]) -> Any:
     return T.Bind(T.Shuffle(vectors, [const(i) for i in lanes]))
 
 
-def lane(vector: Any, index: int) -> Any:
-    """One lane of a vector as a scalar."""
-    return shuffle([vector], [index])
-
-
 def reduce_lanes(vector: Any, width: int, combine: Callable[[Any, Any], Any]) -> Any:
     """Fold the lanes of a vector (power-of-two width) pairwise; LLVM's own fp reduction is a serial chain."""
     while width > 1:
@@ -154,6 +162,16 @@ def sum_lanes(vector: Any, width: int) -> Any:
 def max_lanes(vector: Any, width: int) -> Any:
     """Largest lane."""
     return reduce_lanes(vector, width, T.max)
+
+
+def transpose(rows: list[Any], width: int) -> list[Any]:
+    """The columns of `width` vectors of `width` lanes, by log2(width) rounds of interleaving."""
+    half = width // 2
+    low = [i for k in range(half) for i in (k, width + k)]
+    high = [i + half for i in low]
+    for _ in range(width.bit_length() - 1):
+        rows = [shuffle([rows[k], rows[k + half]], order) for k in range(half) for order in (low, high)]
+    return rows
 
 
 def _exp2_parts(whole: Any, fraction: Any, width: int) -> Any:
@@ -224,19 +242,19 @@ def store_from_f32(buffer: Any, value: Any, offset: Any, width: int) -> None:
 
 def argmax_row(x: Any, x0: Any, extent: int, lanes: int) -> tuple[Any, Any]:
     """(value, position) of the first largest of x[x0 : x0 + extent]; position >= extent if none is above -infinity."""
-    best = {width: variables(1, width, -math.inf) for width in (lanes, 1)}
-    where = {width: variables(1, width, _NOWHERE, "int32") for width in (lanes, 1)}
+    best = {width: Variable(width, -math.inf) for width in (lanes, 1)}
+    where = {width: Variable(width, _NOWHERE, "int32") for width in (lanes, 1)}
 
     def compare(i: Any, width: int) -> None:
         value = load(x, x0 + i, width)
         position = i if width == 1 else T.ramp(i, 1, width)
-        before = T.Bind(best[width][0])
-        T.buffer_store(where[width], T.Select(value > before, position, where[width][0]), [0])
-        T.buffer_store(best[width], T.Select(value > before, value, before), [0])
+        before = T.Bind(best[width].value)
+        where[width].set(T.Select(value > before, position, where[width].value))
+        best[width].set(T.Select(value > before, value, before))
 
     foreach(extent, lanes, compare)
-    top = T.Bind(T.max(max_lanes(best[lanes][0], lanes), best[1][0]))
+    top = T.Bind(T.max(max_lanes(best[lanes].value, lanes), best[1].value))
     nowhere = fill(_NOWHERE, lanes, "int32")
-    candidates = T.Bind(T.Select(best[lanes][0] == T.broadcast(top, lanes), where[lanes][0], nowhere))
-    tail = T.Select(best[1][0] == top, where[1][0], const(_NOWHERE))
+    candidates = T.Bind(T.Select(best[lanes].value == T.broadcast(top, lanes), where[lanes].value, nowhere))
+    tail = T.Select(best[1].value == top, where[1].value, const(_NOWHERE))
     return top, T.Bind(T.min(reduce_lanes(candidates, lanes, T.min), tail))

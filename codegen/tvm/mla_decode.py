@@ -1,0 +1,298 @@
+"""Absorbed attention of multi-head latent attention over the paged latent cache.
+
+    mla_decode(q_latent, q_rope, cache, page_table, seq, pos, out, scratch, tokens)
+
+q_latent[t, h, kv_rank] (the query times the key expansion of its head), q_rope[t, h, rope_dim] (rotated), out[t, h,
+kv_rank] (the weighted latent, before the value expansion): fp32. seq, pos i32[tokens]; cache and page_table as in
+`cache`. Token t attends to positions 0 .. pos[t] of sequence seq[t], which must be in the cache; tokens are independent,
+several may belong to one sequence. 0 < tokens <= max_tokens. scratch f32[scratch_elements(spec, machine)].
+
+Key tiles of all tokens form one list that is cut into equal parts, one a core (stream-K, arXiv 2301.03598); a token cut
+in two or more is put together from partial softmaxes. Source: DeepSeek-V2, arXiv 2405.04434, sec. 2.1.3 (absorption).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.tvm import flash
+from moec.codegen.tvm.cache import CacheLayout, position_offset
+from moec.codegen.tvm.tir import Kernel, Machine, const, kernel_body
+from moec.codegen.tvm.vector import (
+    STORAGE,
+    Variable,
+    exp2,
+    foreach,
+    load_as_f32,
+    new_kernel,
+    pointers,
+    row,
+    scalars,
+    store,
+)
+
+_MAX_TILE = 64  # keys
+
+
+@dataclass(frozen=True)
+class MlaDecodeSpec:
+    """`scale`: softmax scale with every factor included. `ld_*`: stride of a token, `head_*`: of a head, in elements."""
+
+    heads: int
+    cache: CacheLayout
+    scale: float
+    max_tokens: int
+    ld_q_latent: int
+    head_q_latent: int
+    ld_q_rope: int
+    head_q_rope: int
+    ld_out: int
+    head_out: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Sizes of one worker's scratch memory, in fp32 elements.
+
+    A worker has two regions of outputs and statistics: region 0 for the token that an earlier worker began, region 1
+    for the others.
+    """
+
+    spec: MlaDecodeSpec
+    machine: Machine
+
+    @property
+    def tile(self) -> int:
+        """Keys of a tile: within one page."""
+        return math.gcd(_MAX_TILE, self.spec.cache.page_size)
+
+    @property
+    def whole_panels(self) -> int:
+        """Panels of two vectors of heads."""
+        return self.spec.heads // (2 * self.machine.lanes)
+
+    @property
+    def rest_vectors(self) -> int:
+        """Vectors of the last panel: 0, 1 or 2."""
+        return -(-(self.spec.heads % (2 * self.machine.lanes)) // self.machine.lanes)
+
+    @property
+    def lanes(self) -> int:
+        """Heads rounded up to vectors."""
+        return (2 * self.whole_panels + self.rest_vectors) * self.machine.lanes
+
+    @property
+    def lane_elements(self) -> int:
+        """Outputs and statistics of one lane."""
+        return self.spec.cache.kv_rank + 3
+
+    @property
+    def region(self) -> int:
+        return self.lanes * self.lane_elements
+
+    @property
+    def scores(self) -> int:
+        return (self.tile + 2 * self.machine.registers) * 2 * self.machine.lanes
+
+    @property
+    def widened(self) -> int:
+        """A tile of keys in fp32, when the cache is narrower."""
+        cache = self.spec.cache
+        return 0 if cache.dtype == "f32" else self.tile * flash.conflict_free(cache.width)
+
+    @property
+    def worker(self) -> int:
+        elements = 2 * self.region + self.lanes * self.spec.cache.width + self.scores + self.widened
+        return -(-elements // 16) * 16
+
+
+def scratch_elements(spec: MlaDecodeSpec, machine: Machine) -> int:
+    """fp32 elements of scratch memory."""
+    return machine.cores * _Plan(spec, machine).worker
+
+
+class _Emitter:
+    """Emits the parts of the kernel around its arguments."""
+
+    def __init__(self, spec: MlaDecodeSpec, machine: Machine, args: list[Any]) -> None:
+        self.spec, self.machine, self.plan = spec, machine, _Plan(spec, machine)
+        self.q_latent, self.q_rope, self.cache, self.page_table, self.seq, self.pos = args[:6]
+        self.out, self.scratch, self.tokens = args[6:]
+
+    def tiles(self, token: Any) -> Any:
+        """Key tiles of a token."""
+        return T.Bind((self.pos[token] + self.plan.tile) // self.plan.tile)
+
+    def worker_base(self, worker: Any) -> Any:
+        return T.Bind(T.Cast("int64", worker) * const(self.plan.worker, "int64"))
+
+    def each_panel(self, base: Any, region: Any) -> Iterator[tuple[flash.Panel, Any]]:
+        """(panel, first head) of a worker's region; the consumer's code is emitted once per shape of panel."""
+        plan, machine = self.plan, self.machine
+
+        def panel(first: Any, vectors: int) -> flash.Panel:
+            o = T.Bind(base + region * plan.region + first * plan.lane_elements)
+            stats = T.Bind(o + vectors * machine.lanes * self.spec.cache.kv_rank)
+            q = T.Bind(base + 2 * plan.region + first * self.spec.cache.width)
+            s = T.Bind(base + 2 * plan.region + plan.lanes * self.spec.cache.width)
+            return flash.Panel(self.scratch, q, o, stats, s, vectors, machine.lanes, machine.registers)
+
+        rows = 2 * machine.lanes
+        if plan.whole_panels:
+            with T.serial(0, plan.whole_panels) as p:
+                first = T.Bind(p * rows)
+                yield panel(first, 2), first
+        if plan.rest_vectors:
+            first = const(plan.whole_panels * rows)
+            yield panel(first, plan.rest_vectors), first
+
+    def head_rows(self, panel: flash.Panel, token: Any, first: Any, ld: int, stride: int) -> list[Any]:
+        """Offsets of the panel's heads of one token; past the last head they repeat it."""
+        base = row(token, ld)
+        last = self.spec.heads - 1
+        return [T.Bind(base + T.min(first + i, last) * stride) for i in range(panel.rows)]
+
+    def begin_token(self, token: Any, base: Any, region: Any) -> None:
+        """Pack the queries and empty the region."""
+        spec, cache = self.spec, self.spec.cache
+        scale = spec.scale * math.log2(math.e)
+        for panel, first in self.each_panel(base, region):
+            latent = self.head_rows(panel, token, first, spec.ld_q_latent, spec.head_q_latent)
+            flash.pack_rows(panel, self.q_latent, latent, cache.kv_rank, 0, scale)
+            rope = self.head_rows(panel, token, first, spec.ld_q_rope, spec.head_q_rope)
+            flash.pack_rows(panel, self.q_rope, rope, cache.rope_dim, cache.kv_rank, scale)
+            flash.start_panel(panel, cache.kv_rank)
+
+    def key_tile(self, token: Any, begin: Any, count: Any, base: Any) -> flash.Rows:
+        """The keys from position `begin` on: where they lie, or widened in the worker's scratch memory."""
+        cache, plan = self.spec.cache, self.plan
+        source = position_offset(self.page_table, self.seq[token], begin, cache)
+        if not plan.widened:
+            return flash.Rows(self.cache, source, cache.width)
+        stride = flash.conflict_free(cache.width)
+        target = T.Bind(base + (plan.worker - plan.widened))
+        with T.serial(0, count) as k:
+
+            def widen(i: Any, width: int) -> None:
+                value = load_as_f32(self.cache, source + k * cache.width + i, width)
+                store(self.scratch, value, target + k * stride + i, width)
+
+            foreach(cache.width, self.machine.lanes, widen)
+        return flash.Rows(self.scratch, target, stride)
+
+    def attend(self, token: Any, tile: Any, base: Any, region: Any) -> None:
+        """One key tile for all heads."""
+        cache = self.spec.cache
+        begin = T.Bind(tile * self.plan.tile)
+        count = T.Bind(T.min(self.plan.tile, self.pos[token] + 1 - begin))
+        keys = self.key_tile(token, begin, count, base)
+        for panel, _ in self.each_panel(base, region):
+            flash.scores(panel, keys, count, cache.width)
+            flash.softmax(panel, count, None)
+            flash.weigh_values(panel, keys, count, cache.kv_rank)
+
+    def finish_token(self, token: Any, base: Any, region: Any) -> None:
+        """Write the outputs of a token whose statistics are complete."""
+        spec = self.spec
+        for panel, first in self.each_panel(base, region):
+            flash.invert_sums(panel)
+            rows = self.head_rows(panel, token, first, spec.ld_out, spec.head_out)
+            flash.unpack_rows(panel, self.out, rows, spec.cache.kv_rank, 1)
+
+    def each_token(self, body: Callable[[Any, Any, Any], None]) -> None:
+        """`body(token, first tile in the list of all tiles, tiles)`."""
+        before = Variable(1, 0, "int32")
+        with T.serial(0, self.tokens) as t:
+            tiles = self.tiles(t)
+            body(t, T.Bind(before.value), tiles)
+            before.add(tiles)
+
+    def work(self, worker: Any, begin: Any, end: Any) -> None:
+        """The tiles begin .. end - 1 of the list."""
+        base = self.worker_base(worker)
+
+        def segment(token: Any, before: Any, tiles: Any) -> None:
+            first = T.Bind(T.max(begin - before, 0))
+            last = T.Bind(T.min(end - before, tiles))
+            with T.If(first < last), T.Then():
+                region = T.Bind(T.Select(first > 0, const(0), const(1)))
+                self.begin_token(token, base, region)
+                with T.serial(0, last - first) as i:
+                    self.attend(token, T.Bind(first + i), base, region)
+                with T.If(last - first == tiles), T.Then():
+                    self.finish_token(token, base, region)
+
+        self.each_token(segment)
+
+    def merge(self, token: Any, owner: Any, last: Any) -> None:
+        """Put a token together from region 1 of its first worker and region 0 of the following ones, into the former."""
+        base = self.worker_base(owner)
+        for panel, first in self.each_panel(base, const(1)):
+            with T.serial(0, last - owner) as i:
+                other = self.other_panel(panel, self.worker_base(owner + 1 + i), first)
+                self.add_partial(panel, other)
+        self.finish_token(token, base, const(1))
+
+    def other_panel(self, panel: flash.Panel, base: Any, first: Any) -> flash.Panel:
+        """The panel of the same heads in region 0 of another worker."""
+        o = T.Bind(base + first * self.plan.lane_elements)
+        stats = T.Bind(o + panel.rows * self.spec.cache.kv_rank)
+        return flash.Panel(self.scratch, panel.q, o, stats, panel.s, panel.vectors, panel.lanes, panel.registers)
+
+    def add_partial(self, panel: flash.Panel, other: flash.Panel) -> None:
+        """Fold the partial softmax of `other` into `panel`."""
+        weights = []
+        for v in range(panel.vectors):
+            here, there = panel.vector(panel.stats, 0, v), other.vector(other.stats, 0, v)
+            top = T.Bind(T.max(here, there))
+            mine, theirs = exp2(here - top, panel.lanes), exp2(there - top, panel.lanes)
+            total = panel.vector(panel.stats, 1, v) * mine + other.vector(other.stats, 1, v) * theirs
+            panel.put(top, panel.stats, 0, v)
+            panel.put(total, panel.stats, 1, v)
+            weights.append((mine, theirs))
+        with T.serial(0, self.spec.cache.kv_rank) as d:
+            for v, (mine, theirs) in enumerate(weights):
+                value = panel.vector(panel.o, d, v) * mine + other.vector(other.o, d, v) * theirs
+                panel.put(value, panel.o, d, v)
+
+
+def build_mla_decode(spec: MlaDecodeSpec, machine: Machine) -> Kernel:
+    """mla_decode(q_latent, q_rope, cache, page_table, seq, pos, out, scratch, tokens)."""
+    kernel = new_kernel("mla_decode", spec)
+    params = [
+        *pointers("q_latent", "q_rope"),
+        *pointers("cache", dtype=STORAGE[spec.cache.dtype]),
+        *pointers("page_table", "seq", "pos", dtype="int32"),
+        *pointers("out", "scratch"),
+        *scalars("tokens"),
+    ]
+    with kernel_body(kernel, params) as args:
+        emit = _Emitter(spec, machine, args)
+        total = Variable(1, 0, "int32")
+        with T.serial(0, emit.tokens) as t:
+            total.add(emit.tiles(t))
+        tiles = T.Bind(total.value)
+        workers = T.Bind(T.min(tiles, machine.cores))
+
+        def begin(worker: Any) -> Any:
+            return T.Bind(T.Cast("int32", T.Cast("int64", worker) * tiles // workers))
+
+        def owner(tile: Any) -> Any:
+            return T.Bind(T.Cast("int32", (T.Cast("int64", tile + 1) * workers - 1) // tiles))
+
+        with T.parallel(0, machine.cores) as w, T.If(w < workers), T.Then():
+            emit.work(w, begin(w), begin(w + 1))
+
+        def merge(token: Any, before: Any, count: Any) -> None:
+            first, last = owner(before), owner(before + count - 1)
+            with T.If(first < last), T.Then():
+                emit.merge(token, first, last)
+
+        if machine.cores > 1:
+            emit.each_token(merge)
+    return kernel
