@@ -316,12 +316,13 @@ def _route(e: FunctionEmitter, op: Op) -> None:
     _linear_call(e, e.at(x), e.place(x).ld, gate, [], logits, experts, e.most(x), e.count(x))
     a = op.attrs
     bias = e.weight(op.operands[2]) if len(op.operands) == 3 else []
-    spec = router.MoeRouteSpec(
-        experts=experts, top_k=int(a["top_k"]), max_tokens=e.most(x), score=str(a["score"]), groups=int(a["groups"]),
+    spec = router.RouterSpec(
+        experts=experts, top_k=int(a["top_k"]), score=str(a["score"]), has_bias=bool(bias), groups=int(a["groups"]),
         top_groups=int(a["top_groups"]), group_score="top2sum" if a["group_score"] == "top2" else "max",
-        norm_topk=bool(a["normalise"]), scale=float(a["scale"]), bias=bool(bias),
+        normalise=bool(a["normalise"]), scale=float(a["scale"]), max_tokens=e.most(x), ld=experts,
     )  # type: ignore[arg-type]  # fmt: skip
-    e.run(router.build_moe_route, spec, logits, *bias, e.at(ids), e.at(weights), e.count(x))
+    scratch = e.scratch(router.scratch_elements(spec, e.p.machine))
+    e.run(router.build_moe_route, spec, logits, *bias, e.at(ids), e.at(weights), scratch, e.count(x))
 
 
 def _dispatch(e: FunctionEmitter, op: Op) -> None:

@@ -60,8 +60,7 @@ class MoeRoute(OpDef):
             rank = by_group.sort(-1, descending=True, stable=True).values[..., :depth].sum(-1)
             best = rank.sort(-1, descending=True, stable=True).indices[..., :chosen]
             mask = torch.zeros_like(rank).scatter_(-1, best, 1.0).bool()
-            # As in the published code, an expert outside the chosen groups scores 0, not minus infinity.
-            choice = by_group.masked_fill(~mask[..., None], 0.0).flatten(-2)
+            choice = by_group.masked_fill(~mask[..., None], float("-inf")).flatten(-2)
         ids = choice.sort(-1, descending=True, stable=True).indices[..., :k]
         weights = scores.gather(-1, ids)
         if a["normalise"]:
