@@ -52,7 +52,7 @@ class Compiled:
 
     @property
     def spills_listed(self) -> bool:
-        return 0 < self.facts["spill_stores"] <= self.instance.tile.spills
+        return bool(0 < self.facts["spill_stores"] <= self.instance.tile.spills)
 
     def problems(self) -> list[str]:
         """What fails of: tensor instruction, spills, shared memory, serialised wgmma."""

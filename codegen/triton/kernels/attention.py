@@ -115,6 +115,31 @@ def mla_decode_combine(partial_ptr, lse_ptr, out_ptr, splits, ROWS, DV: tl.const
 
 
 @triton.jit
+def cache_read(
+    latent_ptr, rope_ptr, scale_ptr, pages_ptr, start_ptr, latent_out_ptr, rope_out_ptr, max_pages,
+    DV: tl.constexpr, DR: tl.constexpr, PAGE: tl.constexpr,
+    LATENT_ROW: tl.constexpr, ROPE_ROW: tl.constexpr, SCALE_ROW: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Sequence b of the paged cache -> rows start[b]..start[b+1] of latent_out[S, DV] and rope_out[S, DR]."""
+    b = tl.program_id(1)
+    start = tl.load(start_ptr + b).to(tl.int64)
+    n = (tl.load(start_ptr + b + 1) - start).to(tl.int32)
+    first = tl.program_id(0) * BN
+    if first < n:
+        key = first + tl.arange(0, BN)
+        inside = key < n
+        page = tl.load(pages_ptr + b * max_pages + first // PAGE)
+        slot = page.to(tl.int64) * PAGE + key % PAGE
+        rv = tl.arange(0, DV)
+        rr = tl.arange(0, DR)
+        to = latent_out_ptr.dtype.element_ty
+        latent = load_latent(latent_ptr, scale_ptr, slot, inside, DV, LATENT_ROW, SCALE_ROW, to)
+        rope = tl.load(rope_ptr + slot[:, None] * ROPE_ROW + rr[None, :], mask=inside[:, None], other=0.0)
+        tl.store(latent_out_ptr + (start + key)[:, None] * DV + rv[None, :], latent, mask=inside[:, None])
+        tl.store(rope_out_ptr + (start + key)[:, None] * DR + rr[None, :], rope, mask=inside[:, None])
+
+
+@triton.jit
 def prefill_step(
     q_nope, q_rope, best, total, acc, kv_at, rope_at, position, first, keys, softmax_scale,
     KV_ROW: tl.constexpr, ROPE_ROW: tl.constexpr, DN: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr,

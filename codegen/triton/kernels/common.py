@@ -10,14 +10,17 @@ import triton.language as tl
 
 GROUP = tl.constexpr(128)
 FP8_MAX = tl.constexpr(448.0)
-# Keeps the scale of an all-zero group a normal number, so that 0 / scale stays 0.
-AMAX_FLOOR = tl.constexpr(1e-10)
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
 @triton.jit
 def group_scale(amax, POW2: tl.constexpr):
-    """The scale of a group with the largest magnitude `amax`; with POW2 the next power of two at or above it."""
-    scale = tl.div_rn(tl.maximum(amax, AMAX_FLOOR), tl.full(amax.shape, FP8_MAX, tl.float32))
+    """The scale of a group with the largest magnitude `amax`; with POW2 the next power of two at or above it.
+
+    A normal number always: 1 for a group of zeros, the smallest normal where `amax / 448` is less.
+    """
+    scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, FP8_MAX, tl.float32)), SMALLEST_NORMAL)
+    scale = tl.where(amax > 0.0, scale, 1.0)
     if POW2:
         bits = scale.to(tl.int32, bitcast=True)
         scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)

@@ -77,3 +77,12 @@ def embedding(ids_ptr, table_ptr, y_ptr, D, BLOCK: tl.constexpr):
     token = tl.load(ids_ptr + row).to(tl.int64)
     x = tl.load(table_ptr + token * D + column, mask=column < D, other=0.0)
     tl.store(y_ptr + row * D + column, x, mask=column < D)
+
+
+@triton.jit
+def add(a_ptr, b_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    """y = a + b, summed in float32."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(a_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, (a + b).to(y_ptr.dtype.element_ty), mask=at < N)

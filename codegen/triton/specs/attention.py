@@ -238,6 +238,71 @@ COMBINE = KernelSpec(
 )
 
 
+def build_read(p: Problem) -> dict[str, Any]:
+    import torch
+
+    lengths = sequence_lengths(p)
+    pages = max(-(-n // p.PAGE) for n in lengths)
+    cache, _ = decode_cache(p, (p.B * pages + 3) * p.PAGE)
+    return {
+        **cache, "pages_ptr": p.shuffled(p.B * pages + 3)[: p.B * pages].view(p.B, pages).to(torch.int32),
+        "start_ptr": starts(lengths), "latent_out_ptr": p.output("latent_out_ptr", sum(lengths), p.DV),
+        "rope_out_ptr": p.output("rope_out_ptr", sum(lengths), p.DR), "max_pages": pages,
+    }  # fmt: skip
+
+
+def reference_read(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
+    """Exact: a BF16 row as it stands, an FP8 row widened and rounded once."""
+    import torch
+
+    rows = [x["pages_ptr"][b].long() for b in range(p.B)]
+    lengths = x["start_ptr"].diff().tolist()
+    slot = torch.cat(
+        [(r[:, None] * p.PAGE + torch.arange(p.PAGE)).flatten()[:n] for r, n in zip(rows, lengths, strict=True)]
+    )
+    latent = x["latent_ptr"][slot] if p.SCALE_ROW == 0 else wide(x["latent_ptr"], x["scale_ptr"])[slot]
+    return {
+        "latent_out_ptr": Expected(latent.to(x["latent_out_ptr"].dtype)),
+        "rope_out_ptr": Expected(x["rope_ptr"][slot]),
+    }
+
+
+def read(fp8: bool) -> KernelSpec:
+    def constants(dims: Dims) -> dict[str, Constant]:
+        absent: dict[str, Constant] = {} if fp8 else {"scale_ptr": None}
+        keep = {n: dims[n] for n in ("DV", "DR", "PAGE")}
+        return {**absent, **keep, **cache_row(dims["DV"], dims["DR"], fp8)}
+
+    cache = {"latent_ptr": "*fp8e4nv", "rope_ptr": "*bf16", "scale_ptr": "*fp32"}
+    if not fp8:
+        cache = {"latent_ptr": "*bf16", "rope_ptr": "*bf16"}
+    row = "DV + 4*(DV // 128) + 2*DR" if fp8 else "2*(DV + DR)"
+    return KernelSpec(
+        name="cache_read_fp8" if fp8 else "cache_read",
+        function="attention:cache_read",
+        ops=("cache.read",),
+        summary=f"The cached prefix of every sequence in one piece, from the {'FP8' if fp8 else 'BF16'} cache",
+        signature={
+            **cache, "pages_ptr": "*i32", "start_ptr": "*i32", "latent_out_ptr": "*bf16", "rope_out_ptr": "*bf16",
+            "max_pages": "i32",
+        },
+        dims={"B": 4, "DV": 512, "DR": 64, "PAGE": 64, "CONTEXT": 4096, "LOAD": -1},
+        constants=constants,
+        tiles=on((*FP8, "gfx942") if fp8 else (*NVIDIA, "gfx942"), any=Tile({"BN": 8}, 4, 1)),
+        grid=("ceildiv(CONTEXT, BN)", "B"),
+        build=build_read,
+        reference=reference_read,
+        cases=(
+            Case("lengths 70 and 300", {"B": 2, "CONTEXT": 300, "LOAD": 0}),
+            Case("lengths 1 and 64", {"B": 2, "CONTEXT": 64, "LOAD": 1}),
+        ),
+        flops="0",
+        bytes=f"B*CONTEXT*({row} + 2*(DV + DR))",
+        requires=("PAGE % BN == 0", "DV % 128 == 0"),
+        fallback="cache_read" if fp8 else "",
+    )  # fmt: skip
+
+
 def prefill_spans(p: Problem) -> tuple[list[int], list[int]]:
     """Queries and keys of every sequence."""
     if p.LOAD < 0:
@@ -317,4 +382,4 @@ PREFILL = KernelSpec(
     tensor_core=True,
 )  # fmt: skip
 
-SPECS = (decode_split(False), decode_split(True), COMBINE, PREFILL)
+SPECS = (decode_split(False), decode_split(True), COMBINE, PREFILL, read(False), read(True))

@@ -219,15 +219,15 @@ BF16_GEMM = bf16(
     ),
 )  # fmt: skip
 BF16_GEMM_F32 = bf16(
-    "bf16_gemm_f32", ("linear", "moe.route", "head"), "Linear layer in BF16 with float32 result: gate and output head",
+    "bf16_gemm_f32", ("linear",), "Linear layer in BF16 with float32 result: gate and output head",
     {"B": 1, "M": 64, "N": 256, "K": 7168}, True, "*fp32", (Case("gate of 17 tokens", {"M": 17, "N": 256, "K": 512}),),
 )  # fmt: skip
 BF16_HEADS_NK = bf16(
-    "bf16_heads_nk", ("attn.mla_absorbed", "bmm"), "One product per head, weights [N, K]: absorbed value projection",
+    "bf16_heads_nk", ("linear.heads",), "One product per head, weights [N, K]: absorbed value projection",
     {"B": 128, "M": 64, "N": 128, "K": 512}, True, "*bf16", (Case("3 heads", {"B": 3, "M": 5, "N": 128, "K": 256}),),
 )  # fmt: skip
 BF16_HEADS_KN = bf16(
-    "bf16_heads_kn", ("attn.mla_absorbed", "bmm"), "One product per head, weights [K, N]: absorbed key projection",
+    "bf16_heads_kn", ("linear.heads",), "One product per head, weights [K, N]: absorbed key projection",
     {"B": 128, "M": 64, "N": 512, "K": 128}, False, "*bf16", (Case("3 heads", {"B": 3, "M": 5, "N": 256, "K": 128}),),
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     Tensor = torch.Tensor
 
 E4M3_MAX = 448.0
-AMAX_FLOOR = 1e-10
+SMALLEST_NORMAL = 2.0**-126
 # Half a unit in the last place of BF16 and of E4M3, as a share of the value; half of E4M3's smallest subnormal.
 BF16_ROUNDING = 2.0**-8
 E4M3_ROUNDING = 2.0**-4
@@ -38,11 +38,18 @@ def padded(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, short)).reshape(*x.shape[:-1], -1, 128)
 
 
+def scale_of(amax: Tensor) -> Tensor:
+    """`amax / 448`; 1 for a group of zeros, never below the smallest normal number."""
+    import torch
+
+    return torch.where(amax > 0, (amax / E4M3_MAX).clamp(min=SMALLEST_NORMAL), 1.0)
+
+
 def scales_1x128(x: Tensor, pow2: bool = False) -> Tensor:
     """Float32 scales [..., ceil(K/128)] of x[..., K]."""
     import torch
 
-    scale = padded(x).abs().amax(-1).float().clamp(min=AMAX_FLOOR) / E4M3_MAX
+    scale = scale_of(padded(x).abs().amax(-1).float())
     return torch.exp2(torch.ceil(torch.log2(scale.double()))).float() if pow2 else scale
 
 
@@ -64,7 +71,7 @@ def quantise_128x128(w: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     rows = padded(w).abs().amax(-1).transpose(-1, -2)
-    scale = padded(rows).amax(-1).transpose(-1, -2).clamp(min=AMAX_FLOOR) / E4M3_MAX
+    scale = scale_of(padded(rows).amax(-1).transpose(-1, -2))
     full = block_scale(scale, w)
     return (w / full).to(torch.float8_e4m3fn).contiguous(), scale.contiguous()
 

@@ -169,7 +169,7 @@ def swiglu(name: str, quantise: bool, summary: str) -> KernelSpec:
     return KernelSpec(
         name=name,
         function="rows:swiglu",
-        ops=("act.swiglu", "quant.cast") if quantise else ("act.swiglu",),
+        ops=("swiglu", "quant.cast") if quantise else ("swiglu",),
         summary=summary,
         signature={
             "x_ptr": "*bf16", "y_ptr": "*fp8e4nv" if quantise else "*bf16",
@@ -211,8 +211,8 @@ def no_constants(dims: Dims) -> dict[str, Constant]:
 EMBEDDING = KernelSpec(
     name="embedding",
     function="rows:embedding",
-    ops=("embed",),
-    summary="Rows of the embedding table",
+    ops=("embed", "rows.gather"),
+    summary="Rows of a table: the embedding, or the rows whose logits are wanted",
     signature={"ids_ptr": "*i32", "table_ptr": "*bf16", "y_ptr": "*bf16", "D": "i32"},
     dims={"T": 128, "D": 7168, "V": 129280},
     constants=no_constants,
@@ -227,12 +227,39 @@ EMBEDDING = KernelSpec(
     requires=("D % 16 == 0",),
 )
 
+
+def build_add(p: Problem) -> dict[str, Any]:
+    a, b = (p.put(n, p.normal(p.N)) for n in ("a_ptr", "b_ptr"))
+    return {"a_ptr": a, "b_ptr": b, "y_ptr": p.output("y_ptr", p.N), "N": p.N}
+
+
+def reference_add(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
+    return {"y_ptr": Expected(x["a_ptr"] + x["b_ptr"])}
+
+
+ADD = KernelSpec(
+    name="add",
+    function="rows:add",
+    ops=("add",),
+    summary="Elementwise sum",
+    signature={"a_ptr": "*bf16", "b_ptr": "*bf16", "y_ptr": "*bf16", "N": "i64"},
+    dims={"N": 128 * 7168},
+    constants=no_constants,
+    tiles=on(EVERYWHERE, any=Tile({"BLOCK": 2048}, 8, 1)),
+    grid=("ceildiv(N, BLOCK)",),
+    build=build_add,
+    reference=reference_add,
+    cases=(Case("5000 elements", {"N": 5000}), Case("one element", {"N": 1})),
+    flops="N",
+    bytes="6*N",
+)
+
 SPECS = (
     norm("rms_norm", ("norm.rms",), "RMSNorm", False, True, False),
-    norm("rms_norm_residual", ("norm.rms", "add"), "Residual sum and RMSNorm", True, True, False),
+    norm("rms_norm_residual", ("norm.add_rms",), "Residual sum and RMSNorm", True, True, False),
     norm("rms_norm_quant", ("norm.rms", "quant.cast"), "RMSNorm and 1x128 quantisation", False, False, True),
     norm(
-        "rms_norm_residual_quant", ("norm.rms", "add", "quant.cast"),
+        "rms_norm_residual_quant", ("norm.add_rms", "quant.cast"),
         "Residual sum, RMSNorm, its BF16 result and its 1x128 quantisation", True, True, True,
     ),
     quantiser("quantise", "*fp32", False, "1x128 quantisation, float32 scales"),
@@ -241,4 +268,5 @@ SPECS = (
     swiglu("swiglu_quant", True, "SwiGLU and 1x128 quantisation"),
     swiglu("swiglu", False, "SwiGLU in BF16"),
     EMBEDDING,
+    ADD,
 )  # fmt: skip
