@@ -23,6 +23,12 @@ class WrongRowsFile(InputError):
     template = "{file}:{line}: {message}"
 
 
+class NothingToFit(InputError):
+    """Measurements of no family that the fit knows."""
+
+    template = "no row belongs to a family that can be fitted ({families})"
+
+
 class Uncalibrated(InputError):
     """A target without a number that the cost model needs."""
 

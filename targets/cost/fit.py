@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from moec.targets.cost.errors import WrongRowsFile
-from moec.targets.cost.row import Row, op_time
+from moec.targets.cost.errors import NothingToFit, Uncalibrated, UnknownOp, WrongRow, WrongRowsFile
+from moec.targets.cost.row import Row, checked, op_time
 from moec.targets.parameters import PARAMETERS
 from moec.targets.schema import Parameter, Target
 
@@ -74,9 +74,13 @@ Start = Mapping[str, float]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file; WrongRowsFile for a line that is no JSON object or has no positive `time_us`."""
+    """The rows of a JSON Lines file; WrongRowsFile for a line that is no row with a positive `time_us`."""
     rows = []
     for number, row in numbered_rows(path):
+        try:
+            checked(row)
+        except (UnknownOp, WrongRow) as error:
+            raise WrongRowsFile(file=path, line=number, message=str(error)) from None
         time = row.get("time_us")
         if not isinstance(time, int | float) or isinstance(time, bool) or not 0 < time < math.inf:
             raise WrongRowsFile(file=path, line=number, message="has no positive time_us (microseconds)")
@@ -123,6 +127,45 @@ def fit(target: Target, rows: Sequence[Row], source: str) -> Target:
     return target
 
 
+def fit_and_check(
+    target: Target, rows: Sequence[Row], source: str, count: int = 5
+) -> tuple[Target, dict[str, dict[str, float]]]:
+    """The fitted target, and for each family its errors before the fit and on shapes that a fit did not see.
+
+    Raises NothingToFit when no row belongs to a family. Families with fewer than `count` shapes have no unseen errors
+    (nan would not be JSON: they carry those of the fit itself).
+    """
+    fitted, report = fit(target, rows, source), {}
+    for family in FAMILIES:
+        mine = [row for row in rows if family.matches(row)]
+        if not mine:
+            continue
+        splits = folds(mine, count) if len({shape(row) for row in mine}) >= count else [(mine, mine)]
+        unseen = unseen_errors(fitted, family, splits)
+        before = errors([op_time(row, target).time_us for row in mine], [row["time_us"] for row in mine])
+        report[family.name] = {
+            "rows": len(mine),
+            "median_before": before.median,
+            "p90_before": before.p90,
+            "median": unseen.median,
+            "p90": unseen.p90,
+        }
+    if not report:
+        raise NothingToFit(families=", ".join(family.name for family in FAMILIES))
+    return fitted, report
+
+
+def unseen_errors(target: Target, family: Family, splits: Sequence[tuple[list[Row], list[Row]]]) -> Errors:
+    """Errors over the unseen sides of all (seen, unseen) splits, each with a fit of its own to the seen side."""
+    predicted: list[float] = []
+    measured: list[float] = []
+    for seen, unseen in splits:
+        fitted = fit_family(target, family, seen, "held-out check")
+        predicted += [op_time(row, fitted).time_us for row in unseen]
+        measured += [row["time_us"] for row in unseen]
+    return errors(predicted, measured)
+
+
 def fit_family(target: Target, family: Family, rows: Sequence[Row], source: str) -> Target:
     """The target with one family's parameters fitted to its rows."""
     import numpy as np
@@ -132,6 +175,9 @@ def fit_family(target: Target, family: Family, rows: Sequence[Row], source: str)
     if all(row.get("quantise_a") for row in rows):
         # Rows that always hold both kernels cannot tell their floors apart: the product's stays as it is.
         names = tuple(name for name in names if name != "calibration.gemm_fp8.floor")
+    for path in names:
+        if path not in target.calibration:
+            raise Uncalibrated(target=target.name, parameter=path)
     start = {path: max(target.calibration[path].value, _EPSILON) for path in names}
     measured = np.log([row["time_us"] for row in rows])
 

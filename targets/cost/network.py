@@ -29,6 +29,14 @@ def expected_nodes(nodes: int, top_k: int, limit: int) -> float:
     return among * (1 - (1 - 1 / among) ** top_k)
 
 
+def _need_links(target: Target, ranks: int) -> None:
+    """NoLink when `ranks` devices cannot reach each other."""
+    if min(ranks, target.node.devices) > 1:
+        target.scale_up()
+    if ranks > target.node.devices:
+        target.scale_out()
+
+
 def low_latency(
     target: Target, direction: str, tokens: int, hidden: int, top_k: int, experts: int, ep: int, dtype: str
 ) -> Cost:
@@ -37,6 +45,7 @@ def low_latency(
     Copies for the same node take the scale-up link, the others each device's own share of the network adapters, at
     the same time. The kernel gives each expert a group of cores, so few experts leave cores idle.
     """
+    _need_links(target, ep)
     numbers, node = fitted(target, "low_latency"), target.node
     size = token_bytes(hidden, dtype)
     copies = tokens * top_k
@@ -46,7 +55,6 @@ def low_latency(
     up = inside / (target.scale_up().bandwidth * numbers["scale_up"]) if inside else 0.0
     out = 0.0
     if across:
-        target.scale_out()
         out = across / (node.scale_out_per_device * numbers["scale_out"])
     cores = target.device.cores
     used = ceildiv(experts, ceildiv(experts, cores))
@@ -56,11 +64,14 @@ def low_latency(
         floor += numbers[f"{direction}_hop"] + (ep - local_ranks) * numbers["peer"]
     busy = soft_max(soft_max(up, out, numbers["norm"]), fed, numbers["norm"])
     parts = {"latency": floor * 1e6, "network": max(up, out) * 1e6, "compute": fed * 1e6}
-    return Cost((floor + busy) * 1e6, 0.0, 2.0 * copies * size, inside + across, parts, used)
+    # Between nodes the adapters move the data and a hook receives it later: no core waits meanwhile.
+    sms = 0 if across else used
+    return Cost((floor + busy) * 1e6, 0.0, 2.0 * copies * size, inside + across, parts, sms)
 
 
 def normal(target: Target, tokens: int, hidden: int, top_k: int, ep: int, dtype: str, max_nodes: int) -> Cost:
     """High-throughput dispatch or combine: one copy of a token a node, forwarded there over the scale-up link."""
+    _need_links(target, ep)
     numbers, node = fitted(target, "normal"), target.node
     size = token_bytes(hidden, dtype)
     nodes = ceildiv(ep, node.devices)
@@ -86,9 +97,10 @@ def collective(target: Target, op: str, size: int, ranks: int) -> Cost:
     all-gather. Beyond one node the part inside nodes and the part between them follow each other, as in
     hierarchical rings; each device drives its own share of the network adapters.
     """
-    numbers, node = fitted(target, "collective"), target.node
     if ranks == 1:
         return Cost(0.0)
+    _need_links(target, ranks)
+    numbers, node = fitted(target, "collective"), target.node
     local = min(ranks, node.devices)
     nodes = ceildiv(ranks, node.devices)
     passes = 2 if op == "all_reduce" else 1

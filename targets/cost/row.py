@@ -210,14 +210,15 @@ def op_time(row: Row, target: Target) -> Cost:
 
     Raises UnknownOp, WrongRow (missing, unknown or impossible keys), NoLink or Uncalibrated.
     """
+    values = checked(row)
+    return OPS[row["op"]].cost(target, values)
+
+
+def checked(row: Row) -> dict[str, Any]:
+    """The row's values with defaults filled in; UnknownOp or WrongRow when it is no row."""
     op = row.get("op")
     if not isinstance(op, str) or op not in OPS:
         raise UnknownOp(op=op, hint=near(str(op), list(OPS)))
-    return OPS[op].cost(target, _checked(op, row))
-
-
-def _checked(op: str, row: Row) -> dict[str, Any]:
-    """The row's values with defaults filled in."""
     keys = OPS[op].keys
     for name in row:
         if name not in keys and name not in _WITHOUT_MEANING:
