@@ -19,32 +19,19 @@ from moec import targets
 from moec.targets.cost import Row, op_time
 from moec.targets.cost.fit import (
     FAMILIES,
-    Errors,
-    Family,
     errors,
     fit,
-    fit_family,
     folds,
     largest_unseen,
     read_rows,
     roofline,
+    unseen_errors,
     with_values,
 )
 from moec.targets.describe import calibration_text
 from moec.targets.schema import Target
 
 FOLDS = 5
-
-
-def unseen_errors(target: Target, family: Family, splits: Sequence[tuple[list[Row], list[Row]]]) -> Errors:
-    """Errors over the unseen sides of all splits."""
-    predicted: list[float] = []
-    measured: list[float] = []
-    for seen, unseen in splits:
-        fitted = fit_family(target, family, seen, "held-out check")
-        predicted += [op_time(row, fitted).time_us for row in unseen]
-        measured += [row["time_us"] for row in unseen]
-    return errors(predicted, measured)
 
 
 def report(target: Target, rows: Sequence[Row]) -> None:

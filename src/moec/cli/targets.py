@@ -21,11 +21,13 @@ class WrongTargetFiles(InputError):
 
 
 def register(app: typer.Typer) -> None:
-    """Add `moec targets list|show|check`."""
+    """Add `moec targets list|show|check|calibrate|topologies`."""
     group = typer.Typer(no_args_is_help=True, help="Hardware descriptions: list, show, check, calibrate.")
     group.command("list")(list_targets)
     group.command("show")(show)
     group.command("check")(check)
+    group.command("calibrate")(calibrate)
+    group.command("topologies")(topologies)
     app.add_typer(group, name="targets")
 
 
@@ -96,3 +98,66 @@ def check(
         raise WrongTargetFiles(count=len(problems), s=plural, files=", ".join(wrong))
     for file in files:
         print(f"{file}: ok" if not Path(file).is_file() else f"{file}: ok ({targets.load(file).name})")
+
+
+def calibrate(
+    name: Annotated[str, typer.Argument(help="The target to start from: a shipped name or a file.")],
+    rows: Annotated[Path, typer.Option(help="JSON Lines: `moec cost` rows with time_us.")],
+    out: Annotated[Path, typer.Option(help="Where the calibrated target file goes.")],
+    source: Annotated[str, typer.Option(help="Where the measurements are from.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Fit a target's calibration to own measurements; the errors are on shapes that the fit did not see."""
+    from moec import targets
+    from moec.targets import describe
+    from moec.targets.cost import fit
+
+    measured = fit.read_rows(rows)
+    fitted, report = fit.fit_and_check(targets.load(name), measured, source or f"fitted to {rows.name}")
+    describe.write_whole(out, describe.calibrated_yaml(name, fitted))
+    if as_json:
+        print(json.dumps({"out": str(out), "families": report}))
+        return
+    for family, found in report.items():
+        print(
+            f"{family:18}{found['rows']:6} rows, error {found['median_before']:.1%} before,"
+            f" {found['median']:.1%} on unseen shapes (90th percentile {found['p90']:.1%})"
+        )
+    print(f"wrote {out}")
+
+
+def topologies(
+    ports: Annotated[int, typer.Option(help="Ports of a switch.")] = 64,
+    planes: Annotated[int, typer.Option(help="Planes of the multi-plane fat tree.")] = 8,
+    groups: Annotated[int | None, typer.Option(help="Groups of the dragonfly; the most when not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Endpoints, switches, links and price of scale-out networks."""
+    from moec.targets import topology
+
+    prices = topology.Prices()
+    found = [
+        topology.fat_tree_2(ports),
+        topology.multi_plane_fat_tree_2(ports, planes),
+        topology.fat_tree_3(ports),
+        topology.slim_fly(ports),
+        topology.dragonfly(ports, groups),
+    ]
+    if as_json:
+        rows = [
+            {
+                "kind": t.kind,
+                "endpoints": t.endpoints,
+                "switches": t.switches,
+                "links": t.all_links,
+                "dollars": t.price(prices),
+            }
+            for t in found
+        ]
+        print(json.dumps({"topologies": rows}))
+        return
+    print(f"{'':24}{'endpoints':>10}{'switches':>10}{'links':>10}{'M$':>8}{'k$/endpoint':>13}")
+    for t in found:
+        dollars = t.price(prices)
+        sizes = f"{t.endpoints:10,}{t.switches:10,}{t.all_links:10,}"
+        print(f"{t.kind:24}{sizes}{dollars / 1e6:8,.0f}{dollars / t.endpoints / 1e3:13.2f}")
