@@ -1,0 +1,86 @@
+"""Lower bounds that need no search: critical path, resource energy with heads and tails, recurrences."""
+
+from __future__ import annotations
+
+from graphlib import TopologicalSorter
+
+from moec.passes.scheduling.cycles import maximum_cycle_ratio
+from moec.passes.scheduling.grid import Grid
+
+
+def heads_and_tails(grid: Grid) -> tuple[list[int], list[int]]:
+    """Earliest start of each task, and the least time from its end to the end of the iteration, on dependencies."""
+    shortest = shortest_durations(grid)
+    order = topological_order(grid.size, grid.within())
+    heads, tails = [0] * grid.size, [0] * grid.size
+    after: list[list[int]] = [[] for _ in range(grid.size)]
+    for i, j in grid.within():
+        after[i].append(j)
+    for i in order:
+        for j in after[i]:
+            heads[j] = max(heads[j], heads[i] + shortest[i])
+    for i in reversed(order):
+        for j in after[i]:
+            tails[i] = max(tails[i], shortest[j] + tails[j])
+    return heads, tails
+
+
+def critical_path(grid: Grid) -> int:
+    """Length of the longest chain of dependencies, every task in its fastest mode."""
+    heads, _ = heads_and_tails(grid)
+    return max((head + d for head, d in zip(heads, shortest_durations(grid), strict=True)), default=0)
+
+
+def resource_bound(grid: Grid) -> int:
+    """The longest that any resource forces one iteration to take.
+
+    For each resource and each pair of a head a and a tail b, the tasks that start no earlier than a and leave at
+    least b after them hold it for their energy: a + energy / capacity + b (Carlier, 1982, for many machines).
+    """
+    heads, tails = heads_and_tails(grid)
+    best = 0
+    for resource, capacity in enumerate(grid.capacities):
+        energy = [least_energy(grid, i, resource) for i in range(grid.size)]
+        users = [i for i in range(grid.size) if energy[i]]
+        by_tail = sorted(users, key=lambda i: -tails[i])
+        for head in {heads[i] for i in users}:
+            held = 0
+            for i in by_tail:
+                if heads[i] >= head:
+                    held += energy[i]
+                    best = max(best, head + -(-held // capacity) + tails[i])
+    return best
+
+
+def interval_resource_bound(grid: Grid) -> float:
+    """The least interval that every resource's energy per iteration allows."""
+    ratios = (
+        sum(least_energy(grid, i, resource) for i in range(grid.size)) / capacity
+        for resource, capacity in enumerate(grid.capacities)
+        if capacity
+    )
+    return max(ratios, default=0.0)
+
+
+def recurrence_bound(grid: Grid) -> float:
+    """The largest ratio of time to distance over the cycles through `repeat` edges (Rau, 1994: RecMII)."""
+    shortest = shortest_durations(grid)
+    return maximum_cycle_ratio(grid.size, [(i, j, shortest[i], h) for i, j, h in grid.arcs])
+
+
+def shortest_durations(grid: Grid) -> list[int]:
+    """Duration of each task in its fastest mode."""
+    return [min(mode.duration for mode in modes) for modes in grid.modes]
+
+
+def least_energy(grid: Grid, task: int, resource: int) -> int:
+    """The least product of time and amount that a task holds of a resource."""
+    return min(mode.duration * dict(mode.uses).get(resource, 0) for mode in grid.modes[task])
+
+
+def topological_order(size: int, arcs: list[tuple[int, int]]) -> list[int]:
+    """Positions 0..size-1 so that every arc points forward; `arcs` has no cycle."""
+    order = TopologicalSorter[int]({i: () for i in range(size)})
+    for i, j in arcs:
+        order.add(j, i)
+    return list(order.static_order())

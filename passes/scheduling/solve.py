@@ -1,0 +1,153 @@
+"""Schedule a task graph: bounds, list schedule, local search and exact solver side by side, then real times."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moec.passes.scheduling.bounds import (
+    critical_path,
+    interval_resource_bound,
+    recurrence_bound,
+    resource_bound,
+)
+from moec.passes.scheduling.check import check
+from moec.passes.scheduling.exact import beside, makespan_run
+from moec.passes.scheduling.exact_cyclic import Periodic
+from moec.passes.scheduling.graph import TaskGraph
+from moec.passes.scheduling.grid import Grid, make_grid
+from moec.passes.scheduling.interval import find_period
+from moec.passes.scheduling.retime import retime
+from moec.passes.scheduling.schedule import Schedule, makespan
+from moec.passes.scheduling.search import Effort, Found, LocalSearch
+
+EFFORT = Effort(placements=180_000, exact=0.15)
+"""Default effort for a graph that runs once: about a second on two cores."""
+
+CYCLIC_EFFORT = Effort(placements=400_000, exact=0.5)
+"""Default effort for a graph that repeats: about three seconds on two cores."""
+
+EXACT_TASKS = 600
+"""Tasks beyond which the exact solver is not asked: it would not get past reading the model in the default time."""
+
+_FIRST = 0.1
+"""Share of the effort after which the exact solver joins: it starts from a good schedule, and often need not."""
+
+_PARTS = 1_000_000
+"""The exact solver resolves an interval to one part in this many."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A checked schedule and what is proven of it; all times in microseconds.
+
+    `bounds` holds the lower bounds that need no search: critical_path and resources of one iteration, and for a cyclic
+    graph interval_resources and interval_recurrences. `lower_bound_us` and `interval_bound_us` are the best known,
+    the exact solver's included. `optimal`: the makespan, of a cyclic graph the interval, is proven least (an interval
+    to one part in a million).
+    """
+
+    schedule: Schedule
+    makespan_us: float
+    lower_bound_us: float
+    optimal: bool
+    bounds: dict[str, float]
+    interval_us: float | None = None
+    interval_bound_us: float | None = None
+
+
+def solve(graph: TaskGraph, time_limit: float | None = None, seed: int = 0) -> Solution:
+    """The best schedule found within `time_limit` seconds, on two threads at most.
+
+    Without a time limit the effort is a fixed amount of work, about a second (cyclic: three): the same graph then gets
+    the same schedule on any machine. A graph that runs once gets the least makespan; one with `repeat` edges the least
+    interval and, at that interval, a short iteration. A proof ends the search early. The schedule has passed `check`.
+    """
+    import ortools.sat.python.cp_model  # noqa: F401  the limit is for the search, not for loading the solver
+
+    effort = CYCLIC_EFFORT if graph.cyclic else EFFORT
+    if time_limit is not None:
+        effort = Effort.within(time_limit)
+    solution = (_solve_cyclic if graph.cyclic else _solve_once)(graph, effort, seed)
+    check(graph, solution.schedule)
+    return solution
+
+
+def find_makespan(grid: Grid, bound: int, effort: Effort, seed: int = 0) -> tuple[Found, int]:
+    """The shortest grid schedule found and the best bound: local search here, the exact solver on a second thread."""
+    search = LocalSearch(grid, seed)
+    if grid.size > EXACT_TASKS:
+        return search.run(effort, lambda: bound), bound
+    search.run(effort.share(_FIRST), lambda: bound)
+    if search.best.length <= bound:
+        return search.best, bound
+    run = makespan_run(grid, search.best, bound)
+    answer = beside(run, effort, lambda: search.run(effort, lambda: run.goal(bound)).length <= bound)
+    return min(filter(None, (search.best, answer)), key=lambda found: found.length), run.bound(bound)
+
+
+def _solve_once(graph: TaskGraph, effort: Effort, seed: int) -> Solution:
+    grid = make_grid(graph)
+    simple = max(critical_path(grid), resource_bound(grid))
+    found, proven = find_makespan(grid, simple, effort, seed)
+    _, schedule = _real(graph, grid, found.starts, found.choice)
+    length = makespan(graph, schedule)
+    bound, optimal = _settle(length, proven, grid.slack, grid.unit_us)
+    return Solution(schedule, length, bound, optimal, _bounds(grid))
+
+
+def _solve_cyclic(graph: TaskGraph, effort: Effort, seed: int) -> Solution:
+    coarse = make_grid(graph)
+    bounds = _bounds(coarse)
+    ratios = interval_resource_bound(coarse), recurrence_bound(coarse)
+    bounds["interval_resources"], bounds["interval_recurrences"] = (r * coarse.unit_us for r in ratios)
+    least = max(ratios)
+    if least == 0:  # nothing holds a resource and nothing waits for an earlier iteration
+        grid, proven = coarse, 0
+        found = Periodic([0] * grid.size, [0] * grid.size, 0)
+    else:
+        grid = make_grid(graph, refine=_refinement(least))
+        low = math.ceil(least * coarse.unit_us / grid.unit_us * (1 - 1e-12))
+        found, proven = find_period(grid, low, effort, seed)
+    interval, schedule = _real(graph, grid, found.starts, found.choice, found.interval)
+    length = makespan(graph, schedule)
+    interval_bound, optimal = _settle(interval, proven, grid.slack + 1, grid.unit_us)
+    return Solution(
+        schedule=schedule,
+        makespan_us=length,
+        lower_bound_us=min(max(bounds["critical_path"], bounds["resources"]), length),
+        optimal=optimal,
+        bounds=bounds,
+        interval_us=interval,
+        interval_bound_us=max(interval_bound, min(interval, least * coarse.unit_us)),
+    )
+
+
+def _real(
+    graph: TaskGraph, grid: Grid, starts: list[int], choice: list[int], period: int = 0
+) -> tuple[float, Schedule]:
+    """The least interval and the schedule in microseconds that a grid schedule stands for."""
+    picked = [modes[k] for modes, k in zip(grid.modes, choice, strict=True)]
+    ends = [start + mode.duration for start, mode in zip(starts, picked, strict=True)]
+    modes = [task.modes[mode.source] for task, mode in zip(graph.tasks, picked, strict=True)]
+    interval, real = retime(graph, modes, starts, ends, period)
+    names = [task.name for task in graph.tasks]
+    chosen = {name: mode.source for name, mode in zip(names, picked, strict=True)}
+    return interval, Schedule(dict(zip(names, real, strict=True)), chosen, interval if graph.cyclic else None)
+
+
+def _refinement(interval: float) -> int:
+    """Parts of a grid unit for an interval of so many units: a fine grid that has halves to tenths of a unit."""
+    return 1 if interval >= _PARTS else 2520 * math.ceil(_PARTS / (2520 * interval))
+
+
+def _bounds(grid: Grid) -> dict[str, float]:
+    units = {"critical_path": critical_path(grid), "resources": resource_bound(grid)}
+    return {name: max(value - grid.slack, 0) * grid.unit_us for name, value in units.items()}
+
+
+def _settle(value: float, proven: int, allowance: int, unit_us: float) -> tuple[float, bool]:
+    """The bound in microseconds and whether `value` meets it; `allowance` units are what the grid may hide."""
+    if value <= proven * unit_us * (1 + 1e-9):
+        return value, True
+    return max(proven - allowance, 0) * unit_us, False
