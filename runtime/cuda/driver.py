@@ -1,0 +1,116 @@
+"""The few calls of the CUDA driver API that launching needs, through ctypes.
+
+CUDA Driver API reference: module management, execution control, memory management, tensor map object management.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+from moec.runtime.cuda.arguments import AlignedBytes, Matrix
+from moec.runtime.cuda.errors import BadArguments, DriverFailed, DriverTooOld, NoDevice, NoDriver, OutOfMemory
+
+OUT_OF_MEMORY = 2
+NO_BINARY_FOR_GPU = 209
+INVALID_IMAGE = 200
+UNSUPPORTED_PTX_VERSION = 222
+MAX_DYNAMIC_SHARED = 8
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
+L2_PROMOTION_128 = 2
+
+
+class Driver:
+    """One device through the driver library: its primary context, memory and launches.
+
+    `library` stands in for libcuda in tests. Raises NoDriver, DriverTooOld, NoDevice.
+    """
+
+    def __init__(self, ordinal: int = 0, *, minimum: tuple[int, int] = (12, 0), library: Any = None) -> None:
+        self.library = library if library is not None else open_library()
+        status = self.library.cuInit(0)
+        if status:
+            raise NoDriver(reason=self.error_name(status))
+        version = ctypes.c_int()
+        self.call("cuDriverGetVersion", ctypes.byref(version))
+        have = (version.value // 1000, version.value % 1000 // 10)
+        self.version = f"{have[0]}.{have[1]}"
+        if have < minimum:
+            raise DriverTooOld(have=self.version, need=f"{minimum[0]}.{minimum[1]}")
+        count = ctypes.c_int()
+        self.call("cuDeviceGetCount", ctypes.byref(count))
+        if ordinal >= count.value:
+            raise NoDevice(ordinal=ordinal, count=count.value)
+        self.device = ctypes.c_int()
+        self.call("cuDeviceGet", ctypes.byref(self.device), ordinal)
+        context = ctypes.c_void_p()
+        # The primary context is the one that torch uses: memory and streams are shared with it.
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self.device)
+        self.call("cuCtxSetCurrent", context)
+        self.capability = (self.attribute(CAPABILITY_MAJOR), self.attribute(CAPABILITY_MINOR))
+
+    def attribute(self, number: int) -> int:
+        value = ctypes.c_int()
+        self.call("cuDeviceGetAttribute", ctypes.byref(value), number, self.device)
+        return value.value
+
+    def error_name(self, status: int) -> str:
+        """The driver's name of a status, `CUDA_ERROR_...`."""
+        text = ctypes.c_char_p()
+        self.library.cuGetErrorName(status, ctypes.byref(text))
+        return text.value.decode() if text.value else f"status {status}"
+
+    def status(self, call: str, *arguments: Any) -> int:
+        return int(getattr(self.library, call)(*arguments))
+
+    def call(self, call: str, *arguments: Any) -> None:
+        """Raises DriverFailed with the driver's name of the error."""
+        if status := self.status(call, *arguments):
+            raise DriverFailed(call=call, error=self.error_name(status))
+
+    def free_memory(self) -> tuple[int, int]:
+        """Bytes free and in all."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    def allocate(self, size: int, what: str) -> int:
+        """The address of `size` bytes for `what`. Raises OutOfMemory with the numbers."""
+        address = ctypes.c_uint64()
+        status = self.status("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        if status == OUT_OF_MEMORY:
+            free, total = self.free_memory()
+            raise OutOfMemory(what=what, wanted=size, free=free, total=total)
+        if status:
+            raise DriverFailed(call="cuMemAlloc", error=self.error_name(status))
+        return address.value
+
+    def release(self, address: int) -> None:
+        self.call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def encode(self, meta: Mapping[str, Any], matrix: Matrix) -> AlignedBytes:
+        """The tensor map of a matrix: boxes, type and swizzle as the compiler recorded them; zeros outside."""
+        rank = len(matrix.shape)
+        if len(meta["box"]) != rank:
+            raise BadArguments(name="tensor map", reason=f"{rank} dims, the kernel's box has {len(meta['box'])}")
+        width = meta["element_bytes"]
+        sizes = (ctypes.c_uint64 * rank)(*reversed(matrix.shape))
+        # The driver takes bytes between rows, fastest dim first and left out.
+        strides = (ctypes.c_uint64 * max(rank - 1, 1))(*[s * width for s in reversed(matrix.strides[:-1])])
+        box = (ctypes.c_uint32 * rank)(*reversed(meta["box"]))
+        steps = (ctypes.c_uint32 * rank)(*[1] * rank)
+        out = AlignedBytes()
+        self.call(
+            "cuTensorMapEncodeTiled", ctypes.c_void_p(out.address), meta["data_type"], ctypes.c_uint32(rank),
+            ctypes.c_void_p(matrix.address), sizes, strides, box, steps, 0, meta["swizzle"], L2_PROMOTION_128, 0,
+        )  # fmt: skip
+        return out
+
+
+def open_library() -> Any:
+    """libcuda as the driver installs it. Raises NoDriver."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise NoDriver(reason=str(error).split(":")[0] + " not found") from None
