@@ -141,6 +141,12 @@ class WrongOption(InputError):
     template = "{option} must be {expected}, is {value}"
 
 
+class TextTooShort(InputError):
+    """A text of which no token can be scored."""
+
+    template = "the text has {tokens} tokens: perplexity needs at least two"
+
+
 class NoTokenizer(InputError):
     """Text was given to an artifact without a tokenizer."""
 

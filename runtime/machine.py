@@ -12,15 +12,16 @@ from moec.runtime.errors import MissingCpuFeatures, OtherArchitecture
 from moec.runtime.manifest import Manifest
 
 _SAME: Final = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
+_SYSTEMS: Final = {"linux": "linux", "darwin": "darwin", "macos": "darwin", "windows": "win32"}
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
 def check_machine(manifest: Manifest, path: str) -> None:
     """Raise OtherArchitecture or MissingCpuFeatures when this machine cannot run the kernels."""
-    needed, system = architecture(manifest.triple.split("-")[0]), "linux" if "linux" in manifest.triple else ""
-    have = architecture(platform.machine())
-    if needed != have or (system and system != sys.platform):
-        raise OtherArchitecture(path=path, needed=f"{needed} {system}".strip(), have=f"{have} {sys.platform}")
+    needed, have = architecture(manifest.triple.split("-")[0]), architecture(platform.machine())
+    systems = {system for name, system in _SYSTEMS.items() if name in manifest.triple} or {sys.platform}
+    if needed != have or sys.platform not in systems:
+        raise OtherArchitecture(path=path, needed=manifest.triple, have=f"{have} {sys.platform}")
     missing = sorted(set(manifest.features) - cpu_features()) if _CPUINFO.exists() else []
     if missing:
         raise MissingCpuFeatures(path=path, missing=", ".join(missing))

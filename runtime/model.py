@@ -52,6 +52,11 @@ class Model:
         """The most tokens of one sequence."""
         return self.artifact.manifest.context
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the artifact can take and give text."""
+        return (self.artifact.tokenizer / "tokenizer.json").is_file()
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The artifact's tokenizer; raises NoTokenizer when it has none."""

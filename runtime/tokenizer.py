@@ -32,11 +32,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the model expects around it."""
-        ids: list[int] = self._fast.encode(text, add_special_tokens=True).ids
+        return self.encode_counting(text)[0]
+
+    def encode_counting(self, text: str) -> tuple[list[int], int]:
+        """Token ids as `encode`, and how many bytes of `text` the first token spells: 0 when it is a special one."""
+        encoding = self._fast.encode(text, add_special_tokens=True)
+        ids: list[int] = encoding.ids
         first = self._fast.token_to_id(self._special("bos_token") or "")
         if self._config.get("add_bos_token") is True and first is not None and ids[:1] != [first]:
-            ids.insert(0, first)
-        return ids
+            return [first, *ids], 0
+        spelled = text[: encoding.offsets[0][1]] if ids else ""
+        return ids, len(spelled.encode())
 
     def encode_chat(self, message: str) -> list[int]:
         """Token ids of a conversation that holds one user message, up to where the answer begins.

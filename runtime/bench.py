@@ -1,0 +1,154 @@
+"""Measured speed of an artifact: prefill and decode rates, load time, memory, and the bound set by reading weights."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Final
+
+import numpy as np
+
+from moec.runtime.engine import Ids
+from moec.runtime.errors import WrongOption
+from moec.runtime.generate import Rates
+from moec.runtime.model import Model, load
+from moec.runtime.touched import bytes_read
+from moec.targets.detect import measure_read_bandwidth
+
+_PROMPT: Final = 256
+_NEW: Final = 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured. Rates are medians in tokens a second over all sequences; bytes, seconds, bytes a second.
+
+    `step_weight_bytes` are the bytes of weights that one decode step read (None where the system does not tell), and
+    `decode_bound` is the rate at which `read_bandwidth` would deliver them.
+    """
+
+    artifact: str
+    model: str
+    target: str
+    recipe: str
+    threads: int
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    repeat: int
+    load_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    prefill_runs: list[float]
+    decode_runs: list[float]
+    peak_memory_bytes: int
+    weight_bytes: int
+    step_weight_bytes: int | None
+    read_bandwidth: float
+    decode_bound_tokens_per_s: float | None
+    share_of_bound: float | None
+
+
+def bench(
+    path: str,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+    repeat: int = 3,
+    batch: int = 1,
+    threads: int | None = None,
+    progress: Callable[[str], None] = lambda note: None,
+) -> Result:
+    """Load the artifact and time `repeat` runs, after one that warms up.
+
+    Each run feeds `batch` prompts of `prompt_tokens` random ids (default 256, or half the context) and generates
+    `new_tokens` (default 64, or what fits) for each. Raises WrongOption, PromptTooLong or NoRoom for sizes beyond the
+    artifact's limits.
+    """
+    began = perf_counter()
+    model = load(path, threads=threads)
+    load_s = perf_counter() - began
+    prompt = prompt_tokens if prompt_tokens is not None else max(1, min(_PROMPT, model.context // 2))
+    new = new_tokens if new_tokens is not None else min(_NEW, model.context - prompt + 1)
+    _check(model, prompt, new, repeat, batch)
+    ids = np.random.default_rng(0).integers(0, model.vocab, (batch, prompt))
+    runs = []
+    for run in range(repeat + 1):
+        rates = model.complete(ids, new, stop=()).rates
+        progress(f"{'warm-up' if run == 0 else f'run {run} of {repeat}'}: {_shown(rates)}")
+        runs.append(rates)
+    prefill = [rates.prefill or 0.0 for rates in runs[1:]]
+    decode = [rates.decode or 0.0 for rates in runs[1:]]
+    peak = peak_memory()  # before the bandwidth test takes its own buffers
+    touched = _step_bytes(model, ids)
+    bandwidth = measure_read_bandwidth(model.engine.library.threads)
+    bound = batch * bandwidth / touched if touched else None
+    manifest = model.artifact.manifest
+    return Result(
+        artifact=path,
+        model=manifest.model,
+        target=manifest.target,
+        recipe=manifest.recipe,
+        threads=model.engine.library.threads,
+        batch=batch,
+        prompt_tokens=prompt,
+        new_tokens=new,
+        repeat=repeat,
+        load_s=load_s,
+        prefill_tokens_per_s=median(prefill),
+        decode_tokens_per_s=median(decode),
+        prefill_runs=prefill,
+        decode_runs=decode,
+        peak_memory_bytes=peak,
+        weight_bytes=model.engine.weights.nbytes,
+        step_weight_bytes=touched,
+        read_bandwidth=bandwidth,
+        decode_bound_tokens_per_s=bound,
+        share_of_bound=median(decode) / bound if bound else None,
+    )
+
+
+def peak_memory() -> int:
+    """Most bytes of memory that this process ever had resident."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return int(found[1]) << 10
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _check(model: Model, prompt: int, new: int, repeat: int, batch: int) -> None:
+    """Bounds that `Model.complete` does not know of: its errors name the other options."""
+    if prompt < 1:
+        raise WrongOption(option="prompt-tokens", expected="at least 1", value=prompt)
+    if new < 2:
+        raise WrongOption(option="new-tokens", expected="at least 2 (the first comes from the prefill)", value=new)
+    if repeat < 1:
+        raise WrongOption(option="repeat", expected="at least 1", value=repeat)
+    if not 1 <= batch <= model.engine.batch:
+        raise WrongOption(option="batch", expected=f"1 to {model.engine.batch}, as compiled", value=batch)
+
+
+def _step_bytes(model: Model, ids: Ids) -> int | None:
+    """Bytes of weights that the decode step of the prompts' last tokens reads; all pages were mapped before."""
+    engine = model.engine
+    engine.library.use_threads()
+    sequences = [engine.pool.open() for _ in ids]
+    try:
+        for sequence, prompt in zip(sequences, ids, strict=True):
+            for start in range(0, len(prompt) - 1, engine.chunk):
+                engine.prefill(sequence, prompt[start : min(start + engine.chunk, len(prompt) - 1)])
+        return bytes_read(model.artifact.weights.resolve(), lambda: engine.decode(sequences, ids[:, -1]))
+    finally:
+        for sequence in sequences:
+            engine.pool.close(sequence)
+
+
+def _shown(rates: Rates) -> str:
+    return f"prefill {rates.prefill or 0:,.1f}, decode {rates.decode or 0:,.1f} tokens/s"

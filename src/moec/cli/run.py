@@ -1,0 +1,115 @@
+"""`moec run`: continue a prompt with a compiled artifact."""
+
+from __future__ import annotations
+
+import json
+import sys
+from io import TextIOWrapper
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moec.errors import InputError
+
+if TYPE_CHECKING:
+    from moec.runtime import Model
+    from moec.runtime.generate import Completions
+    from moec.runtime.sampling import Sampling
+
+_DEFAULT_NEW_TOKENS = 128
+
+
+class OnePrompt(InputError):
+    """None or several of the prompt options were given."""
+
+    template = "give exactly one of --prompt, --chat and --prompt-ids"
+
+
+class NotTokenIds(InputError):
+    """--prompt-ids is no list of integers."""
+
+    template = "--prompt-ids must be integers with commas between them (1,2,3), is {value!r}"
+
+
+def register(app: typer.Typer) -> None:
+    """Add `moec run`."""
+    app.command("run")(run)
+
+
+def run(
+    artifact: Annotated[str, typer.Argument(help="Folder that `moec compile` wrote.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    chat: Annotated[str | None, typer.Option(help="A user message, put into the model's chat template.")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(help="Token ids to continue: 1,2,3.")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help=f"At most so many new tokens (default {_DEFAULT_NEW_TOKENS}, less if they do not fit)."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this sum.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Threads of the kernels (default: all usable CPUs).")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare the hashes of weights, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Continue a prompt; the text appears as it is generated."""
+    if sum(given is not None for given in (prompt, chat, prompt_ids)) != 1:
+        raise OnePrompt()
+    from moec.runtime import Sampling, load
+
+    sampling = Sampling(temperature, top_p, seed)
+    ids = _parse_ids(prompt_ids) if prompt_ids is not None else None
+    model = load(artifact, check=check, threads=threads)
+    if ids is None:
+        ids = model.tokenizer.encode(prompt) if prompt is not None else model.tokenizer.encode_chat(chat or "")
+    new = max_new_tokens if max_new_tokens is not None else _default_new(model, len(ids))
+    if as_json:
+        done = model.complete(ids, new, sampling)
+        print(json.dumps(_fields(model, done, artifact)))
+        return
+    done = _stream(model, ids, new, sampling)
+    print(_summary(done), file=sys.stderr)
+
+
+def _default_new(model: Model, prompt: int) -> int:
+    return max(1, min(_DEFAULT_NEW_TOKENS, model.context - prompt + 1))
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise NotTokenIds(value=text) from None
+
+
+def _stream(model: Model, ids: list[int], new: int, sampling: Sampling) -> Completions:
+    """Print text as it comes, or ids when the artifact has no tokenizer."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if not model.has_tokenizer:
+        done = model.complete(ids, new, sampling, stream=lambda _, token: print(token, end=" ", flush=True))
+        print()
+        return done
+    text = model.tokenizer.stream()
+    done = model.complete(ids, new, sampling, stream=lambda _, token: print(text.push(token), end="", flush=True))
+    print(text.finish())
+    return done
+
+
+def _fields(model: Model, done: Completions, artifact: str) -> dict[str, object]:
+    tokens = done.tokens[0]
+    return {
+        "token_ids": tokens,
+        "text": model.tokenizer.decode(tokens) if model.has_tokenizer else None,
+        "prefill_tokens_per_s": done.rates.prefill,
+        "decode_tokens_per_s": done.rates.decode,
+        "artifact": artifact,
+        "target": model.artifact.manifest.target,
+    }
+
+
+def _summary(done: Completions) -> str:
+    rates = done.rates
+    decode = f", decode {rates.decode:,.0f} tokens/s" if rates.decode else ""
+    prefill = f"{rates.prefill:,.0f}" if rates.prefill else "-"
+    return f"[{rates.prompt_tokens} prompt tokens, prefill {prefill} tokens/s; {len(done.tokens[0])} new{decode}]"
