@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Tensor = torch.Tensor
 
-# How many tokens an expert gets: what the test cases vary. The letters are indices into this table.
+# How many tokens an expert gets: what the test cases vary, by index.
 LOADS = (
     (3, 0, 70, 64),
     (0, 0, 97, 0),
@@ -48,11 +48,16 @@ def form(masked: bool) -> str:
     return "masked" if masked else "contiguous"
 
 
+def loads_of(p: Problem) -> tuple[int, ...]:
+    """Tokens of every expert: those of the case, or as many as the layout holds."""
+    return LOADS[p.LOAD] if p.LOAD >= 0 else ((p.CAPACITY if p.MASKED else p.R // p.E),) * p.E
+
+
 def layout(p: Problem) -> tuple[Tensor, list[tuple[int, int, int]]]:
     """The layout argument, and (expert, first row, last row + 1) of every expert's rows."""
     import torch
 
-    loads = LOADS[p.LOAD]
+    loads = loads_of(p)
     if p.MASKED:
         spans = [(e, e * p.CAPACITY, e * p.CAPACITY + n) for e, n in enumerate(loads)]
         return torch.tensor(loads, dtype=torch.int32), spans
@@ -160,7 +165,16 @@ def grouped(
         ops=("moe.experts",),
         summary=f"{summary}; {form(masked)} layout",
         signature=signature,
-        dims={"E": 4, "N": 7168, "INNER": 2048, "K": 7168, "CAPACITY": 256, "R": 1024, **facts.pop("dims", {})},
+        dims={
+            "E": 4,
+            "N": 7168,
+            "INNER": 2048,
+            "K": 7168,
+            "CAPACITY": 256,
+            "R": 1024,
+            "LOAD": -1,
+            **facts.pop("dims", {}),
+        },
         shape_dims={} if masked else {"prefill": {"R": 32768}},
         constants=constants,
         tiles=tiles,

@@ -1,0 +1,169 @@
+"""What torch has for the problems of the GPU kernels, on the same arguments: the other columns of benchmarks/gpu.py.
+
+`PEERS` maps a kernel function to (name, maker); a maker takes the instance and its arguments and gives a call to time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from moec.codegen.triton.spec import Instance
+
+Call = Callable[[], Any]
+Maker = Callable[[Instance, dict[str, Any]], Call]
+
+
+def compiled(function: Callable[..., Any], *arguments: Any) -> Call:
+    """`function` through torch.compile; graphs are captured by the caller, so Inductor makes none."""
+    import torch
+
+    fast = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return lambda: fast(*arguments)
+
+
+def operands(x: dict[str, Any]) -> tuple[Any, Any]:
+    """A and B of a product, whatever form they come in."""
+    return x.get("a_ptr", x.get("a_desc")), x.get("b_ptr", x.get("b_desc"))
+
+
+def bf16_matmul(i: Instance, x: dict[str, Any]) -> Call:
+    import torch
+
+    a, b = (v.to(torch.bfloat16) for v in operands(x))
+    out = torch.empty(a.shape[0], b.shape[0], dtype=torch.bfloat16, device=a.device)
+    return lambda: torch.mm(a, b.T, out=out)
+
+
+def scaled_mm(i: Instance, x: dict[str, Any]) -> Call:
+    """One scale for each tensor: less work than block scales ask for, and so an upper bound."""
+    import torch
+
+    a, b = operands(x)
+    one = torch.ones((), device=a.device)
+    rows = -(-a.shape[0] // 16) * 16
+    a = torch.nn.functional.pad(a.view(torch.uint8), (0, 0, 0, rows - a.shape[0])).view(a.dtype)
+    return lambda: torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+
+def batched_matmul(i: Instance, x: dict[str, Any]) -> Call:
+    import torch
+
+    a = x["a_ptr"].transpose(0, 1)
+    b = x["b_ptr"].transpose(1, 2) if i.constants["B_IS_NK"] else x["b_ptr"]
+    return lambda: torch.bmm(a, b)
+
+
+def expert_loop(i: Instance, x: dict[str, Any]) -> Call:
+    """One BF16 product for each expert, rows split evenly."""
+    import torch
+
+    parts = x["a_ptr"].to(torch.bfloat16).chunk(i.dims["E"])
+    weights = [w.to(torch.bfloat16).T for w in x["b_ptr"]]
+    return lambda: [torch.mm(a, w) for a, w in zip(parts, weights, strict=False)]
+
+
+def decode_attention(i: Instance, x: dict[str, Any]) -> Call:
+    """Dense keys, one head of keys for all heads of queries, no page table; BF16 whatever the cache holds."""
+    import torch
+
+    d = i.dims
+    batch, heads, queries, width = d["B"], d["HEADS"], d["QUERIES"], d["DV"] + d["DR"]
+    q = x["q_ptr"].view(batch, queries, heads, width).transpose(1, 2)
+    k = torch.randn(batch, 1, d["CONTEXT"], width, device=q.device, dtype=q.dtype)
+    v = k[..., : d["DV"]]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attend(q, k, v, scale=x["softmax_scale"], enable_gqa=True)
+
+
+def prefill_attention(i: Instance, x: dict[str, Any]) -> Call:
+    import torch
+
+    d = i.dims
+    batch, heads, length, nope = d["B"], d["HEADS"], d["CONTEXT"], d["DN"]
+    q = x["q_ptr"].view(batch, length, heads, -1).transpose(1, 2)
+    kv = x["kv_ptr"].view(batch, length, heads, -1).transpose(1, 2)
+    rope = x["rope_ptr"].view(batch, 1, length, -1).expand(-1, heads, -1, -1)
+    k, v = torch.cat([kv[..., :nope], rope], -1), kv[..., nope:].contiguous()
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attend(q, k, v, is_causal=True, scale=x["softmax_scale"])
+
+
+def quantised(y: Any) -> tuple[Any, Any]:
+    import torch
+
+    groups = y.float().unflatten(-1, (-1, 128))
+    scale = groups.abs().amax(-1, keepdim=True) / 448.0
+    return (groups / scale).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
+
+
+def compiled_norm(i: Instance, x: dict[str, Any]) -> Call:
+    import torch
+
+    constants = i.constants
+
+    def norm(value: Any, weight: Any, residual: Any) -> Any:
+        total = value if residual is None else value + residual
+        y = torch.nn.functional.rms_norm(total.float(), weight.shape, weight.float(), x["eps"])
+        kept = y.to(value.dtype) if constants["KEEP"] else None
+        return total, kept, quantised(y) if constants["QUANTISE"] else None
+
+    return compiled(norm, x["x_ptr"], x["weight_ptr"], x.get("residual_ptr"))
+
+
+def compiled_quantise(i: Instance, x: dict[str, Any]) -> Call:
+    return compiled(quantised, x["x_ptr"])
+
+
+def compiled_swiglu(i: Instance, x: dict[str, Any]) -> Call:
+    import torch
+
+    def swiglu(value: Any) -> Any:
+        gate, up = value.float().chunk(2, -1)
+        y = torch.nn.functional.silu(gate) * up
+        return quantised(y) if i.constants["QUANTISE"] else y.to(value.dtype)
+
+    return compiled(swiglu, x["x_ptr"])
+
+
+def compiled_route(i: Instance, x: dict[str, Any]) -> Call:
+    import torch
+
+    c = {**i.dims, **{n: v for n, v in i.constants.items() if v is not None}}
+    groups, kept, top_k = c["NG"], c["TOP_GROUPS"], c["TOP_K"]
+
+    def route(logits: Any, bias: Any) -> Any:
+        score = logits.softmax(-1) if c["SOFTMAX"] else logits.sigmoid()
+        choice = score if bias is None else score + bias
+        if kept < groups:
+            parts = choice.unflatten(-1, (groups, -1))
+            value = parts.topk(2, -1).values.sum(-1) if c["PAIR_SCORE"] else parts.amax(-1)
+            mask = torch.zeros_like(value).scatter_(1, value.topk(kept, -1).indices, 1.0)
+            choice = parts.masked_fill(mask[..., None] == 0, -torch.inf).flatten(1)
+        index = choice.topk(top_k, -1).indices
+        weight = score.gather(1, index)
+        return index, weight / weight.sum(-1, keepdim=True) if c["NORMALISE"] else weight
+
+    return compiled(route, x["logit_ptr"], x.get("bias_ptr"))
+
+
+def argmax(i: Instance, x: dict[str, Any]) -> Call:
+    return lambda: x["logit_ptr"].argmax(-1)
+
+
+PEERS: dict[str, tuple[tuple[str, Maker], ...]] = {
+    "gemm:fp8_gemm": (("torch bf16 mm", bf16_matmul), ("torch _scaled_mm per tensor", scaled_mm)),
+    "gemm:fp8_gemm_tma": (("torch bf16 mm", bf16_matmul), ("torch _scaled_mm per tensor", scaled_mm)),
+    "gemm:bf16_gemm": (("torch bf16 bmm", batched_matmul),),
+    "grouped:grouped_fp8_gemm": (("torch bf16 mm per expert", expert_loop),),
+    "grouped:grouped_bf16_gemm": (("torch bf16 mm per expert", expert_loop),),
+    "grouped:grouped_fp8_swiglu": (("torch bf16 mm per expert, no SwiGLU", expert_loop),),
+    "grouped:grouped_bf16_swiglu": (("torch bf16 mm per expert, no SwiGLU", expert_loop),),
+    "attention:mla_decode_split": (("torch SDPA, dense keys", decode_attention),),
+    "attention:mla_prefill": (("torch SDPA", prefill_attention),),
+    "rows:rms_norm": (("torch.compile", compiled_norm),),
+    "rows:quantise": (("torch.compile", compiled_quantise),),
+    "rows:swiglu": (("torch.compile", compiled_swiglu),),
+    "routing:route": (("torch.compile", compiled_route),),
+    "sampling:greedy": (("torch argmax", argmax),),
+}
