@@ -9,7 +9,9 @@ import typer
 
 from moec.errors import MoecError
 
-_COMMANDS: tuple[str, ...] = ("targets", "cost", "place", "overlap")
+_COMMANDS: tuple[str, ...] = (
+    "compile", "run", "bench", "eval", "ir", "models", "targets", "cost", "place", "overlap", "doctor",
+)  # fmt: skip
 
 app = typer.Typer(
     name="moec",

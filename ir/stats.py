@@ -1,0 +1,53 @@
+"""Counts over a module: parameters, and those that one token touches."""
+
+from __future__ import annotations
+
+from moec.ir.module import Module, Weight, WeightRef
+from moec.ir.types import TensorType
+
+
+def weight_elements(weight: Weight) -> int:
+    """Elements of a weight over all its index points."""
+    assert isinstance(weight.type, TensorType)
+    return int(weight.type.elements()) * weight.points()  # type: ignore[arg-type]
+
+
+def _is_table(weight: Weight) -> bool:
+    """Whether a weight is computed rather than learned."""
+    return any(op.name == "weight.rope_table" for op in weight.program.ops)
+
+
+def parameters(module: Module) -> int:
+    """Learned parameters; a tensor that two weights load (a tied head) counts once."""
+    seen: set[object] = set()
+    total = 0
+    for weight in module.weights.values():
+        tensors = tuple(str(op.attrs["tensor"]) for op in weight.program.ops if op.name == "weight.load")
+        source = (tensors, weight.indices)
+        if not _is_table(weight) and source not in seen:
+            seen.add(source)
+            total += weight_elements(weight)
+    return total
+
+
+def active_parameters(module: Module) -> int:
+    """Parameters that one token multiplies with: top_k of the routed experts, and no embedding row look-up.
+
+    The published counts of DeepSeek-V3 (arXiv 2412.19437) include the embedding; this one counts it too, so that totals
+    compare.
+    """
+    total = parameters(module)
+    for _, op in module.ops():
+        if op.name == "moe.experts":
+            top_k = _top_k(module)
+            for operand in op.operands:
+                if isinstance(operand, WeightRef):
+                    weight = module.weights[operand.name]
+                    experts = next(stop - start for name, start, stop in weight.indices if name == "e")
+                    total -= weight_elements(weight) * (experts - top_k) // experts
+            break
+    return total
+
+
+def _top_k(module: Module) -> int:
+    return next(int(op.attrs["top_k"]) for _, op in module.ops() if op.name == "moe.route")  # type: ignore[arg-type]

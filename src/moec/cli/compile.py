@@ -1,0 +1,65 @@
+"""`moec compile`: a model to an artifact, or to a plan only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moec.cli.options import parse_overrides
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("compile")(compile_model)
+
+
+def compile_model(
+    model: Annotated[str, typer.Argument(help="Preset, Hugging Face folder, or FILE.py:Model.")],
+    out: Annotated[Path | None, typer.Option(help="Artifact folder to write.")] = None,
+    target: Annotated[str, typer.Option(help="Hardware description: a name or a YAML file.")] = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="Most sequences at once.")] = 1,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a sequence (default: the model's, at most 4096).")
+    ] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prefill chunk.")] = 256,
+    recipe: Annotated[str, typer.Option(help="auto, weight-only, bf16 or fp32.")] = "auto",
+    weights: Annotated[Path | None, typer.Option(help="Folder of safetensors.")] = None,
+    random_weights: Annotated[int | None, typer.Option(metavar="SEED", help="Random weights from a seed.")] = None,
+    no_weights: Annotated[bool, typer.Option("--no-weights", help="Compile the program only.")] = False,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Run the passes and stop.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a field of the configuration.")
+    ] = None,
+    passes: Annotated[
+        list[str] | None, typer.Option("--pass", metavar="SPEC", help="Add a pass or set its options: name{key=value}.")
+    ] = None,
+    dump_ir: Annotated[Path | None, typer.Option(help="Folder for the text after every pass.")] = None,
+    verify: Annotated[str, typer.Option(help="structure or roundtrip.")] = "structure",
+    strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into errors.")] = False,
+) -> None:
+    """Compile a model for a target."""
+    from moec.cli.output import Progress, note
+    from moec.cli.options import check_compile
+    from moec.stages import trace
+
+    check_compile(out, plan_only, verify, weights, random_weights, no_weights)
+    plan = trace(model, parse_overrides(settings or [])).optimize(
+        target, batch=batch, context=context, chunk=chunk, recipe=recipe, passes=passes or [], verify=verify,
+        strict=strict, dump=dump_ir,
+    )  # fmt: skip
+    for record in plan.records:
+        for line in record.notes:
+            note(f"{record.name}: {line}")
+    for line in plan.warnings:
+        note(f"warning: {line}")
+    if dump_ir is not None:
+        note(f"dumps: {dump_ir}/index.md")
+    if plan_only or out is None:
+        return
+    with Progress("packing") as progress:
+        artifact = plan.compile(
+            out, weights=weights, random_weights=random_weights, no_weights=no_weights, note=note, progress=progress
+        )
+    note(f"wrote {artifact.path}")

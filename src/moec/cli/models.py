@@ -1,0 +1,69 @@
+"""`moec models list|show`: presets and what their weights and cache weigh."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+models = typer.Typer(no_args_is_help=True, help="Presets and their sizes.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command group."""
+    app.add_typer(models, name="models")
+
+
+@models.command("list")
+def list_models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
+    """List the presets."""
+    from moec.model_defs.registry import preset_config, preset_folder, preset_names
+
+    rows = [(n, preset_config(n)["model_type"], preset_folder(n) is not None) for n in preset_names()]
+    if as_json:
+        print(json.dumps({"models": [{"name": n, "family": f, "weights": w} for n, f, w in rows]}))
+        return
+    for name, family, weights in rows:
+        print(f"{name:20} {family:12} {'weights included' if weights else ''}".rstrip())
+
+
+@models.command("show")
+def show_model(
+    model: Annotated[str, typer.Argument(help="Preset or Hugging Face folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show parameters, cache and per-layer shapes of a model."""
+    facts = model_facts(model)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    print(f"{facts['name']} ({facts['family']})")
+    print(f"  parameters        {facts['parameters'] / 1e9:.2f} B total, {facts['active_parameters'] / 1e9:.2f} B active")
+    print(f"  KV cache          {facts['kv_bytes_per_token']} bytes a token in BF16")
+    print(f"  layers            {facts['layers']}")
+    for name, shape in facts["weights"].items():
+        print(f"  {name:40} {shape}")
+
+
+def model_facts(model: str) -> dict[str, Any]:
+    """Sizes of a model from its traced IR: nothing is loaded."""
+    from moec.ir import CacheType, TensorType
+    from moec.ir.stats import active_parameters, parameters
+    from moec.stages import trace
+
+    traced = trace(model)
+    kv = next(a.type for a in traced.ir.functions["decode"].args if isinstance(a.type, CacheType))
+    return {
+        "name": traced.source.name,
+        "family": traced.source.family.name,
+        "layers": int(kv.shape[0]),  # type: ignore[arg-type]
+        "parameters": parameters(traced.ir),
+        "active_parameters": active_parameters(traced.ir),
+        "kv_bytes_per_token": int(kv.shape[0]) * int(kv.shape[3]) * 2,  # type: ignore[arg-type]
+        "weights": {
+            w.name + (f"[{', '.join(f'{n}: {a}..{b}' for n, a, b in w.indices)}]" if w.indices else ""): str(w.type)
+            for w in traced.ir.weights.values()
+            if isinstance(w.type, TensorType)
+        },
+    }

@@ -1,0 +1,43 @@
+"""Options that several commands share, and checks that need more than one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moec.errors import InputError, near
+
+VERIFY = ("structure", "roundtrip")
+
+
+class UsageError(InputError):
+    """Options that do not fit together."""
+
+    template: ClassVar[str] = "{message}"
+
+
+def parse_overrides(settings: Sequence[str]) -> dict[str, str]:
+    """`KEY=VALUE` texts as a mapping; raises UsageError."""
+    out = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(message=f"--set wants KEY=VALUE, got {text!r}")
+        out[key] = value
+    return out
+
+
+def check_compile(
+    out: Path | None, plan_only: bool, verify: str, weights: Any, random_weights: Any, no_weights: bool
+) -> None:
+    """Raise UsageError for options of `moec compile` that contradict each other."""
+    if out is None and not plan_only:
+        raise UsageError(message="--out FOLDER is missing (or pass --plan-only)")
+    if out is not None and plan_only:
+        raise UsageError(message="--plan-only writes no artifact: leave --out away")
+    if verify not in VERIFY:
+        raise UsageError(message=f"--verify {verify!r} is not known{near(verify, list(VERIFY))}")
+    given = [weights is not None, random_weights is not None, no_weights]
+    if sum(given) > 1:
+        raise UsageError(message="--weights, --random-weights and --no-weights exclude each other")
