@@ -24,8 +24,9 @@ class Blocking:
     mr: int  # rows of the register tile
     kc: int  # k of a panel
     mc: int  # rows of x kept in L2
-    panels: int  # panels that share one copy of an x block
-    skinny: int  # up to this many rows the weights are widened in registers, without a panel
+    results: int  # floats of the results that share one copy of an x block
+    chunk: int  # most rows of one row-lane product
+    skinny: int  # up to this many rows chunk by chunk is faster than unpacking a panel
 
     @property
     def columns(self) -> int:
@@ -35,12 +36,15 @@ class Blocking:
 
 @cache
 def blocking(machine: Machine) -> Blocking:
-    """Block sizes for `machine`: x block and results stay within 3/4 of L2, a panel within half of L1."""
+    """Block sizes for `machine`: a panel fills half of L1, the x block 9/16 of L2 (256 rows in 512 KiB).
+
+    Results pass through L2 once per panel and may lie in L3; the more of them, the rarer an x block is copied.
+    """
     tiles = max(1, 2 * machine.lanes // ROWS)
     columns = tiles * ROWS
     vectors = columns // machine.lanes
     mr = (machine.registers - vectors - 2) // vectors
     kc = max(128, machine.l1_bytes // 2 // (4 * columns) // 128 * 128)
-    mc = max(mr, machine.l2_bytes // 2 // (4 * (kc + PAD)) // mr * mr)
-    panels = max(1, machine.l2_bytes // 4 // (4 * mc * columns))
-    return Blocking(tiles, vectors, mr, kc, mc, panels, skinny=4)
+    mc = max(mr, machine.l2_bytes * 9 // 16 // (4 * (kc + PAD)) // mr * mr)
+    results = max(machine.l2_bytes // 4, mc * columns)
+    return Blocking(tiles, vectors, mr, kc, mc, results, chunk=4, skinny=12)

@@ -1,8 +1,8 @@
 """Packed lanes to fp32 vectors: how each storage format is widened in registers.
 
-The E4M3 bits are moved into the fp32 exponent and mantissa by shifts and one mask, which gives value * 2^-120 exactly,
-subnormals included (fp32 denormals must not be flushed). Products with such numbers would underflow, so the other operand
-or the block scale is multiplied by `Decoder.pre` = 2^60 and the finished sum by `Decoder.post` = 2^60.
+The E4M3 bits are moved into the fp32 exponent and mantissa by shifts and one mask, which gives value * 2^-120
+exactly, subnormals included (fp32 denormals must not be flushed). Products with such numbers would underflow, so the
+other operand or the block scale is multiplied by `Decoder.pre` = 2^60 and the finished sum by `Decoder.post` = 2^60.
 TVM 0.27's own float8_e4m3fn -> float32 cast is wrong on LLVM for zero and subnormals.
 """
 

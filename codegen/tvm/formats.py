@@ -1,12 +1,12 @@
 """Storage formats of packed weight matrices, and packing in numpy.
 
-The row-lane layout: a 4-byte lane holds `q` consecutive k of one row, in the order [ceil(N/16)][K'/q][16 rows][q k] with
-rows and k zero-padded (K' = K rounded up to `k_multiple`). A vector load then holds one k-group of neighbouring rows, so a
-matrix-vector product needs neither a permutation of x nor a horizontal sum, and the same bytes unpack straight into the
-panels of a blocked matrix product. Matrices stack (experts, heads) as leading dimensions.
+The row-lane layout: a 4-byte lane holds `q` consecutive k of one row, in the order [ceil(N/16)][K'/q][16 rows][q k]
+with rows and k zero-padded (K' = K rounded up to `k_multiple`). A vector load then holds one k-group of neighbouring
+rows, so a matrix-vector product needs neither a permutation of x nor a horizontal sum, and the same bytes unpack
+straight into the panels of a blocked matrix product. Matrices stack (experts, heads) as leading dimensions.
 
-Scales of `fp8_e4m3` are float32 [ceil(N/16)][ceil(K/128)], one per row tile and 128 k: finer than the 128x128 blocks of
-DeepSeek-V3 (arXiv 2412.19437, sec. 3.3.2), so that matrices concatenated along N keep their own blocks.
+Scales of `fp8_e4m3` are float32 [ceil(N/16)][ceil(K/128)], one per row tile and 128 k: finer than the 128x128 blocks
+of DeepSeek-V3 (arXiv 2412.19437, sec. 3.3.2), so that matrices concatenated along N keep their own blocks.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def pack(
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
     """Pack `weight` [..., N, K] into the row-lane layout.
 
-    `weight` holds stored elements: float32 values, bfloat16 bits as uint16, or E4M3 bytes as uint8. `block_scales` [...,
-    ceil(N/block), ceil(K/128)] are the scales by which stored values are multiplied, one per `block` rows (a multiple of
-    16) and 128 k. Returns int32 [..., ceil(N/16), K'/q, 16] and float32 [..., ceil(N/16), K'/128] (None without scales).
-    Raises ValueError when dtype or scales do not fit the format.
+    `weight` holds stored elements: float32 values, bfloat16 bits as uint16, or E4M3 bytes as uint8. `block_scales`
+    [..., ceil(N/block), ceil(K/128)] are the scales by which stored values are multiplied, one per `block` rows (a
+    multiple of 16) and 128 k. Returns int32 [..., ceil(N/16), K'/q, 16] and float32 [..., ceil(N/16), K'/128] (None
+    without scales). Raises ValueError when dtype or scales do not fit the format.
     """
     *lead, n, k = weight.shape
     if weight.dtype != np.dtype(fmt.storage):
@@ -97,6 +97,6 @@ def _tile_scales(scales: npt.NDArray[np.float32], n: int, k: int, fmt: Format, b
     """Scales of `block` rows repeated for every tile of 16 rows."""
     expected = (-(-n // block), scale_shape(n, k, fmt)[1])
     if scales.shape[-2:] != expected or block % ROWS:
-        raise ValueError(f"scales of {n}x{k} in blocks of {block} rows have shape {expected}, not {scales.shape[-2:]}")
+        raise ValueError(f"scales of {n}x{k}, {block} rows a block, have shape {expected}, not {scales.shape[-2:]}")
     tiles = np.repeat(scales.astype(np.float32, copy=False), block // ROWS, axis=-2)
     return np.ascontiguousarray(tiles[..., : -(-n // ROWS), :])

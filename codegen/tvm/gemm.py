@@ -17,7 +17,10 @@ from moec.codegen.tvm.tir import Kernel, Machine, Param, assign, const, kernel_b
 
 @cache
 def copy_row(machine: Machine) -> Kernel:
-    """target[:n] = source[:n] * factor; target[n:padded] = 0. Parameters: source, target, n, padded (i32), factor (f32)."""
+    """target[:n] = source[:n] * factor, target[n:padded] = 0.
+
+    Parameters: source, target, n, padded (i32), factor (f32).
+    """
     kernel = Kernel("copy_row", tvm.ir.GlobalVar("copy_row"))
     lanes = machine.lanes
     params: list[Param] = [("source", "float32", (1 << 30,)), ("target", "float32", (1 << 30,))]
@@ -37,7 +40,8 @@ def copy_row(machine: Machine) -> Kernel:
 
 @cache
 def unpack_tile(fmt: Format, machine: Machine) -> Kernel:
-    """panel[kk, :16] = k' columns of one packed tile, times scale and `Decoder.pre`; rows of the panel are `columns` wide.
+    """panel[kk, :16] = k' columns of one packed tile, times scale and `Decoder.pre`; rows of the panel are `columns`
+    wide.
 
     Parameters: w int32, scale f32 (scaled formats only), panel f32, k' (i32, a multiple of `fmt.k_multiple`).
     """
@@ -66,12 +70,12 @@ def unpack_tile(fmt: Format, machine: Machine) -> Kernel:
 def panel_product(machine: Machine) -> Kernel:
     """c[:rows, columns] += x[:rows, :k] . panel[:k, columns], by register tiles of at most `mr` rows.
 
-    Parameters: panel f32[k, columns], x f32[rows, kc + PAD], c f32[rows, columns], rows, k (i32). Rows are dealt evenly to
-    the tiles, so that no tile is so low that it waits for its own sums.
+    Parameters: panel f32[k, columns], x f32[rows, kc + PAD], c f32[rows, columns], rows, k (i32). Rows are dealt
+    evenly to the tiles, so that no tile is so low that it waits for its own sums.
     """
     kernel = Kernel("panel_product", tvm.ir.GlobalVar("panel_product"))
     sizes = blocking(machine)
-    params: list[Param] = [("panel", "float32", (1 << 24,)), ("x", "float32", (1 << 24,)), ("c", "float32", (1 << 24,))]
+    params: list[Param] = [(name, "float32", (1 << 24,)) for name in ("panel", "x", "c")]
     params += [("rows", "int32"), ("k", "int32")]
     with kernel_body(kernel, params) as (panel, x, c, rows, k):
         tiles = T.Bind((rows + sizes.mr - 1) // sizes.mr)

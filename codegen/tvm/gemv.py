@@ -1,7 +1,8 @@
 """Row-lane product of one weight tile with a few rows of x: weights are read once and widened in registers.
 
-`row_lane(fmt, m)` is the kernel behind every product with at most `Blocking.skinny` rows. At one row it runs at the speed
-of memory; the prefetch distance covers the latency of DRAM and runs on into the next tile, which follows in memory.
+`row_lane(fmt, m)` is the kernel behind every product with at most `Blocking.skinny` rows. At one row it runs at the
+speed of memory; the prefetch distance covers the latency of DRAM and runs on into the next tile, which follows in
+memory.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Experts (`GroupedSpec`): rows sorted by group, y[r, :n] = x[source(r), :k] . W[g
 
     kernel(x, [row_index], offsets, w, [scale], y, scratch)
 
-offsets i32[groups + 1]: group g owns the rows offsets[g] .. offsets[g + 1] - 1 (run-time values, ascending from 0, at most
-`max_rows` in all); with `gather`, source(r) = row_index[r] (i32[rows]), else r. w int32[groups, packed matrix], scale
-f32[groups, scales]. Groups without rows are not read. `moe.sort_by_expert` makes offsets and row_index.
+offsets i32[groups + 1]: group g owns the rows offsets[g] .. offsets[g + 1] - 1 (run-time values, ascending from 0, at
+most `max_rows` in all); with `gather`, source(r) = row_index[r] (i32[rows]), else r. w int32[groups, packed matrix],
+scale f32[groups, scales]. Groups without rows are not read. `moe.sort_by_expert` makes offsets and row_index.
 
 Heads (`HeadwiseSpec`): y[t, h, :n] = x[t, h, :k] . W[h]^T
 
@@ -33,8 +33,8 @@ from moec.codegen.tvm.tir import Kernel, Machine, const
 class GroupedSpec:
     """Static parameters of a grouped kernel; `max_rows` bounds all rows together and `max_group_rows` one group's.
 
-    Without `max_group_rows` one group may own every row. top-k experts are distinct, so a group then owns at most one row
-    per token: pass the token limit.
+    Without `max_group_rows` one group may own every row. top-k experts are distinct, so a group then owns at most one
+    row per token: pass the token limit.
     """
 
     groups: int

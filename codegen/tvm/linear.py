@@ -2,9 +2,10 @@
 
     kernel(x, w, [scale], [bias], y, scratch, tokens)
 
-x f32[tokens, ldx] and y f32[tokens, ldy] may be slices of wider rows (pass the address of the first element); w is one
-packed matrix (`formats.pack`), scale its scales (scaled formats only), bias f32[n] if `spec.bias`; scratch f32 of
-`scratch_size(spec, machine)` elements, free to share between kernels; 0 < tokens <= spec.max_tokens. y must not overlap x.
+x f32[tokens, ldx] and y f32[tokens, ldy] may be slices of wider rows (pass the address of the first element); w is
+one packed matrix (`formats.pack`), scale its scales (scaled formats only), bias f32[n] if `spec.bias`; scratch f32 of
+`scratch_size(spec, machine)` elements, free to share between kernels; 0 < tokens <= spec.max_tokens. y must not
+overlap x.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The driver shared by every matrix kernel: work division over cores and the choice of variant by row count.
 
-A problem is a set of groups (one for a linear layer, one per expert or head); group g multiplies its rows of x by its packed
-weight. All cores walk the groups and take their share of the weight panels, so that each weight byte is read by one core.
-Groups with up to `Blocking.skinny` rows go through `row_lane`; larger ones through unpacked panels and `panel_product`.
+A problem is a set of groups (one for a linear layer, one per expert or head); group g multiplies its rows of x by its
+packed weight. All cores walk the groups and take their share of the weight panels, so that each weight byte is read
+by one core. Groups with up to `Blocking.skinny` rows go through `row_lane`; larger ones through unpacked panels and
+`panel_product`.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Rows:
 class Problem:
     """A grouped product y[row, :n] = x[row, :k] . W[g]^T (+ bias) (+ y), rows of g given by `rows(args)`.
 
-    The kernel's parameters are x, `index` (the operands that `rows` reads), w, scale (scaled formats only), bias (if any),
-    y, scratch, `scalars`.
+    The kernel's parameters are x, `index` (the operands that `rows` reads), w, scale (scaled formats only), bias (if
+    any), y, scratch, `scalars`.
     """
 
     name: str
@@ -100,7 +101,7 @@ def _scratch(k: int, fmt: Format, max_rows: int, machine: Machine) -> Scratch:
         rows = min(max_rows, sizes.mc)
         x = max(x, rows * (sizes.kc + PAD))
         panel = sizes.kc * sizes.columns
-        results = max(results, sizes.panels * rows * sizes.columns)
+        results = max(results, sizes.results)
     return Scratch(x, panel, results)
 
 
@@ -135,7 +136,6 @@ class _Worker:
         self.tiles = -(-problem.n // ROWS)
         self.panels = -(-problem.n // self.sizes.columns)
         self.lane_groups = problem.fmt.padded_k(problem.k) // problem.fmt.per_lane
-        self.skinny = min(problem.max_rows, self.sizes.skinny)
         self.helpers: dict[str, Kernel] = {}
         self.args: dict[str, Any] = {}
 
@@ -179,7 +179,7 @@ class _Worker:
                 self._group(g, T.Bind(self.rows.count(g)), first, last)
 
     def _panel_cost(self, g: Any) -> Any:
-        """Relative time of one panel: reading it costs as much as about two rows of arithmetic; nothing without rows."""
+        """Relative time of one panel: reading it costs as much as about two rows of arithmetic."""
         count = T.Cast("int64", self.rows.count(g))
         return T.Select(count > 0, count + 2, const(0, "int64"))
 
@@ -220,27 +220,33 @@ class _Worker:
         with T.serial(0, count) as r:
             source = T.address_of(self.args["x"][self.rows.x_at(g, r)])
             self._call(copy_row(self.machine), source, self._x(r * ldx), const(self.problem.k), const(padded), pre)
+        chunks = T.Bind((count + self.sizes.chunk - 1) // self.sizes.chunk)
         per_panel = self.sizes.tiles
         start = T.Bind(first * per_panel)
         stop = T.Bind(T.min(last * per_panel, self.tiles))
         with T.serial(0, stop - start) as i:
             tile = T.Bind(start + i)
-            for m in range(1, self.skinny + 1):
-                with T.If(count == m), T.Then():
-                    kernel = row_lane(self.fmt, m, self.machine)
-                    pointers = self._weight(g, tile, const(0))
-                    self._call(kernel, *pointers, self._x(const(0)), self._result(const(0)), const(ldx), const(padded))
+            with T.serial(0, chunks) as c:
+                row = T.Bind(c * count // chunks)
+                height = T.Bind((c + 1) * count // chunks - row)
+                for m in range(1, min(self.problem.max_rows, self.sizes.chunk) + 1):
+                    with T.If(height == m), T.Then():
+                        kernel = row_lane(self.fmt, m, self.machine)
+                        operands = [*self._weight(g, tile, const(0)), self._x(row * ldx), self._result(row * ROWS)]
+                        self._call(kernel, *operands, const(ldx), const(padded))
             self._finish(const(0), g, const(0), count, tile * ROWS, ROWS)
 
     def _blocked(self, g: Any, count: Any, first: Any, last: Any) -> None:
         sizes, k = self.sizes, self.problem.k
-        c_panel = min(self.problem.max_rows, sizes.mc) * sizes.columns
-        with T.serial(0, (count + sizes.mc - 1) // sizes.mc) as rb:
-            row0 = T.Bind(rb * sizes.mc)
-            rows = T.Bind(T.min(count - row0, sizes.mc))
-            with T.serial(0, (last - first + sizes.panels - 1) // sizes.panels) as pb:
-                panel0 = T.Bind(first + pb * sizes.panels)
-                panels = T.Bind(T.min(last - panel0, sizes.panels))
+        blocks = T.Bind((count + sizes.mc - 1) // sizes.mc)
+        with T.serial(0, blocks) as b:
+            row0 = T.Bind(b * count // blocks)
+            rows = T.Bind((b + 1) * count // blocks - row0)
+            c_panel = T.Bind(rows * sizes.columns)
+            stride = T.Bind(const(self.layout.results) // c_panel)
+            with T.serial(0, (last - first + stride - 1) // stride) as pb:
+                panel0 = T.Bind(first + pb * stride)
+                panels = T.Bind(T.min(last - panel0, stride))
                 self._clear(panels * c_panel)
                 with T.serial(0, -(-k // sizes.kc)) as kb:
                     k0 = T.Bind(kb * sizes.kc)

@@ -4,17 +4,17 @@ Sort (`SortSpec`):
 
     kernel(ids, offsets, row_token, row_of, tokens)
 
-ids i32[tokens, top_k] -> offsets i32[experts + 1] (expert e owns the rows offsets[e] .. offsets[e + 1] - 1), row_token
-i32[tokens * top_k] (the token of each row), row_of i32[tokens, top_k] (the row of each choice). Rows of one expert stand in
-the order of their tokens.
+ids i32[tokens, top_k] -> offsets i32[experts + 1] (expert e owns the rows offsets[e] .. offsets[e + 1] - 1),
+row_token i32[tokens * top_k] (the token of each row), row_of i32[tokens, top_k] (the row of each choice). Rows of one
+expert stand in the order of their tokens.
 
 Combine (`CombineSpec`):
 
     kernel(y, row_of, weights, [shared], [residual], out, tokens)
 
 out[t, :hidden] = sum_j weights[t, j] * y[row_of[t, j]] (+ shared[t]) (+ residual[t]); y f32[rows, ldy], weights
-f32[tokens, top_k], shared f32[tokens, ld_shared], residual f32[tokens, ld_residual], out f32[tokens, ldo], which may be
-shared or residual itself when their strides are equal.
+f32[tokens, top_k], shared f32[tokens, ld_shared], residual f32[tokens, ld_residual], out f32[tokens, ldo], which may
+be shared or residual itself when their strides are equal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Small layer over TVM's TIR builder: kernels as private functions with raw pointers, called from one program function.
+"""Small layer over TVM's TIR builder: kernels as private functions with raw pointers, called from one program
+function.
 
-A kernel is a private `PrimFunc` of pointers and scalars. The program (one exported function a phase) calls kernels through
-their `GlobalVar`, so a whole decode step is one native call. Tested with apache-tvm 0.27.
+A kernel is a private `PrimFunc` of pointers and scalars. The program (one exported function a phase) calls kernels
+through their `GlobalVar`, so a whole decode step is one native call. Tested with apache-tvm 0.27.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.tvm import pipeline
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,9 @@ class Machine:
     def tvm_target(self) -> Any:
         """The TVM target; string targets are refused by TVM 0.27."""
         config: dict[str, Any] = {"kind": "llvm", "mcpu": self.mcpu, "num-cores": self.cores}
-        # TVM makes each buffer variable an alias class of its own. Where LLVM inlines one kernel into another, the same
-        # memory then has two classes, and stores of the one move past loads of the other: such analysis has to be off.
+        # TVM makes each buffer variable an alias class of its own. Where LLVM inlines one kernel into another, the
+        # same memory then has two classes, and stores of the one move past loads of the other: such analysis has to
+        # be off.
         config["cl-opt"] = ["-enable-tbaa:bool=0"]
         if self.triple:
             config["mtriple"] = self.triple
@@ -70,8 +74,8 @@ def splat(value: float | int, lanes: int, dtype: str = "float32") -> Any:
 def variables(count: int, dtype: str) -> list[Any]:
     """`count` mutable variables (one-element buffers), which LLVM keeps in registers where it can.
 
-    TVM puts memory of the scope "global" on the stack as long as one allocation stays below 1 KiB, which 28 sums of 512 bits
-    together would not; "local" goes to its workspace pool, which private functions cannot reach.
+    TVM puts memory of the scope "global" on the stack as long as one allocation stays below 1 KiB, which 28 sums of
+    512 bits together would not; "local" goes to its workspace pool, which private functions cannot reach.
     """
     return [T.alloc_buffer((1,), dtype, scope="global") for _ in range(count)]
 
@@ -82,7 +86,7 @@ def assign(variable: Any, value: Any) -> None:
 
 
 def call(kernel: Kernel, *args: Any) -> None:
-    """Emit a call of `kernel` inside the program function: pointers by `T.address_of`, scalars as int32 expressions."""
+    """Emit a call of `kernel`: pointers by `T.address_of`, scalars as expressions of the declared type."""
     T.evaluate(T.Call(kernel.gvar, list(args), ret_ty="int32"))
 
 
@@ -141,4 +145,4 @@ def build_module(kernels: Sequence[Kernel], programs: dict[str, Any]) -> Any:
 
 def compile_module(module: Any, machine: Machine) -> Any:
     """The compiled library of `build_module`'s result."""
-    return tvm.compile(module, target=machine.tvm_target())
+    return tvm.compile(module, target=machine.tvm_target(), tir_pipeline=pipeline.NAME)

@@ -48,7 +48,7 @@ def test_packing_refuses_what_does_not_fit_the_format() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 6])
 def test_every_finite_e4m3_value_is_exact(tokens: int) -> None:
-    """A unit vector picks out one column: all 254 finite codes, subnormals and both zeros, in every byte of a lane."""
+    """A unit vector picks out one column: all finite codes, subnormals and both zeros, in every byte of a lane."""
     codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8)
     n, k = 254, 4
     weight = torch.stack([codes.roll(i) for i in range(k)], 1)

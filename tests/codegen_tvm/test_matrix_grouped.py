@@ -48,7 +48,7 @@ def test_groups_of_every_size(fmt: Format, gather: bool) -> None:
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
 @pytest.mark.parametrize(("n", "k"), [(64, 24), (24, 64)])
 def test_heads_of_strided_rows(fmt: Format, n: int, k: int) -> None:
-    """Both absorbed products: q_nope [t, h, nope] -> latent [t, h, rank], and back to v; the rope part lies between heads."""
+    """Both absorbed products, q_nope -> latent and latent -> v; other columns lie between the heads."""
     heads, hx, hy = 5, k + 8, n + 2
     weight = random_weight(fmt, heads, n, k)
     spec = HeadwiseSpec(heads, n, k, fmt, ldx=heads * hx, hx=hx, ldy=heads * hy, hy=hy, max_tokens=50)
