@@ -1,9 +1,9 @@
-"""Blocked attention with an online softmax (FlashAttention, arXiv 2205.14135) for rows that share their keys and values.
+"""Blocked attention with an online softmax (FlashAttention, arXiv 2205.14135) for rows that share keys and values.
 
-A panel is a group of rows laid across vector lanes: the query tokens of one head in prefill, the heads of one token in
-absorbed decoding. Queries, scores and outputs of a panel are stored transposed, [element][lane], so that keys and values
-are read row by row as they lie, one broadcast element at a time, and the softmax never reduces across lanes. Lanes
-beyond the last row repeat that row; they compute and store the same values.
+A panel is a group of rows laid across vector lanes: the query tokens of one head in prefill, the heads of one token
+in absorbed decoding. Queries, scores and outputs of a panel are stored transposed, [element][lane], so that keys and
+values are read row by row as they lie, one broadcast element at a time, and the softmax never reduces across lanes.
+Lanes beyond the last row repeat that row; they compute and store the same values.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 
 q_latent[t, h, kv_rank] (the query times the key expansion of its head), q_rope[t, h, rope_dim] (rotated), out[t, h,
 kv_rank] (the weighted latent, before the value expansion): fp32. seq, pos i32[tokens]; cache and page_table as in
-`cache`. Token t attends to positions 0 .. pos[t] of sequence seq[t], which must be in the cache; tokens are independent,
-several may belong to one sequence. 0 < tokens <= max_tokens. scratch f32[scratch_elements(spec, machine)].
+`cache`. Token t attends to positions 0 .. pos[t] of sequence seq[t], which must be in the cache; tokens are
+independent, several may belong to one sequence. 0 < tokens <= max_tokens. scratch f32[scratch_elements(spec,
+machine)].
 
 Key tiles of all tokens form one list that is cut into equal parts, one a core (stream-K, arXiv 2301.03598); a token cut
 in two or more is put together from partial softmaxes. Source: DeepSeek-V2, arXiv 2405.04434, sec. 2.1.3 (absorption).
@@ -33,6 +34,7 @@ from moec.codegen.tvm.vector import (
     pointers,
     row,
     scalars,
+    settle,
     store,
 )
 
@@ -41,7 +43,7 @@ _MAX_TILE = 64  # keys
 
 @dataclass(frozen=True)
 class MlaDecodeSpec:
-    """`scale`: softmax scale with every factor included. `ld_*`: stride of a token, `head_*`: of a head, in elements."""
+    """`scale`: softmax scale, every factor included. `ld_*`: stride of a token, `head_*`: of a head, in elements."""
 
     heads: int
     cache: CacheLayout
@@ -129,17 +131,17 @@ class _Emitter:
         return T.Bind((self.pos[token] + self.plan.tile) // self.plan.tile)
 
     def worker_base(self, worker: Any) -> Any:
-        return T.Bind(T.Cast("int64", worker) * const(self.plan.worker, "int64"))
+        return settle(row(worker, self.plan.worker))
 
     def each_panel(self, base: Any, region: Any) -> Iterator[tuple[flash.Panel, Any]]:
         """(panel, first head) of a worker's region; the consumer's code is emitted once per shape of panel."""
         plan, machine = self.plan, self.machine
 
         def panel(first: Any, vectors: int) -> flash.Panel:
-            o = T.Bind(base + region * plan.region + first * plan.lane_elements)
-            stats = T.Bind(o + vectors * machine.lanes * self.spec.cache.kv_rank)
-            q = T.Bind(base + 2 * plan.region + first * self.spec.cache.width)
-            s = T.Bind(base + 2 * plan.region + plan.lanes * self.spec.cache.width)
+            o = settle(base + region * plan.region + first * plan.lane_elements)
+            stats = settle(o + vectors * machine.lanes * self.spec.cache.kv_rank)
+            q = settle(base + 2 * plan.region + first * self.spec.cache.width)
+            s = settle(base + 2 * plan.region + plan.lanes * self.spec.cache.width)
             return flash.Panel(self.scratch, q, o, stats, s, vectors, machine.lanes, machine.registers)
 
         rows = 2 * machine.lanes
@@ -155,7 +157,7 @@ class _Emitter:
         """Offsets of the panel's heads of one token; past the last head they repeat it."""
         base = row(token, ld)
         last = self.spec.heads - 1
-        return [T.Bind(base + T.min(first + i, last) * stride) for i in range(panel.rows)]
+        return [settle(base + T.min(first + i, last) * stride) for i in range(panel.rows)]
 
     def begin_token(self, token: Any, base: Any, region: Any) -> None:
         """Pack the queries and empty the region."""
@@ -230,7 +232,7 @@ class _Emitter:
         self.each_token(segment)
 
     def merge(self, token: Any, owner: Any, last: Any) -> None:
-        """Put a token together from region 1 of its first worker and region 0 of the following ones, into the former."""
+        """Complete a token in region 1 of its first worker with region 0 of the following ones, and write it."""
         base = self.worker_base(owner)
         for panel, first in self.each_panel(base, const(1)):
             with T.serial(0, last - owner) as i:
@@ -240,8 +242,8 @@ class _Emitter:
 
     def other_panel(self, panel: flash.Panel, base: Any, first: Any) -> flash.Panel:
         """The panel of the same heads in region 0 of another worker."""
-        o = T.Bind(base + first * self.plan.lane_elements)
-        stats = T.Bind(o + panel.rows * self.spec.cache.kv_rank)
+        o = settle(base + first * self.plan.lane_elements)
+        stats = settle(o + panel.rows * self.spec.cache.kv_rank)
         return flash.Panel(self.scratch, panel.q, o, stats, panel.s, panel.vectors, panel.lanes, panel.registers)
 
     def add_partial(self, panel: flash.Panel, other: flash.Panel) -> None:
@@ -280,10 +282,10 @@ def build_mla_decode(spec: MlaDecodeSpec, machine: Machine) -> Kernel:
         workers = T.Bind(T.min(tiles, machine.cores))
 
         def begin(worker: Any) -> Any:
-            return T.Bind(T.Cast("int32", T.Cast("int64", worker) * tiles // workers))
+            return settle(T.Cast("int32", T.Cast("int64", worker) * tiles // workers), "int32")
 
         def owner(tile: Any) -> Any:
-            return T.Bind(T.Cast("int32", (T.Cast("int64", tile + 1) * workers - 1) // tiles))
+            return settle(T.Cast("int32", (T.Cast("int64", tile + 1) * workers - 1) // tiles), "int32")
 
         with T.parallel(0, machine.cores) as w, T.If(w < workers), T.Then():
             emit.work(w, begin(w), begin(w + 1))

@@ -29,7 +29,7 @@ _TILE_BLOCKS = 16  # key tile, in register blocks
 
 @dataclass(frozen=True)
 class MlaPrefillSpec:
-    """`scale`: softmax scale with every factor included. `ld_*`: stride of a token, `head_*`: of a head, in elements."""
+    """`scale`: softmax scale, every factor included. `ld_*`: stride of a token, `head_*`: of a head, in elements."""
 
     heads: int
     nope_dim: int

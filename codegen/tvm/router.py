@@ -3,8 +3,8 @@
     moe_route(logits, bias, ids, weights, scratch, tokens)      with a selection bias f32[experts]
     moe_route(logits, ids, weights, scratch, tokens)            without
 
-logits f32[tokens, experts] of row stride `ld`; ids i32[tokens, top_k] and weights f32[tokens, top_k], densely, ordered by
-falling choice score, equal scores by rising id. scratch f32[scratch_elements(spec, machine)].
+logits f32[tokens, experts] of row stride `ld`; ids i32[tokens, top_k] and weights f32[tokens, top_k], densely, ordered
+by falling choice score, equal scores by rising id. scratch f32[scratch_elements(spec, machine)].
 
     scores  = sigmoid(logits) or softmax(logits)
     choice  = scores + bias
@@ -178,9 +178,10 @@ class _Token:
             _, group = argmax_row(self.scratch, self.group_scores, spec.groups, self.lanes)
             self.put(const(_CHOSEN, "float32"), self.group_scores + group)
             self.put(const(1.0, "float32"), self.open_groups + group)
-        with T.serial(0, spec.groups) as g, T.If(self.scratch[self.open_groups + g] == const(0.0, "float32")):
-            with T.Then(), T.serial(0, spec.group_size) as i:
-                self.put(const(_MASKED, "float32"), self.choices + g * spec.group_size + i)
+        with T.serial(0, spec.experts) as e:
+            closed = self.scratch[self.open_groups + e // spec.group_size] == const(0.0, "float32")
+            choice = load(self.scratch, self.choices + e, 1)
+            self.put(T.Select(closed, const(_MASKED, "float32"), choice), self.choices + e)
 
     def choose(self, ids: Any, weights: Any, token: Any) -> None:
         spec = self.spec

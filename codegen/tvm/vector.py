@@ -110,6 +110,13 @@ class Variable:
         self.set(self.value + value)
 
 
+def settle(value: Any, dtype: str = "int64") -> Any:
+    """`value` behind a load, which TVM's simplifier does not expand: its cost grows fast with nested index expressions."""
+    held = Variable(1, 0, dtype)
+    held.set(value)
+    return T.Bind(held.value)
+
+
 def row(index: Any, stride: int) -> Any:
     """Element offset of row `index`, in int64: rows times stride may pass 2^31."""
     return T.Bind(T.Cast("int64", index) * const(stride, "int64"))

@@ -7,11 +7,10 @@ from functools import cache
 from typing import Any
 
 import torch
-import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.tvm.tir import Kernel, Machine, build_module, call
+from moec.codegen.tvm.tir import Kernel, Machine, build_module, call, compile_module
 
 MACHINE = Machine()
 SERIAL = Machine(cores=1)
@@ -39,7 +38,7 @@ def program(kernel: Kernel, signature: tuple[str, ...]) -> Any:
 def compiled(build: Callable[[Any, Machine], Kernel], spec: Any, machine: Machine, signature: tuple[str, ...]) -> Any:
     kernel = build(spec, machine)
     module = build_module([kernel], {"main": program(kernel, signature)})
-    return tvm.compile(module, target=machine.tvm_target())["main"]
+    return compile_module(module, machine)["main"]
 
 
 def run(

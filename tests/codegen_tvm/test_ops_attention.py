@@ -39,8 +39,9 @@ def decode(
     pages = pages.view(len(lengths), layout.max_pages)
     cache = torch.full((pages.numel(), page, layout.width), float("nan"), dtype=DTYPES[layout.dtype])
     for s, k in enumerate(keys):
-        for i, part in enumerate(k.split(page)):
-            cache[int(pages[s, i]), : len(part)] = part
+        for i in range(0, len(k), page):
+            part = k[i : i + page]
+            cache[int(pages[s, i // page]), : len(part)] = part
     q_latent = normal(len(tokens), heads, rank + 3, seed=1) * magnitude
     q_rope = normal(len(tokens), heads + 1, rope, seed=2) * magnitude
     spec = MlaDecodeSpec(
