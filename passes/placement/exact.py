@@ -13,6 +13,7 @@ from ortools.sat.python import cp_model
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from moec.passes.placement import errors
+from moec.passes.placement.bounds import lower_bound
 from moec.passes.placement.counts import spread_widest
 from moec.passes.placement.packing import Packing, pack
 from moec.passes.placement.pairs import greatest_pair
@@ -25,6 +26,8 @@ _SCALE = 10**9
 _MOST_DECISIONS = 4000
 # Two-slot loads are bracketed this closely.
 _PRECISION = 1e-4
+# So many replica counts of an expert are told apart, from the fewest that it needs.
+_SEPARATE_COUNTS = 4
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def exact_even(loads: Floats, devices: int, slots: int, *, seconds: float, hint:
     most = slots - experts + 1
     scale = _SCALE / max(float(loads.sum()), float(np.finfo(np.float64).tiny))
     model = cp_model.CpModel()
-    limit = model.new_int_var(0, _SCALE, "greatest")
+    known = lower_bound(loads[None], devices, slots)[0]
+    limit = model.new_int_var(max(0, int(known * scale) - slots), _SCALE, "greatest")
     held: list[list[list[cp_model.IntVar]]] = []
     for _ in range(experts):
         chosen = [model.new_bool_var("") for _ in range(most)]
@@ -135,27 +139,34 @@ def exact_pairs(loads: Floats, slots: int, *, seconds: float, hint: Ints | None 
 
     A load T is enough exactly when no replica is larger and, for every size x above T / 2, at most as many replicas
     are at least x as are at most T - x: each of the large ones then finds a partner of its own (Hall's theorem for
-    nested sets). `seconds` limits all steps together.
+    nested sets). The bisection allows each expert only a few replicas more than it needs; the load that is then out
+    of reach becomes a proven bound once it is also out of reach when experts with more replicas are taken
+    optimistically. `seconds` limits all steps together.
     """
     devices = slots // 2
     counts = spread_widest(loads[None], slots)[0] if hint is None else hint
     greatest = float(greatest_pair(loads[None], counts[None])[0])
-    lower = loads.sum() / devices
+    proven = float(lower_bound(loads[None], devices, slots)[0])
+    out_of_reach = proven
     left = seconds
-    while greatest > lower * (1 + _PRECISION) and left > 0:
-        target = (greatest + lower) / 2
+    while greatest > out_of_reach * (1 + _PRECISION) and left > 0:
+        target = (greatest + out_of_reach) / 2
         solver = _solver(left)
-        status, found = _pairs_within(loads / target, slots, counts, solver)
+        status, found = _pairs_within(loads / target, slots, counts, solver, optimistic=False)
         left -= solver.wall_time
         if found is not None:
             counts = found
             greatest = float(greatest_pair(loads[None], counts[None])[0])
         elif status == cp_model.INFEASIBLE:
-            lower = target
+            out_of_reach = target
         else:
             break
+    if proven < out_of_reach and left > 0:
+        status, _ = _pairs_within(loads / out_of_reach, slots, counts, _solver(left), optimistic=True)
+        if status == cp_model.INFEASIBLE:
+            proven = out_of_reach
     packing = pack(loads[None], counts[None], devices)
-    return Exact(float(min(lower, greatest)), greatest, Packing(packing.experts[0], packing.sizes[0]))
+    return Exact(min(proven, greatest), greatest, Packing(packing.experts[0], packing.sizes[0]))
 
 
 def _solver(seconds: float) -> cp_model.CpSolver:
@@ -168,40 +179,61 @@ def _solver(seconds: float) -> cp_model.CpSolver:
 
 
 def _pairs_within(
-    loads: Floats, slots: int, hint: Ints, solver: cp_model.CpSolver
+    loads: Floats, slots: int, hint: Ints, solver: cp_model.CpSolver, *, optimistic: bool
 ) -> tuple[cp_model.CpSolverStatus, Ints | None]:
-    """Replica counts with which all pairs carry at most 1, and the solver's answer."""
+    """Replica counts with which all pairs carry at most 1, and the solver's answer.
+
+    An expert may have its fewest replicas or up to `_SEPARATE_COUNTS - 1` more. With `optimistic` it may also have
+    more, all as small as they could ever be, and replicas beyond that come in the smallest size there is: the
+    question gets easier, so only "infeasible" means something, and no counts are returned.
+    """
     model = cp_model.CpModel()
     most = slots - len(loads) + 1
-    options: list[tuple[float, int, int, cp_model.IntVar]] = []
+    options: list[tuple[float, cp_model.LinearExprT]] = []
+    flags: list[list[cp_model.IntVar]] = []
+    many: list[cp_model.IntVar] = []
+    fewest = np.maximum(1, np.ceil(loads * (1 - 1e-12))).astype(np.int64)
+    if (fewest > most).any():
+        return cp_model.INFEASIBLE, None
     for expert, load in enumerate(loads):
-        fewest = max(1, int(np.ceil(load * (1 - 1e-12))))
-        flags = [model.new_bool_var("") for _ in range(fewest, most + 1)]
-        model.add_exactly_one(flags)
-        for count, flag in enumerate(flags, start=fewest):
-            options.append((load / count, count, expert, flag))
+        counts = range(int(fewest[expert]), min(int(fewest[expert]) + _SEPARATE_COUNTS, most + 1))
+        flags.append([model.new_bool_var("") for _ in counts])
+        for count, flag in zip(counts, flags[-1], strict=True):
+            options.append((load / count, count * flag))
             model.add_hint(flag, int(hint[expert] == count))
-    model.add(sum(count * flag for _, count, _, flag in options) == slots)
+        if optimistic and counts.stop <= most:
+            many.append(model.new_bool_var(""))
+            options.append((load / most, counts.stop * many[-1]))
+            model.add_exactly_one([*flags[-1], many[-1]])
+        else:
+            model.add_exactly_one(flags[-1])
+    if many:
+        beyond = model.new_int_var(0, most, "")
+        model.add(beyond <= most * sum(many))
+        options.append((float(loads.min()) / most, beyond))
+    model.add(sum(amount for _, amount in options) == slots)
+    _pairs_fit(model, options, slots)
+    status = solver.solve(model)
+    if optimistic or status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return status, None
+    chosen = np.array([[solver.value(flag) for flag in mine].index(1) for mine in flags])
+    return status, fewest + chosen
+
+
+def _pairs_fit(model: cp_model.CpModel, options: list[tuple[float, cp_model.LinearExprT]], slots: int) -> None:
+    """Demand a partner for every replica larger than a half; `options` are sizes and how many replicas have them."""
     options.sort(key=lambda option: option[0])
-    sizes = np.array([size for size, *_ in options])
+    sizes = np.array([size for size, _ in options])
     # How many replicas there are up to each option, as a running sum: one short equation an option.
     running: list[cp_model.LinearExprT] = [0]
-    for _, count, _, flag in options:
+    for _, amount in options:
         total = model.new_int_var(0, slots, "")
-        model.add(total == running[-1] + count * flag)
+        model.add(total == running[-1] + amount)
         running.append(total)
     large = int(np.searchsorted(sizes, 0.5 * (1 + 1e-12), side="right"))
     partners = np.searchsorted(sizes, 1 - sizes[large:] + 1e-12, side="right")
     for k, small in enumerate(partners, start=large):
         model.add(slots - running[k] <= running[small])
-    status = solver.solve(model)
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return status, None
-    counts = np.zeros(len(loads), np.int64)
-    for _, count, expert, flag in options:
-        if solver.value(flag):
-            counts[expert] = count
-    return status, counts
 
 
 def exact_free(loads: Floats, devices: int, slots: int, *, seconds: float) -> Exact:

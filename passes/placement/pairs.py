@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from moec.passes.placement.problem import Floats, Ints
 
-_CHAINS = 4
+# Chains for each row: four, or more where there are few rows.
+_FEWEST_CHAINS, _MOST_CHAINS, _CHAINS_IN_ALL = 4, 48, 232
 _GOAL = 1 - 5e-3
 _TEMPERATURE = 1e-3
 _MOST_STEPS = 1600
@@ -51,20 +52,21 @@ class _Chains:
 
     def __init__(self, loads: Floats, counts: Ints) -> None:
         self.rows, self.experts = loads.shape
+        self.chains = int(np.clip(_CHAINS_IN_ALL // self.rows, _FEWEST_CHAINS, _MOST_CHAINS))
         self.exact_loads = loads
         self.best = greatest_pair(loads, counts)
         self.best_counts = counts.copy()
-        self.loads = np.repeat(loads, _CHAINS, axis=0).astype(np.float32)
-        self.counts = np.repeat(counts, _CHAINS, axis=0)
+        self.loads = np.repeat(loads, self.chains, axis=0).astype(np.float32)
+        self.counts = np.repeat(counts, self.chains, axis=0)
         self.size = self.loads / self.counts.astype(np.float32)
         self.chain = np.arange(len(self.loads))
         self.offset = (self.chain * self.experts)[:, None]
         expert = np.repeat(np.tile(np.arange(self.experts), self.rows), counts.ravel()).reshape(self.rows, -1)
-        self.slot_expert = np.repeat(expert, _CHAINS, axis=0)
+        self.slot_expert = np.repeat(expert, self.chains, axis=0)
         self._aim()
 
     def _aim(self) -> None:
-        self.goal = np.repeat(self.best * _GOAL, _CHAINS).astype(np.float32)
+        self.goal = np.repeat(self.best * _GOAL, self.chains).astype(np.float32)
         self.excess, _ = self._measure()
 
     def _measure(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -113,12 +115,12 @@ class _Chains:
             self.size[chain, expert] = self.loads[chain, expert] / self.counts[chain, expert]
 
     def _record(self, greatest: NDArray[np.float32]) -> None:
-        by_row = greatest.reshape(self.rows, _CHAINS)
+        by_row = greatest.reshape(self.rows, self.chains)
         chosen = by_row.argmin(axis=1)
         rows = np.flatnonzero(by_row[np.arange(self.rows), chosen] < self.best * (1 - 1e-6))
         if not len(rows):
             return
-        counts = self.counts[rows * _CHAINS + chosen[rows]]
+        counts = self.counts[rows * self.chains + chosen[rows]]
         exact = greatest_pair(self.exact_loads[rows], counts)
         better = exact < self.best[rows]
         self.best[rows[better]] = exact[better]

@@ -177,7 +177,7 @@ def _heat_table(pairs: Floats) -> str:
     rows = []
     for sender, (values, shades) in enumerate(zip(pairs, colours, strict=True)):
         cells = "".join(
-            f'<td style="background:rgb({r},{g},{b});color:{"#fff" if int(r) + g + b < 380 else "#1b1f24"}">'
+            f'<td style="background:rgb({r},{g},{b});color:{"#fff" if int(r) + int(g) + int(b) < 380 else "#1b1f24"}">'
             f"{'' if sender == receiver else f'{value:.0f}'}</td>"
             for receiver, (value, (r, g, b)) in enumerate(zip(values, shades, strict=True))
         )

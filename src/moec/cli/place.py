@@ -56,8 +56,6 @@ def place(
     from moec.errors import near
     from moec.passes.placement import DEFAULT_SLACK, errors, formats
     from moec.passes.placement import place as solve
-    from moec.passes.placement.exact import prove
-    from moec.passes.placement.report import render
     from moec.passes.placement.summary import estimate_traffic, summarise, what_redundancy_buys
 
     if shares not in ("even", "free"):
@@ -88,6 +86,8 @@ def place(
         seed=seed,
     )
     if exact:
+        from moec.passes.placement.exact import prove
+
         result = prove(result, shares=how, seconds=exact)
     traffic = estimate_traffic(problem, result.placement, routing, pairs) if problem.nodes > 1 else None
     figures = summarise(result, traffic=traffic, coactivation=pairs, previous=before)
@@ -100,6 +100,8 @@ def place(
             )
         formats.write_sglang(result.placement, sglang, dense_layers=dense_layers)
     if report is not None:
+        from moec.passes.placement.report import render
+
         formats.write_text(report, render(result, traffic, what_redundancy_buys(problem, how)))
     if as_json:
         print(json.dumps(formats.as_dict(result.placement) | figures))
@@ -168,8 +170,8 @@ def _print(figures: dict[str, Any], written: list[Path]) -> None:
     )
     table = Table("", "mean of layers", "worst", "in layer")
     for key, name in (
-        ("balance", "greatest device load / lower bound"),
-        ("over_mean", "greatest device load / mean device load"),
+        ("balance", "greatest load / lower bound"),
+        ("over_mean", "greatest load / mean load"),
         ("price_of_groups", "price of binding groups to nodes"),
     ):
         if figures[key] is not None:
