@@ -23,7 +23,7 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm import flash
 from moec.codegen.tvm.cache import CacheLayout, position_offset
-from moec.codegen.tvm.tir import Kernel, Machine, const, kernel_body
+from moec.codegen.tvm.tir import Kernel, Machine, Param, call, const, kernel_body
 from moec.codegen.tvm.vector import (
     STORAGE,
     Variable,
@@ -39,6 +39,7 @@ from moec.codegen.tvm.vector import (
 )
 
 _MAX_TILE = 64  # keys
+_WORKER_PRODUCTS = 1 << 17  # multiply-adds that pay for waking a core (about 2 us)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,12 @@ class _Plan:
         """A tile of keys in fp32, when the cache is narrower."""
         cache = self.spec.cache
         return 0 if cache.dtype == "f32" else self.tile * flash.conflict_free(cache.width)
+
+    @property
+    def worker_tiles(self) -> int:
+        """Fewest key tiles that are worth another core."""
+        products = self.tile * self.lanes * (self.spec.cache.width + self.spec.cache.kv_rank)
+        return -(-_WORKER_PRODUCTS // products)
 
     @property
     def worker(self) -> int:
@@ -263,23 +270,36 @@ class _Emitter:
                 panel.put(value, panel.o, d, v)
 
 
-def build_mla_decode(spec: MlaDecodeSpec, machine: Machine) -> Kernel:
-    """mla_decode(q_latent, q_rope, cache, page_table, seq, pos, out, scratch, tokens)."""
-    kernel = new_kernel("mla_decode", spec)
-    params = [
+def _params(spec: MlaDecodeSpec) -> list[Param]:
+    return [
         *pointers("q_latent", "q_rope"),
         *pointers("cache", dtype=STORAGE[spec.cache.dtype]),
         *pointers("page_table", "seq", "pos", dtype="int32"),
         *pointers("out", "scratch"),
         *scalars("tokens"),
     ]
-    with kernel_body(kernel, params) as args:
+
+
+def _build_part(spec: MlaDecodeSpec, machine: Machine) -> Kernel:
+    """mla_decode_part(..., worker, begin, end): the tiles begin .. end - 1 of the list of all tokens' tiles."""
+    part = new_kernel("mla_decode_part", spec)
+    with kernel_body(part, [*_params(spec), *scalars("worker", "begin", "end")]) as args:
+        _Emitter(spec, machine, args[:-3]).work(*args[-3:])
+    return part
+
+
+def build_mla_decode(spec: MlaDecodeSpec, machine: Machine) -> Kernel:
+    """mla_decode(q_latent, q_rope, cache, page_table, seq, pos, out, scratch, tokens)."""
+    kernel, part = new_kernel("mla_decode", spec), _build_part(spec, machine)
+    kernel.helpers.append(part)
+    with kernel_body(kernel, _params(spec)) as args:
         emit = _Emitter(spec, machine, args)
         total = Variable(1, 0, "int32")
         with T.serial(0, emit.tokens) as t:
             total.add(emit.tiles(t))
         tiles = T.Bind(total.value)
-        workers = T.Bind(T.min(tiles, machine.cores))
+        workers = T.Bind(T.max(T.min(tiles // emit.plan.worker_tiles, machine.cores), 1))
+        handed_on = [*(T.address_of(a[0]) for a in args[:-1]), args[-1]]
 
         def begin(worker: Any) -> Any:
             return settle(T.Cast("int32", T.Cast("int64", worker) * tiles // workers), "int32")
@@ -287,14 +307,16 @@ def build_mla_decode(spec: MlaDecodeSpec, machine: Machine) -> Kernel:
         def owner(tile: Any) -> Any:
             return settle(T.Cast("int32", (T.Cast("int64", tile + 1) * workers - 1) // tiles), "int32")
 
-        with T.parallel(0, machine.cores) as w, T.If(w < workers), T.Then():
-            emit.work(w, begin(w), begin(w + 1))
-
         def merge(token: Any, before: Any, count: Any) -> None:
             first, last = owner(before), owner(before + count - 1)
             with T.If(first < last), T.Then():
                 emit.merge(token, first, last)
 
-        if machine.cores > 1:
-            emit.each_token(merge)
+        with T.If(workers == 1):
+            with T.Then():
+                call(part, *handed_on, const(0), const(0), tiles)
+            with T.Else():
+                with T.parallel(0, machine.cores) as w, T.If(w < workers), T.Then():
+                    call(part, *handed_on, w, begin(w), begin(w + 1))
+                emit.each_token(merge)
     return kernel

@@ -23,7 +23,8 @@ from moec.codegen.tvm.tir import Kernel, Machine, const, kernel_body
 from moec.codegen.tvm.vector import foreach, load, new_kernel, pointers, row, scalars, store
 
 _VECTORS = 2  # vectors of query rows a panel
-_PANELS = 4  # panels that share one copy of a key tile
+_MAX_PANELS = 8  # panels that share one copy of a key tile
+_TASKS_PER_CORE = 4  # enough for an even load
 _TILE_BLOCKS = 16  # key tile, in register blocks
 
 
@@ -64,7 +65,16 @@ class _Plan:
 
     @property
     def panels(self) -> int:
-        return min(_PANELS, -(-self.spec.max_tokens // self.rows))
+        """Panels of a query tile: as many as leave enough tasks and keep a worker's memory in its L2 cache."""
+        panels = _MAX_PANELS
+        while panels > 1 and not self._suits(panels):
+            panels //= 2
+        return panels
+
+    def _suits(self, panels: int) -> bool:
+        tasks = self.spec.heads * -(-self.spec.max_tokens // (panels * self.rows))
+        in_cache = 4 * (panels * self.panel + self.tiles) <= self.machine.l2_bytes * 3 // 4
+        return in_cache and tasks >= _TASKS_PER_CORE * self.machine.cores
 
     @property
     def tile(self) -> int:
@@ -83,9 +93,13 @@ class _Plan:
         return self.rows * (self.spec.key_dim + self.spec.v_dim + 3)
 
     @property
+    def tiles(self) -> int:
+        """One tile of keys, of values and of scores."""
+        return self.tile * (self.key_stride + self.value_stride + self.rows)
+
+    @property
     def worker(self) -> int:
-        tiles = self.tile * (self.key_stride + self.value_stride + self.rows)
-        return -(-(self.panels * self.panel + tiles) // 16) * 16
+        return -(-(self.panels * self.panel + self.tiles) // 16) * 16
 
 
 def scratch_elements(spec: MlaPrefillSpec, machine: Machine) -> int:

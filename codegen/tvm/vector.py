@@ -111,7 +111,7 @@ class Variable:
 
 
 def settle(value: Any, dtype: str = "int64") -> Any:
-    """`value` behind a load, which TVM's simplifier does not expand: its cost grows fast with nested index expressions."""
+    """`value` behind a load, so that TVM does not expand it: simplifying nested index expressions gets very slow."""
     held = Variable(1, 0, dtype)
     held.set(value)
     return T.Bind(held.value)

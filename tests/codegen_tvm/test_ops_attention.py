@@ -86,7 +86,7 @@ def test_decode_of_sequences_of_different_lengths(heads: int, layout: CacheLayou
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 129, 1000])
 def test_decode_of_one_token_is_split_over_cores(length: int) -> None:
-    close(*decode(4, CacheLayout(32, 16, "f32", 16), [length], [(0, length - 1)], Machine(cores=5)))
+    close(*decode(16, CacheLayout(128, 32, "f32", 16), [length], [(0, length - 1)], Machine(cores=5)))
 
 
 def test_decode_survives_large_scores() -> None:
