@@ -4,7 +4,7 @@ The main model is transformers' `DeepseekV3ForCausalLM`, the multi-token-predict
 `MtpModel`; this script adds the text, the tokenizer, the bias update that balances the experts (DeepSeek-V3
 technical report, arXiv 2412.19437, sec. 2.1.2), the loop, and the export under the published tensor names.
 
-    python examples/train_tiny.py --steps 2600 --seed 0 --out tiny-deepseek-v3
+    python examples/train_tiny.py --steps 1200 --seed 0 --out tiny-deepseek-v3
 
 Same seed, text and library versions on one thread give the same weights. Progress is kept in
 `OUT.checkpoint.safetensors`: `--resume` goes on from there, `--minutes M` stops after M minutes and exports
@@ -352,7 +352,7 @@ def export(folder: Path, trainer: Trainer, tokenizer: tokenizers.Tokenizer, corp
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train tiny-deepseek-v3 and write it as a Hugging Face folder.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and export after this time")
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")

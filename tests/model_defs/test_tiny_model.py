@@ -215,6 +215,16 @@ def test_same_seed_same_weights_also_when_resumed(script: Any, corpus: Any, tmp_
     assert len(biases) == 3 and all(bool(value.any()) for value in biases)
 
 
+def test_recipes_of_different_length_agree_until_the_shorter_one_decays(script: Any) -> None:
+    """What resuming with another number of steps rests on."""
+    short, long = script.Recipe(steps=200, seed=1), script.Recipe(steps=1000, seed=1)
+    tokens = torch.arange(5000)
+    for step in (0, 50, 120, short.decay_start - 1):
+        assert short.rate(step) == long.rate(step)
+        assert torch.equal(script.batch(tokens, short, step), script.batch(tokens, long, step))
+    assert short.rate(short.decay_start + 20) == pytest.approx(short.peak_rate / 2)
+
+
 def test_resuming_with_another_seed_is_refused(script: Any, corpus: Any, tmp_path: Path) -> None:
     recipes = [script.Recipe(steps=2, seed=seed) for seed in (1, 3)]
     first, other = (script.prepare(recipe, corpus)[0] for recipe in recipes)
