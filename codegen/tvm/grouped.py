@@ -20,13 +20,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-from tvm.script.ir_builder import tirx as T
+from typing import Literal
 
 from moec.codegen.tvm.formats import Format
-from moec.codegen.tvm.matrix import UNBOUNDED, Problem, Rows, build_problem, scratch_floats
-from moec.codegen.tvm.tir import Kernel, Machine, const
+from moec.codegen.tvm.matrix import Variant, build_product, core_floats, reach, scratch_floats
+from moec.codegen.tvm.tir import Kernel, Machine
 
 
 @dataclass(frozen=True)
@@ -91,44 +89,19 @@ def scratch_size(spec: GroupedSpec | HeadwiseSpec, machine: Machine) -> int:
 @cache
 def build_grouped(spec: GroupedSpec, machine: Machine) -> Kernel:
     """The kernel of `spec` for `machine`."""
-
-    def rows(args: dict[str, Any]) -> Rows:
-        offsets = args["offsets"]
-
-        def source(g: Any, i: Any) -> Any:
-            row = offsets[g] + i
-            return args["row_index"][row] if spec.gather else row
-
-        return Rows(
-            count=lambda g: offsets[g + 1] - offsets[g],
-            x_at=lambda g, i: T.Cast("int64", source(g, i)) * const(spec.ldx, "int64"),
-            y_at=lambda g, i: T.Cast("int64", offsets[g] + i) * const(spec.ldy, "int64"),
-        )
-
-    index: list[tuple[str, tuple[int, ...]]] = [("row_index", UNBOUNDED)] if spec.gather else []
-    problem = Problem(
-        spec.name, spec.groups, spec.n, spec.k, spec.fmt, spec.group_rows, (*index, ("offsets", UNBOUNDED)), (), rows,
-        total_rows=lambda args: args["offsets"][spec.groups], accumulate=spec.accumulate,
-    )  # fmt: skip
-    return build_problem(problem, machine)
+    rows = spec.group_rows
+    kind: Literal["gathered", "sorted"] = "gathered" if spec.gather else "sorted"
+    variant = Variant(spec.fmt, kind, reach(rows, machine), accumulate=spec.accumulate)
+    constants = {"groups": spec.groups, "n": spec.n, "k": spec.k, "ldx": spec.ldx, "ldy": spec.ldy}
+    constants["core_floats"] = core_floats(spec.k, spec.fmt, rows, machine)
+    return build_product(spec.name, variant, constants, machine)
 
 
 @cache
 def build_headwise(spec: HeadwiseSpec, machine: Machine) -> Kernel:
     """The kernel of `spec` for `machine`."""
-
-    def at(i: Any, g: Any, token_stride: int, head_stride: int) -> Any:
-        return T.Cast("int64", i) * const(token_stride, "int64") + T.Cast("int64", g * head_stride)
-
-    def rows(args: dict[str, Any]) -> Rows:
-        return Rows(
-            count=lambda g: args["tokens"],
-            x_at=lambda g, i: at(i, g, spec.ldx, spec.hx),
-            y_at=lambda g, i: at(i, g, spec.ldy, spec.hy),
-        )
-
-    problem = Problem(
-        spec.name, spec.heads, spec.n, spec.k, spec.fmt, spec.max_tokens, (), ("tokens",), rows,
-        total_rows=lambda args: args["tokens"] * spec.heads,
-    )  # fmt: skip
-    return build_problem(problem, machine)
+    variant = Variant(spec.fmt, "even", reach(spec.max_tokens, machine))
+    constants = {"groups": spec.heads, "n": spec.n, "k": spec.k}
+    constants |= {"ldx": spec.ldx, "hx": spec.hx, "ldy": spec.ldy, "hy": spec.hy}
+    constants["core_floats"] = core_floats(spec.k, spec.fmt, spec.max_tokens, machine)
+    return build_product(spec.name, variant, constants, machine)

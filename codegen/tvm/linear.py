@@ -12,13 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm.formats import Format
-from moec.codegen.tvm.matrix import Problem, Rows, build_problem, scratch_floats
-from moec.codegen.tvm.tir import Kernel, Machine, const
+from moec.codegen.tvm.matrix import Variant, build_product, core_floats, reach, scratch_floats
+from moec.codegen.tvm.tir import Kernel, Machine
 
 
 @dataclass(frozen=True)
@@ -49,16 +46,7 @@ def scratch_size(spec: LinearSpec, machine: Machine) -> int:
 @cache
 def build(spec: LinearSpec, machine: Machine) -> Kernel:
     """The kernel of `spec` for `machine`."""
-
-    def rows(args: dict[str, Any]) -> Rows:
-        return Rows(
-            count=lambda g: args["tokens"],
-            x_at=lambda g, i: T.Cast("int64", i) * const(spec.ldx, "int64"),
-            y_at=lambda g, i: T.Cast("int64", i) * const(spec.ldy, "int64"),
-        )
-
-    problem = Problem(
-        spec.name, 1, spec.n, spec.k, spec.fmt, spec.max_tokens, (), ("tokens",), rows,
-        total_rows=lambda args: args["tokens"], bias=spec.bias, accumulate=spec.accumulate,
-    )  # fmt: skip
-    return build_problem(problem, machine)
+    variant = Variant(spec.fmt, "even", reach(spec.max_tokens, machine), spec.bias, spec.accumulate)
+    constants = {"groups": 1, "n": spec.n, "k": spec.k, "ldx": spec.ldx, "hx": 0, "ldy": spec.ldy, "hy": 0}
+    constants["core_floats"] = core_floats(spec.k, spec.fmt, spec.max_tokens, machine)
+    return build_product(spec.name, variant, constants, machine)

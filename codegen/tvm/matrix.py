@@ -1,21 +1,25 @@
-"""The driver shared by every matrix kernel: work division over cores and the choice of variant by row count.
+"""The driver shared by every matrix kernel: work division over cores and the choice of path by row count.
 
-A problem is a set of groups (one for a linear layer, one per expert or head); group g multiplies its rows of x by its
-packed weight. All cores walk the groups and take their share of the weight panels, so that each weight byte is read
-by one core. Groups with up to `Blocking.skinny` rows go through `row_lane`; larger ones through unpacked panels and
+A product has groups (one for a linear layer, one per expert or head); group g multiplies its rows of x by its packed
+weight. All cores walk the groups and take their share of the weight panels, so that each weight byte is read by one
+core. Groups with up to `Blocking.skinny` rows go through `row_lane` in chunks; larger ones through unpacked panels and
 `panel_product`.
+
+Sizes and strides are run-time operands of the driver: a model has many shapes but few variants, and compile time goes
+by variants. A kernel of a spec only adds its constants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import tvm
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.tvm.blocking import PAD, Blocking, blocking
+from moec.codegen.tvm.blocking import PAD, blocking
 from moec.codegen.tvm.decode import decoder
 from moec.codegen.tvm.formats import ROWS, Format
 from moec.codegen.tvm.gemm import copy_row, panel_product, unpack_tile
@@ -38,116 +42,125 @@ SERIAL_PRODUCTS = 1 << 16  # below this many multiplications a second core costs
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Where group g finds its rows: `count(g)`, and element offsets of row i in x and in y (int64)."""
+class Variant:
+    """What is compiled once for all sizes.
 
-    count: Callable[[Any], Any]
-    x_at: Callable[[Any, Any], Any]
-    y_at: Callable[[Any, Any], Any]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A grouped product y[row, :n] = x[row, :k] . W[g]^T (+ bias) (+ y), rows of g given by `rows(args)`.
-
-    The kernel's parameters are x, `index` (the operands that `rows` reads), w, scale (scaled formats only), bias (if
-    any), y, scratch, `scalars`.
+    `rows`: "even" groups all have the rows 0 .. tokens - 1, row i of group g at i * ldx + g * hx (y likewise); "sorted"
+    groups own the rows offsets[g] .. offsets[g + 1] - 1 of x and y; of "gathered" ones row r is row_index[r] of x.
+    `reach` is the most rows of a group that occur, 0 for more than a chunk.
     """
 
-    name: str
-    groups: int
-    n: int
-    k: int
     fmt: Format
-    max_rows: int  # of one group
-    index: tuple[tuple[str, tuple[int, ...]], ...]  # int32 buffers
-    scalars: tuple[str, ...]
-    rows: Callable[[dict[str, Any]], Rows]
-    total_rows: Callable[[dict[str, Any]], Any]
+    rows: Literal["even", "sorted", "gathered"]
+    reach: int
     bias: bool = False
     accumulate: bool = False
 
-    def params(self) -> list[Param]:
-        """The kernel's parameters, in order."""
-        names = ["w", *(["scale"] if self.fmt.scale_block else []), *(["bias"] if self.bias else []), "y", "scratch"]
-        floats: list[Param] = [(n, "int32" if n == "w" else "float32", UNBOUNDED) for n in names]
-        return [
-            ("x", "float32", UNBOUNDED),
-            *[(n, "int32", shape) for n, shape in self.index],
-            *floats,
-            *[(s, "int32") for s in self.scalars],
-        ]
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """One core's part of the scratch memory, in floats: rows of x, a weight panel, results."""
-
-    x: int
-    panel: int
-    results: int
+    @property
+    def name(self) -> str:
+        """Readable and unique."""
+        options = ("_bias" if self.bias else "") + ("_acc" if self.accumulate else "")
+        return f"matrix_{self.rows}_{self.fmt.name}_m{self.reach or 'any'}{options}"
 
     @property
-    def floats(self) -> int:
-        """Size, rounded to a cache line so that cores share none."""
-        return -(-(self.x + self.panel + self.results) // 16) * 16
+    def scalars(self) -> tuple[str, ...]:
+        """Sizes, strides, and the floats of scratch memory of one core."""
+        even = self.rows == "even"
+        strides = ("ldx", "hx", "ldy", "hy") if even else ("ldx", "ldy")
+        return (*(("tokens",) if even else ()), "groups", "n", "k", *strides, "core_floats")
+
+    @property
+    def buffers(self) -> list[Param]:
+        """x, [row_index], [offsets], w, [scale], [bias], y, scratch."""
+        index = {"even": (), "sorted": ("offsets",), "gathered": ("row_index", "offsets")}[self.rows]
+        operands = ["w", *(["scale"] if self.fmt.scale_block else []), *(["bias"] if self.bias else [])]
+        integers = {*index, "w"}
+        names = ["x", *index, *operands, "y", "scratch"]
+        return [(n, "int32" if n in integers else "float32", UNBOUNDED) for n in names]
+
+    @property
+    def params(self) -> list[Param]:
+        """Parameters of the driver."""
+        return [*self.buffers, *[(s, "int32") for s in self.scalars]]
 
 
-def _scratch(k: int, fmt: Format, max_rows: int, machine: Machine) -> Scratch:
-    sizes = blocking(machine)
-    skinny = min(max_rows, sizes.skinny)
-    x, panel, results = skinny * (fmt.padded_k(k) + PAD), 0, skinny * ROWS
+def reach(max_rows: int, machine: Machine) -> int:
+    """`Variant.reach` of groups with at most `max_rows` rows."""
+    return max_rows if max_rows <= blocking(machine).chunk else 0
+
+
+def _panel_floats(limit: int, machine: Machine) -> int:
+    return 0 if limit else blocking(machine).kc * blocking(machine).columns
+
+
+def _result_floats(limit: int, machine: Machine) -> int:
+    return limit * ROWS if limit else max(blocking(machine).results, blocking(machine).skinny * ROWS)
+
+
+def core_floats(k: int, fmt: Format, max_rows: int, machine: Machine) -> int:
+    """Scratch memory of one core, in floats: a weight panel, results, rows of x."""
+    sizes, limit = blocking(machine), reach(max_rows, machine)
+    x = min(max_rows, sizes.skinny) * (fmt.padded_k(k) + PAD)
     if max_rows > sizes.skinny:
-        rows = min(max_rows, sizes.mc)
-        x = max(x, rows * (sizes.kc + PAD))
-        panel = sizes.kc * sizes.columns
-        results = max(results, sizes.results)
-    return Scratch(x, panel, results)
+        x = max(x, min(max_rows, sizes.mc) * (sizes.kc + PAD))
+    # Whole cache lines, so that cores share none.
+    return -(-(_panel_floats(limit, machine) + _result_floats(limit, machine) + x) // 16) * 16
 
 
 def scratch_floats(k: int, fmt: Format, max_rows: int, machine: Machine) -> int:
     """Size of the scratch operand, in floats, for groups of at most `max_rows` rows."""
-    return machine.cores * _scratch(k, fmt, max_rows, machine).floats
+    return machine.cores * core_floats(k, fmt, max_rows, machine)
 
 
-def build_problem(problem: Problem, machine: Machine) -> Kernel:
-    """The kernel of a problem."""
-    worker = _Worker(problem, machine).build()
-    threshold = SERIAL_PRODUCTS // (problem.n * problem.k)
-    params = problem.params()
-    names = [p[0] for p in params]
-    return parallel_kernel(
-        problem.name,
-        params,
-        worker,
-        machine,
-        lambda args: problem.total_rows(dict(zip(names, args, strict=True))) <= threshold,
-    )
+def build_product(name: str, variant: Variant, constants: Mapping[str, int], machine: Machine) -> Kernel:
+    """The kernel `name`: the variant's driver with some of its scalars fixed; the others stay parameters."""
+    driver = build_driver(variant, machine)
+    kernel = Kernel(name, tvm.ir.GlobalVar(name), helpers=[driver])
+    free: list[Param] = [(s, "int32") for s in variant.scalars if s not in constants]
+    with kernel_body(kernel, [*variant.buffers, *free]) as args:
+        pointers = [T.address_of(a[0]) for a in args[: len(variant.buffers)]]
+        given = dict(zip([p[0] for p in free], args[len(variant.buffers) :], strict=True))
+        call(driver, *pointers, *[const(constants[s]) if s in constants else given[s] for s in variant.scalars])
+    return kernel
+
+
+@cache
+def build_driver(variant: Variant, machine: Machine) -> Kernel:
+    """The driver of a variant, parallel over cores when there is enough to do."""
+    names = [p[0] for p in variant.params]
+
+    def small(values: list[Any]) -> Any:
+        args = dict(zip(names, values, strict=True))
+        rows = args["tokens"] * args["groups"] if variant.rows == "even" else args["offsets"][args["groups"]]
+        return T.Cast("int64", rows) * args["n"] * args["k"] <= const(SERIAL_PRODUCTS, "int64")
+
+    return parallel_kernel(variant.name, variant.params, _Worker(variant, machine).build(), machine, small)
 
 
 class _Worker:
     """Emits the function that one core runs: its share of the panels of every group."""
 
-    def __init__(self, problem: Problem, machine: Machine) -> None:
-        self.problem, self.machine = problem, machine
-        self.fmt = problem.fmt
-        self.sizes: Blocking = blocking(machine)
-        self.layout = _scratch(problem.k, problem.fmt, problem.max_rows, machine)
-        self.tiles = -(-problem.n // ROWS)
-        self.panels = -(-problem.n // self.sizes.columns)
-        self.lane_groups = problem.fmt.padded_k(problem.k) // problem.fmt.per_lane
+    def __init__(self, variant: Variant, machine: Machine) -> None:
+        self.variant, self.machine = variant, machine
+        self.fmt = variant.fmt
+        self.sizes = blocking(machine)
+        self.panel_floats = _panel_floats(variant.reach, machine)
+        self.result_floats = _result_floats(variant.reach, machine)
         self.helpers: dict[str, Kernel] = {}
         self.args: dict[str, Any] = {}
 
     def build(self) -> Kernel:
-        """The worker kernel: the problem's parameters, then part and parts."""
-        name = f"{self.problem.name}_part"
+        """The worker kernel: the driver's parameters, then part and parts."""
+        name = f"{self.variant.name}_part"
         kernel = Kernel(name, tvm.ir.GlobalVar(name))
-        params = [*self.problem.params(), ("part", "int32"), ("parts", "int32")]
-        with kernel_body(kernel, params) as args:
-            self.args = dict(zip([p[0] for p in params], args, strict=True))
-            self.rows = self.problem.rows(self.args)
-            self.base = T.Bind(self.args["part"] * self.layout.floats)
+        params: list[Param] = [*self.variant.params, ("part", "int32"), ("parts", "int32")]
+        with kernel_body(kernel, params) as values:
+            args = self.args = dict(zip([p[0] for p in params], values, strict=True))
+            multiple = self.fmt.k_multiple
+            self.padded = T.Bind((args["k"] + multiple - 1) // multiple * multiple)
+            self.tiles = T.Bind((args["n"] + ROWS - 1) // ROWS)
+            self.panels = T.Bind((args["n"] + self.sizes.columns - 1) // self.sizes.columns)
+            self.base = T.Bind(T.Cast("int64", args["part"]) * args["core_floats"])
             self._groups()
         kernel.helpers = list(self.helpers.values())
         return kernel
@@ -156,35 +169,50 @@ class _Worker:
         self.helpers[helper.name] = helper
         call(helper, *args)
 
+    def _count(self, g: Any) -> Any:
+        if self.variant.rows == "even":
+            return self.args["tokens"]
+        return self.args["offsets"][g + 1] - self.args["offsets"][g]
+
+    def _at(self, g: Any, i: Any, operand: Literal["x", "y"]) -> Any:
+        """Element offset of row i of group g, in int64."""
+        stride = self.args[f"ld{operand}"]
+        if self.variant.rows == "even":
+            return T.Cast("int64", i) * stride + T.Cast("int64", g) * self.args[f"h{operand}"]
+        row = self.args["offsets"][g] + i
+        if self.variant.rows == "gathered" and operand == "x":
+            row = self.args["row_index"][row]
+        return T.Cast("int64", row) * stride
+
     def _groups(self) -> None:
         """Walk the groups; this core's share of the summed cost falls on some panels of each."""
-        part, parts = (T.Cast("int64", self.args[p]) for p in ("part", "parts"))
+        part, parts, panels = (T.Cast("int64", v) for v in (self.args["part"], self.args["parts"], self.panels))
         (passed,) = variables(1, "int64")
         assign(passed, const(0, "int64"))
-        with T.serial(0, self.problem.groups) as g:
-            assign(passed, passed[0] + self._panel_cost(g) * self.panels)
+        with T.serial(0, self.args["groups"]) as g:
+            assign(passed, passed[0] + self._panel_cost(g) * panels)
         total = T.Bind(passed[0])
         low, high = T.Bind(part * total // parts), T.Bind((part + 1) * total // parts)
         assign(passed, const(0, "int64"))
-        with T.serial(0, self.problem.groups) as g:
+        with T.serial(0, self.args["groups"]) as g:
             cost = T.Bind(self._panel_cost(g))
 
             def panel(limit: Any, cost: Any = cost) -> Any:
-                inside = T.min(T.max(limit - passed[0], const(0, "int64")), cost * self.panels)
+                inside = T.min(T.max(limit - passed[0], const(0, "int64")), cost * panels)
                 return T.Bind(T.Cast("int32", (inside + cost - 1) // T.max(cost, const(1, "int64"))))
 
             first, last = panel(low), panel(high)
-            assign(passed, passed[0] + cost * self.panels)
+            assign(passed, passed[0] + cost * panels)
             with T.If(first < last), T.Then():
-                self._group(g, T.Bind(self.rows.count(g)), first, last)
+                self._group(g, T.Bind(self._count(g)), first, last)
 
     def _panel_cost(self, g: Any) -> Any:
         """Relative time of one panel: reading it costs as much as about two rows of arithmetic."""
-        count = T.Cast("int64", self.rows.count(g))
+        count = T.Cast("int64", self._count(g))
         return T.Select(count > 0, count + 2, const(0, "int64"))
 
     def _group(self, g: Any, count: Any, first: Any, last: Any) -> None:
-        if self.problem.max_rows <= self.sizes.skinny:
+        if self.variant.reach:
             self._skinny(g, count, first, last)
             return
         with T.If(count <= self.sizes.skinny):
@@ -193,80 +221,78 @@ class _Worker:
             with T.Else():
                 self._blocked(g, count, first, last)
 
-    def _x(self, offset: Any) -> Any:
+    def _panel(self, offset: Any) -> Any:
         return T.address_of(self.args["scratch"][self.base + offset])
 
-    def _panel(self, offset: Any) -> Any:
-        return self._x(self.layout.x + offset)
-
     def _result(self, offset: Any) -> Any:
-        return self._x(self.layout.x + self.layout.panel + offset)
+        return self._panel(self.panel_floats + offset)
+
+    def _x(self, offset: Any) -> Any:
+        return self._panel(self.panel_floats + self.result_floats + offset)
 
     def _weight(self, g: Any, tile: Any, k: Any) -> list[Any]:
         """Pointers to a packed tile of group g and its scales, from k on."""
         index = T.Bind(T.Cast("int64", g) * self.tiles + T.Cast("int64", tile))
-        lane = (index * self.lane_groups + T.Cast("int64", k // self.fmt.per_lane)) * ROWS
-        pointers = [T.address_of(self.args["w"][lane])]
+        lane = index * (self.padded // self.fmt.per_lane) + T.Cast("int64", k // self.fmt.per_lane)
+        pointers = [T.address_of(self.args["w"][lane * ROWS])]
         if self.fmt.scale_block:
-            blocks = self.fmt.padded_k(self.problem.k) // self.fmt.scale_block
-            at = index * blocks + T.Cast("int64", k // self.fmt.scale_block)
-            pointers.append(T.address_of(self.args["scale"][at]))
+            block = index * (self.padded // self.fmt.scale_block) + T.Cast("int64", k // self.fmt.scale_block)
+            pointers.append(T.address_of(self.args["scale"][block]))
         return pointers
 
     def _skinny(self, g: Any, count: Any, first: Any, last: Any) -> None:
-        padded = self.fmt.padded_k(self.problem.k)
-        ldx = padded + PAD
+        """Rows in even chunks; a second chunk finds the tile in cache."""
+        ldx = T.Bind(self.padded + PAD)
         pre = const(decoder(self.fmt).pre, "float32")
         with T.serial(0, count) as r:
-            source = T.address_of(self.args["x"][self.rows.x_at(g, r)])
-            self._call(copy_row(self.machine), source, self._x(r * ldx), const(self.problem.k), const(padded), pre)
+            source = T.address_of(self.args["x"][self._at(g, r, "x")])
+            self._call(copy_row(self.machine), source, self._x(r * ldx), self.args["k"], self.padded, pre)
         chunks = T.Bind((count + self.sizes.chunk - 1) // self.sizes.chunk)
-        per_panel = self.sizes.tiles
-        start = T.Bind(first * per_panel)
-        stop = T.Bind(T.min(last * per_panel, self.tiles))
+        start = T.Bind(first * self.sizes.tiles)
+        stop = T.Bind(T.min(last * self.sizes.tiles, self.tiles))
         with T.serial(0, stop - start) as i:
             tile = T.Bind(start + i)
+            pointers = self._weight(g, tile, const(0))
             with T.serial(0, chunks) as c:
                 row = T.Bind(c * count // chunks)
                 height = T.Bind((c + 1) * count // chunks - row)
-                for m in range(1, min(self.problem.max_rows, self.sizes.chunk) + 1):
+                for m in range(1, (self.variant.reach or self.sizes.chunk) + 1):
                     with T.If(height == m), T.Then():
-                        kernel = row_lane(self.fmt, m, self.machine)
-                        operands = [*self._weight(g, tile, const(0)), self._x(row * ldx), self._result(row * ROWS)]
-                        self._call(kernel, *operands, const(ldx), const(padded))
+                        operands = [*pointers, self._x(row * ldx), self._result(row * ROWS)]
+                        self._call(row_lane(self.fmt, m, self.machine), *operands, ldx, self.padded)
             self._finish(const(0), g, const(0), count, tile * ROWS, ROWS)
 
     def _blocked(self, g: Any, count: Any, first: Any, last: Any) -> None:
-        sizes, k = self.sizes, self.problem.k
+        """Blocks of x rows in L2; for each, groups of panels whose results fit their memory; for these, blocks of k."""
+        sizes, k = self.sizes, self.args["k"]
         blocks = T.Bind((count + sizes.mc - 1) // sizes.mc)
         with T.serial(0, blocks) as b:
             row0 = T.Bind(b * count // blocks)
             rows = T.Bind((b + 1) * count // blocks - row0)
-            c_panel = T.Bind(rows * sizes.columns)
-            stride = T.Bind(const(self.layout.results) // c_panel)
-            with T.serial(0, (last - first + stride - 1) // stride) as pb:
-                panel0 = T.Bind(first + pb * stride)
-                panels = T.Bind(T.min(last - panel0, stride))
-                self._clear(panels * c_panel)
-                with T.serial(0, -(-k // sizes.kc)) as kb:
+            one_panel = T.Bind(rows * sizes.columns)
+            fitting = T.Bind(const(self.result_floats) // one_panel)
+            with T.serial(0, (last - first + fitting - 1) // fitting) as pb:
+                panel0 = T.Bind(first + pb * fitting)
+                panels = T.Bind(T.min(last - panel0, fitting))
+                self._clear(panels * one_panel)
+                with T.serial(0, (k + sizes.kc - 1) // sizes.kc) as kb:
                     k0 = T.Bind(kb * sizes.kc)
                     length = T.Bind(T.min(k - k0, sizes.kc))
                     with T.serial(0, rows) as r:
-                        source = T.address_of(self.args["x"][self.rows.x_at(g, row0 + r) + T.Cast("int64", k0)])
+                        source = T.address_of(self.args["x"][self._at(g, row0 + r, "x") + T.Cast("int64", k0)])
                         target = self._x(r * (sizes.kc + PAD))
                         self._call(copy_row(self.machine), source, target, length, length, const(1.0, "float32"))
                     with T.serial(0, panels) as p:
                         panel = self._unpacked(g, panel0 + p, k0, length)
-                        product = panel_product(self.machine)
-                        self._call(product, panel, self._x(const(0)), self._result(p * c_panel), rows, length)
+                        result = self._result(p * one_panel)
+                        self._call(panel_product(self.machine), panel, self._x(const(0)), result, rows, length)
                 with T.serial(0, panels) as p:
-                    self._finish(p * c_panel, g, row0, rows, (panel0 + p) * sizes.columns, sizes.columns)
+                    self._finish(p * one_panel, g, row0, rows, (panel0 + p) * sizes.columns, sizes.columns)
 
     def _clear(self, floats: Any) -> None:
         lanes = self.machine.lanes
-        offset = self.layout.x + self.layout.panel
         with T.serial(0, floats // lanes) as i:
-            at = T.ramp(self.base + offset + i * lanes, 1, lanes)
+            at = T.ramp(self.base + self.panel_floats + i * lanes, 1, lanes)
             T.buffer_store(self.args["scratch"], splat(0.0, lanes), [at])
 
     def _unpacked(self, g: Any, panel: Any, k0: Any, length: Any) -> Any:
@@ -278,41 +304,33 @@ class _Worker:
         for i in range(self.sizes.tiles):
             # A panel past the last tile repeats it; those columns are not stored.
             tile = T.Bind(T.min(panel * self.sizes.tiles + i, self.tiles - 1))
-            self._call(
-                unpack_tile(self.fmt, self.machine), *self._weight(g, tile, k0), self._panel(const(i * ROWS)), padded
-            )
+            target = self._panel(const(i * ROWS))
+            self._call(unpack_tile(self.fmt, self.machine), *self._weight(g, tile, k0), target, padded)
         return self._panel(const(0))
 
     def _finish(self, c: Any, g: Any, row0: Any, rows: Any, column: Any, width: int) -> None:
         """y[rows, column : column + width] = results * post (+ bias) (+ y), cut off at n."""
-        lanes, n = self.machine.lanes, self.problem.n
+        lanes, n = self.machine.lanes, self.args["n"]
         y, scratch = self.args["y"], self.args["scratch"]
-        results = T.Bind(self.base + self.layout.x + self.layout.panel + c)
+        results = T.Bind(self.base + self.panel_floats + c)
         post = decoder(self.fmt).post
 
         def store(at: Any, source: Any, column: Any, size: int) -> None:
-            index = T.ramp(at, 1, size) if size > 1 else at
-            value = scratch[T.ramp(source, 1, size) if size > 1 else source]
-            value = value * (splat(post, size) if size > 1 else const(post, "float32"))
-            if self.problem.bias:
-                value = value + self.args["bias"][T.ramp(column, 1, size) if size > 1 else column]
-            if self.problem.accumulate:
-                value = value + y[index]
-            T.buffer_store(y, value, [index])
+            def span(start: Any) -> Any:
+                return T.ramp(start, 1, size) if size > 1 else start
+
+            value = scratch[span(source)] * (splat(post, size) if size > 1 else const(post, "float32"))
+            if self.variant.bias:
+                value = value + self.args["bias"][span(column)]
+            if self.variant.accumulate:
+                value = value + y[span(at)]
+            T.buffer_store(y, value, [span(at)])
 
         with T.serial(0, rows) as r:
-            at = T.Bind(self.rows.y_at(g, row0 + r) + T.Cast("int64", column))
+            at = T.Bind(self._at(g, row0 + r, "y") + T.Cast("int64", column))
             source = T.Bind(results + r * width)
-
-            def vectors() -> None:
-                for h in range(width // lanes):
+            with T.If(column + width <= n):
+                with T.Then(), T.serial(0, width // lanes) as h:
                     store(at + h * lanes, source + h * lanes, column + h * lanes, lanes)
-
-            if n % width == 0:
-                vectors()
-            else:
-                with T.If(column + width <= n):
-                    with T.Then():
-                        vectors()
-                    with T.Else(), T.serial(0, n - column) as j:
-                        store(at + T.Cast("int64", j), source + j, column + j, 1)
+                with T.Else(), T.serial(0, n - column) as j:
+                    store(at + j, source + j, column + j, 1)

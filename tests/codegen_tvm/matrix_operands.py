@@ -1,12 +1,17 @@
-"""Random packed weights with their exact values in float64."""
+"""Random packed weights with their exact values in float64, and many kernels compiled at once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
+from ops_runner import program
 
 from moec.codegen.tvm.formats import BF16, F32, Format, pack
+from moec.codegen.tvm.tir import Kernel, Machine, build_module, compile_module
 
 
 @dataclass(frozen=True)
@@ -38,3 +43,22 @@ def random_weight(fmt: Format, *shape: int, seed: int = 0) -> Weight:
 def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
     """Largest error, relative to the largest exact magnitude."""
     return float((result.double() - exact).abs().max() / exact.abs().max())
+
+
+@cache
+def compiled_together(
+    build: Callable[[Any, Machine], Kernel], specs: Sequence[Any], machine: Machine
+) -> dict[Any, Callable[..., None]]:
+    """The kernels of `specs` as functions of tensors and int32 scalars: one module, so that they share drivers."""
+    kernels = [build(spec, machine) for spec in specs]
+    programs = {}
+    for i, kernel in enumerate(kernels):
+        signature = tuple(str(getattr(p.ty, "element_type", "scalar")) for p in kernel.func.params)
+        programs[f"main{i}"] = program(kernel, signature).with_attr("global_symbol", f"main{i}")
+    library = compile_module(build_module(kernels, programs), machine).jit()
+
+    def function(i: int) -> Callable[..., None]:
+        main = library[f"main{i}"]
+        return lambda *args: main(*[a.view(-1) if isinstance(a, torch.Tensor) else a for a in args])
+
+    return {spec: function(i) for i, spec in enumerate(specs)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix_operands import random_weight, relative_error
+from matrix_operands import compiled_together, random_weight, relative_error
 from ops_runner import normal, run
 
 from moec.codegen.tvm.formats import FORMATS, FP8_E4M3, Format
@@ -14,6 +14,7 @@ from moec.codegen.tvm.tir import Machine
 
 MACHINE = Machine()
 TOLERANCE = 3e-6
+HEAD_SIZES = ((64, 24), (24, 64))
 
 
 def offsets_of(counts: list[int]) -> torch.Tensor:
@@ -25,7 +26,11 @@ def offsets_of(counts: list[int]) -> torch.Tensor:
 def test_groups_of_every_size(fmt: Format, gather: bool) -> None:
     n, k, groups = 50, 140, 9
     weight = random_weight(fmt, groups, n, k)
-    spec = GroupedSpec(groups, n, k, fmt, ldx=k + 2, ldy=n + 3, max_rows=400, gather=gather)
+    specs = tuple(
+        GroupedSpec(groups, n, k, f, k + 2, n + 3, 400, gather=g) for f in FORMATS.values() for g in (True, False)
+    )
+    spec = next(s for s in specs if s.fmt is fmt and s.gather is gather)
+    kernel = compiled_together(build_grouped, specs, MACHINE)[spec]
     for counts in ([1, 0, 2, 0, 0, 3, 4, 0, 1], [5, 0, 300, 1, 7, 0, 0, 11, 2], [0] * 8 + [1], [0] * 9):
         rows = sum(counts)
         index = torch.randint(0, 30, (rows,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
@@ -39,25 +44,31 @@ def test_groups_of_every_size(fmt: Format, gather: bool) -> None:
             exact[start : start + count] = inputs[start : start + count, :k].double() @ weight.values[g].T
             start += count
         scratch = torch.full((scratch_size(spec, MACHINE),), torch.nan)
-        run(build_grouped, spec, x, *([index] if gather else []), offsets_of(counts), *weight.operands, y, scratch)
+        kernel(x, *([index] if gather else []), offsets_of(counts), *weight.operands, y, scratch)
         if rows:
             assert relative_error(y[:rows, :n], exact) < TOLERANCE
         assert torch.equal(y[:rows, n:], before[:rows, n:]) and torch.equal(y[rows:], before[rows:])
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
-@pytest.mark.parametrize(("n", "k"), [(64, 24), (24, 64)])
+@pytest.mark.parametrize(("n", "k"), HEAD_SIZES)
 def test_heads_of_strided_rows(fmt: Format, n: int, k: int) -> None:
     """Both absorbed products, q_nope -> latent and latent -> v; other columns lie between the heads."""
     heads, hx, hy = 5, k + 8, n + 2
     weight = random_weight(fmt, heads, n, k)
-    spec = HeadwiseSpec(heads, n, k, fmt, ldx=heads * hx, hx=hx, ldy=heads * hy, hy=hy, max_tokens=50)
+    specs = tuple(
+        HeadwiseSpec(heads, a, b, f, heads * (b + 8), b + 8, heads * (a + 2), a + 2, max_tokens=50)
+        for f in FORMATS.values()
+        for a, b in HEAD_SIZES
+    )
+    spec = next(s for s in specs if s.fmt is fmt and s.n == n)
+    kernel = compiled_together(build_headwise, specs, MACHINE)[spec]
     for tokens in (1, 4, 50):
         x, y = normal(tokens, heads, hx), normal(tokens, heads, hy, seed=1)
         outside = y[..., n:].clone()
         exact = torch.einsum("thk,hnk->thn", x[..., :k].double(), weight.values)
         scratch = torch.full((scratch_size(spec, MACHINE),), torch.nan)
-        run(build_headwise, spec, x, *weight.operands, y, scratch, tokens)
+        kernel(x, *weight.operands, y, scratch, tokens)
         assert relative_error(y[..., :n], exact) < TOLERANCE
         assert torch.equal(y[..., n:], outside)
 

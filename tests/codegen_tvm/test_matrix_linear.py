@@ -6,19 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from matrix_operands import Weight, random_weight, relative_error
-from ops_runner import normal, run
+from matrix_operands import compiled_together, random_weight, relative_error
+from ops_runner import normal
 
-from moec.codegen.tvm.formats import BF16, F32, FORMATS, FP8_E4M3, Format
+from moec.codegen.tvm.formats import BF16, F32, FORMATS, FP8_E4M3
 from moec.codegen.tvm.linear import LinearSpec, build, scratch_size
 from moec.codegen.tvm.tir import Machine
 
 MACHINE = Machine()
 TOLERANCE = 3e-6
+ODD_SIZES = ((1, 1), (17, 5), (130, 257), (1000, 129))
+SPECS = (
+    *(LinearSpec(272, 600, fmt, ldx=600, ldy=272, max_tokens=600) for fmt in FORMATS.values()),
+    *(LinearSpec(n, k, fmt, k + 3, n + 5, max_tokens=20) for fmt in FORMATS.values() for n, k in ODD_SIZES),
+    *(LinearSpec(100, 77, BF16, 77, 101, 20, b, a) for b, a in ((True, False), (False, True), (True, True))),
+)
 
 
-def check(spec: LinearSpec, weight: Weight, tokens: int, machine: Machine = MACHINE) -> None:
+def check(spec: LinearSpec, specs: tuple[LinearSpec, ...], tokens: int, machine: Machine = MACHINE) -> None:
     """Run on slices of wider rows with scratch full of NaN: nothing may be read before it is written."""
+    weight = random_weight(spec.fmt, spec.n, spec.k)
     x, y = normal(tokens, spec.ldx, seed=1), normal(tokens, spec.ldy, seed=2)
     x[:, spec.k :] = torch.nan
     bias = normal(spec.n, seed=3)
@@ -30,65 +37,52 @@ def check(spec: LinearSpec, weight: Weight, tokens: int, machine: Machine = MACH
     outside = y[:, spec.n :].clone()
     scratch = torch.full((scratch_size(spec, machine),), torch.nan)
     operands = [x, *weight.operands, *([bias] if spec.bias else []), y, scratch]
-    run(build, spec, *operands, tokens, machine=machine)
+    compiled_together(build, specs, machine)[spec](*operands, tokens)
     assert relative_error(y[:, : spec.n], exact) < TOLERANCE
     assert torch.equal(y[:, spec.n :], outside)
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
-def test_variants_by_token_count(fmt: Format) -> None:
-    n, k = 272, 600
-    spec = LinearSpec(n, k, fmt, ldx=k, ldy=n, max_tokens=300)
-    weight = random_weight(fmt, n, k)
-    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 64, 299, 300):
-        check(spec, weight, tokens)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 20])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_every_path_and_sizes_that_fill_no_tile(spec: LinearSpec, tokens: int) -> None:
+    check(spec, SPECS, tokens)
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 5), (130, 257), (1000, 129)])
-def test_sizes_that_fill_no_tile(fmt: Format, n: int, k: int) -> None:
-    spec = LinearSpec(n, k, fmt, ldx=k + 3, ldy=n + 5, max_tokens=20)
-    weight = random_weight(fmt, n, k)
-    for tokens in (1, 3, 20):
-        check(spec, weight, tokens)
+@pytest.mark.parametrize("tokens", [269, 271, 600])
+@pytest.mark.parametrize("spec", SPECS[:3], ids=lambda s: s.name)
+def test_more_rows_than_a_block(spec: LinearSpec, tokens: int) -> None:
+    check(spec, SPECS, tokens)
 
 
-@pytest.mark.parametrize(("bias", "accumulate"), [(True, False), (False, True), (True, True)])
-def test_bias_and_accumulation(bias: bool, accumulate: bool) -> None:
-    n, k = 100, 77
-    spec = LinearSpec(n, k, BF16, k, n + 1, max_tokens=9, bias=bias, accumulate=accumulate)
-    for tokens in (1, 9):
-        check(spec, random_weight(BF16, n, k), tokens)
+def test_only_the_reachable_paths_are_generated() -> None:
+    specs = tuple(LinearSpec(48, 200, FP8_E4M3, 200, 48, most) for most in (1, 3))
+    for spec in specs:
+        helpers, names = [build(spec, MACHINE)], set()
+        while helpers:
+            kernel = helpers.pop()
+            names.add(kernel.name)
+            helpers += kernel.helpers
+        reachable = {f"row_lane_fp8_e4m3_m{m}" for m in range(1, spec.max_tokens + 1)}
+        assert {n for n in names if not n.startswith(("matrix", "linear"))} == {"copy_row", *reachable}
+        check(spec, specs, spec.max_tokens)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 3])
-def test_only_the_reachable_variants_are_generated(max_tokens: int) -> None:
-    n, k = 48, 200
-    spec = LinearSpec(n, k, FP8_E4M3, k, n, max_tokens)
-    names = {h.name for h in build(spec, MACHINE).helpers[0].helpers}
-    assert names == {"copy_row", *(f"row_lane_fp8_e4m3_m{m}" for m in range(1, max_tokens + 1))}
-    check(spec, random_weight(FP8_E4M3, n, k), max_tokens)
-
-
-@pytest.mark.parametrize("cores", [1, 2, 7])
+@pytest.mark.parametrize("cores", [1, 7])
 def test_any_core_count_covers_all_panels_once(cores: int) -> None:
-    """More cores than the machine has, and more than there are panels: the division is by arithmetic alone."""
-    machine = replace(MACHINE, cores=cores)
-    n, k = 90, 3000
-    spec = LinearSpec(n, k, F32, k, n, max_tokens=40, accumulate=True)
+    """More cores than the machine has, and than there are panels: `accumulate` would show one counted twice."""
+    specs = (LinearSpec(90, 3000, F32, 3000, 90, max_tokens=40, accumulate=True),)
     for tokens in (1, 40):
-        check(spec, random_weight(F32, n, k), tokens, machine)
+        check(specs[0], specs, tokens, replace(MACHINE, cores=cores))
 
 
 @pytest.mark.parametrize("lanes", [4, 16])
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
-def test_vector_width_of_other_machines(lanes: int, fmt: Format) -> None:
-    """LLVM splits or joins the vectors of NEON and AVX-512 machines on this one, so their code paths run too."""
+def test_vector_width_of_other_machines(lanes: int) -> None:
+    """LLVM splits the vectors of AVX-512 machines and runs those of NEON as SSE, so their code paths run here too."""
     machine = replace(MACHINE, lanes=lanes, registers=32)
-    n, k = 150, 300
-    spec = LinearSpec(n, k, fmt, k, n, max_tokens=31)
-    for tokens in (1, 3, 31):
-        check(spec, random_weight(fmt, n, k), tokens, machine)
+    specs = tuple(LinearSpec(150, 300, fmt, 300, 150, max_tokens=31) for fmt in FORMATS.values())
+    for spec in specs:
+        for tokens in (1, 3, 31):
+            check(spec, specs, tokens, machine)
 
 
 def test_equal_specs_share_one_kernel() -> None:
