@@ -21,6 +21,7 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.tvm.tir import Kernel, Machine, const, kernel_body
 from moec.codegen.tvm.vector import (
     STORAGE,
+    check_storage,
     foreach,
     load,
     load_as_f32,
@@ -43,6 +44,9 @@ class CacheLayout:
     dtype: str
     max_pages: int
     page_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_storage("cache", self.dtype)
 
     @property
     def width(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from moec.codegen.tvm.tir import Kernel, Machine, kernel_body
 from moec.codegen.tvm.vector import (
     STORAGE,
+    check_storage,
     foreach,
     load_as_f32,
     new_kernel,
@@ -31,6 +32,9 @@ class EmbedSpec:
     dtype: str
     max_tokens: int
     ldy: int
+
+    def __post_init__(self) -> None:
+        check_storage("embed", self.dtype)
 
 
 def build_embed(spec: EmbedSpec, machine: Machine) -> Kernel:

@@ -215,6 +215,9 @@ class _Emitter:
 
     def each_token(self, body: Callable[[Any, Any, Any], None]) -> None:
         """`body(token, first tile in the list of all tiles, tiles)`."""
+        if self.spec.max_tokens == 1:
+            body(const(0), const(0), self.tiles(const(0)))
+            return
         before = Variable(1, 0, "int32")
         with T.serial(0, self.tokens) as t:
             tiles = self.tiles(t)
@@ -295,8 +298,7 @@ def build_mla_decode(spec: MlaDecodeSpec, machine: Machine) -> Kernel:
     with kernel_body(kernel, _params(spec)) as args:
         emit = _Emitter(spec, machine, args)
         total = Variable(1, 0, "int32")
-        with T.serial(0, emit.tokens) as t:
-            total.add(emit.tiles(t))
+        emit.each_token(lambda token, before, count: total.add(count))
         tiles = T.Bind(total.value)
         workers = T.Bind(T.max(T.min(tiles // emit.plan.worker_tiles, machine.cores), 1))
         handed_on = [*(T.address_of(a[0]) for a in args[:-1]), args[-1]]

@@ -17,6 +17,7 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm.tir import Kernel, Machine, kernel_body
 from moec.codegen.tvm.vector import (
+    KernelSpecError,
     foreach,
     load,
     new_kernel,
@@ -39,6 +40,10 @@ class RopeSpec:
     max_tokens: int
     ld: int
     head_stride: int
+
+    def __post_init__(self) -> None:
+        if self.rope_dim % 2:
+            raise KernelSpecError(kernel="rope", problem=f"rotates pairs, not {self.rope_dim} elements")
 
 
 def _split_pairs(x: Any, at: Any, width: int) -> tuple[Any, Any]:

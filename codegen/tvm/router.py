@@ -27,6 +27,7 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm.tir import Kernel, Machine, const, kernel_body
 from moec.codegen.tvm.vector import (
+    KernelSpecError,
     Variable,
     argmax_row,
     exp,
@@ -43,17 +44,10 @@ from moec.codegen.tvm.vector import (
     store,
     sum_lanes,
 )
-from moec.errors import InputError
 
 _MASKED = -3.0e38  # below every choice score, above the mark of an expert that is already chosen
 _CHOSEN = -math.inf
 _WORK = 1 << 12  # expert scores from which the other cores help
-
-
-class RouterShapeError(InputError):
-    """A gate whose numbers contradict each other."""
-
-    template = "router of {experts} experts: {problem}"
 
 
 @dataclass(frozen=True)
@@ -74,18 +68,18 @@ class RouterSpec:
 
     def __post_init__(self) -> None:
         if self.experts % self.groups:
-            self._refuse(f"not divisible into {self.groups} groups")
+            self._refuse(f"do not divide into {self.groups} groups")
         if not 1 <= self.top_groups <= self.groups:
-            self._refuse(f"cannot choose {self.top_groups} of {self.groups} groups")
+            self._refuse(f"with {self.top_groups} of {self.groups} groups to choose")
         if not 1 <= self.top_k <= self.top_groups * self.group_size:
-            self._refuse(f"cannot choose {self.top_k} of {self.top_groups * self.group_size} eligible experts")
+            self._refuse(f"with {self.top_k} to choose of {self.top_groups * self.group_size} in the best groups")
         if self.limited and self.group_score == "top2sum" and self.group_size < 2:
-            self._refuse("groups of one expert have no two best")
+            self._refuse("in groups of one have no two best")
         if self.score not in ("sigmoid", "softmax") or self.group_score not in ("top2sum", "max"):
-            self._refuse(f"unknown score {self.score!r} or group score {self.group_score!r}")
+            self._refuse(f"with unknown score {self.score!r} or group score {self.group_score!r}")
 
     def _refuse(self, problem: str) -> None:
-        raise RouterShapeError(experts=self.experts, problem=problem)
+        raise KernelSpecError(kernel="router", problem=f"{self.experts} experts {problem}")
 
     @property
     def group_size(self) -> int:

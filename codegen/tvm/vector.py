@@ -15,9 +15,23 @@ from numpy.polynomial import Chebyshev, Polynomial
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm.tir import Kernel, Machine, Param, const, splat
+from moec.errors import InputError
 
 STORAGE = {"f32": "float32", "bf16": "uint16"}
 """Element formats of caches and tables, and the type their pointers are declared with."""
+
+
+class KernelSpecError(InputError):
+    """A kernel asked for what it cannot do."""
+
+    template = "{kernel} kernel: {problem}"
+
+
+def check_storage(kernel: str, dtype: str) -> None:
+    """Refuse element formats without a `STORAGE` type."""
+    if dtype not in STORAGE:
+        raise KernelSpecError(kernel=kernel, problem=f"elements of {dtype}, can read {' and '.join(STORAGE)}")
+
 
 UNBOUNDED = 1 << 40
 """Declared extent of a pointer parameter: its real size is the caller's; wider than 32 bits keeps offsets in int64."""

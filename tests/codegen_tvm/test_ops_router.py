@@ -11,8 +11,9 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from moec.codegen.tvm.router import RouterShapeError, RouterSpec, build_moe_route, scratch_elements
+from moec.codegen.tvm.router import RouterSpec, build_moe_route, scratch_elements
 from moec.codegen.tvm.tir import Machine
+from moec.codegen.tvm.vector import KernelSpecError
 
 
 def spec(experts: int, top_k: int, **changes: Any) -> RouterSpec:
@@ -126,13 +127,13 @@ def test_ids_are_valid_for_logits_that_are_not_numbers(score: str) -> None:
 @pytest.mark.parametrize(
     "changes,problem",
     [
-        ({"groups": 7}, "not divisible into 7 groups"),
-        ({"groups": 4, "top_groups": 5}, "cannot choose 5 of 4 groups"),
-        ({"groups": 4, "top_groups": 1, "top_k": 9}, "cannot choose 9 of 8 eligible"),
+        ({"groups": 7}, "32 experts do not divide into 7 groups"),
+        ({"groups": 4, "top_groups": 5}, "5 of 4 groups"),
+        ({"groups": 4, "top_groups": 1, "top_k": 9}, "9 to choose of 8"),
         ({"groups": 32, "top_groups": 8}, "no two best"),
         ({"score": "tanh"}, "unknown score 'tanh'"),
     ],
 )
 def test_contradictory_gates_are_refused(changes: dict[str, Any], problem: str) -> None:
-    with pytest.raises(RouterShapeError, match=problem):
+    with pytest.raises(KernelSpecError, match=problem):
         spec(32, **({"top_k": 4} | changes))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ops_runner import SERIAL, ints, normal, run
 
+from moec.codegen.tvm.cache import CacheLayout
 from moec.codegen.tvm.elementwise import (
     AddSpec,
     ArgmaxSpec,
@@ -22,6 +23,7 @@ from moec.codegen.tvm.embed import EmbedSpec, build_embed
 from moec.codegen.tvm.norm import AddRmsNormSpec, RmsNormSpec, build_add_rms_norm, build_rms_norm
 from moec.codegen.tvm.rope import RopeSpec, build_rope
 from moec.codegen.tvm.tir import Machine
+from moec.codegen.tvm.vector import KernelSpecError
 
 EPS = 1e-6
 
@@ -159,6 +161,15 @@ def test_rope_rotates_pairs_as_complex_numbers(interleaved: bool, dim: int) -> N
     run(build_rope, spec, x.view(-1)[nope:], table, positions, tokens)
     close(x[..., nope:], expected)
     assert torch.equal(x[..., :nope], before)
+
+
+def test_kernels_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(KernelSpecError, match="embed kernel: elements of fp8_e4m3, can read f32 and bf16"):
+        EmbedSpec(64, "fp8_e4m3", 1, 64)
+    with pytest.raises(KernelSpecError, match="cache kernel: elements of i8"):
+        CacheLayout(32, 16, "i8", 4)
+    with pytest.raises(KernelSpecError, match="rotates pairs, not 7 elements"):
+        RopeSpec(1, 7, True, 1, 7, 7)
 
 
 def test_one_core_gives_the_same_bits() -> None:
