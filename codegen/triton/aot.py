@@ -55,9 +55,9 @@ class Compiled:
         return bool(0 < self.facts["spill_stores"] <= self.instance.tile.spills)
 
     def problems(self) -> list[str]:
-        """What fails of: tensor instruction, spills, shared memory, serialised wgmma."""
-        instance = self.instance
-        return problems(self.facts, architecture(instance.arch), instance.spec.tensor_core, instance.tile.spills)
+        """What fails of: tensor instruction, spills, shared memory, registers, parameters, serialised wgmma."""
+        spec, arch = self.instance.spec, architecture(self.instance.arch)
+        return problems(self.facts, arch, spec.tensor_core, self.instance.tile.spills, parameter_count(self.instance))
 
     def file_names(self) -> tuple[str, str]:
         binary, assembly = ("cubin", "ptx") if architecture(self.instance.arch).nvidia else ("hsaco", "amdgcn")
@@ -91,6 +91,12 @@ class Compiled:
         }
 
 
+def parameter_count(instance: Instance) -> int:
+    """Parameters of the compiled entry: a descriptor is a map, sizes and strides; two scratch pointers end it."""
+    kinds = instance.signature.values()
+    return 2 + sum(1 + 2 * (k.count(",") + 1) if k.startswith("tensordesc") else 1 for k in kinds)
+
+
 def aligned(instance: Instance) -> set[str]:
     """Arguments that are multiples of 16: all pointers, and the sizes that the spec names."""
     pointers = {name for name, kind in instance.signature.items() if kind.startswith("*")}
@@ -98,11 +104,27 @@ def aligned(instance: Instance) -> set[str]:
 
 
 @lru_cache(maxsize=64)
-def source_of(module: str) -> str:
-    """The text of a kernel module and, after it, of the kernel modules that it imports."""
+def modules_of(module: str) -> tuple[str, ...]:
+    """A kernel module and those that it imports, directly or not, each once."""
     text = (KERNELS / f"{module}.py").read_text()
     used = re.findall(r"^from moec\.codegen\.triton\.kernels\.(\w+) import", text, re.MULTILINE)
-    return text + "".join(source_of(name) for name in sorted(set(used)))
+    return tuple(dict.fromkeys([module, *(m for name in sorted(set(used)) for m in modules_of(name))]))
+
+
+@lru_cache(maxsize=64)
+def source_of(module: str) -> str:
+    """The text that a kernel of `module` is compiled from."""
+    return "".join((KERNELS / f"{name}.py").read_text() for name in modules_of(module))
+
+
+def header(users: Sequence[Instance]) -> str:
+    """Comment lines above a source in an artifact: which kernels came from it, for which ops, with which constants."""
+    lines = [
+        f"# {i.name}.{i.arch}: {', '.join(i.spec.ops)}; {i.tile.num_warps} warps, {i.tile.num_stages} stages; "
+        + ", ".join(f"{name}={value}" for name, value in i.constants.items())
+        for i in users
+    ]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def triton_version() -> str:
@@ -236,6 +258,10 @@ def write(compiled: Sequence[Compiled], folder: Path) -> list[dict[str, Any]]:
         (folder / binary).write_bytes(kernel.binary)
         (folder / assembly).write_bytes(kernel.assembly)
         records.append(kernel.record())
+    for module in sorted({k.instance.spec.function.partition(":")[0] for k in compiled}):
+        for name in modules_of(module):
+            users = [k.instance for k in compiled if k.instance.spec.function.startswith(f"{name}:")]
+            (folder / f"{name}.py").write_text(header(users) + (KERNELS / f"{name}.py").read_text())
     beside = folder / ".kernels.json.new"
     beside.write_text(json.dumps(records, indent=1) + "\n")
     os.replace(beside, folder / "kernels.json")

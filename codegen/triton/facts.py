@@ -54,7 +54,7 @@ def amd_facts(assembly: str, warp_size: int, num_warps: int) -> dict[str, Any]:
     }
 
 
-def problems(facts: dict[str, Any], arch: Architecture, tensor_core: bool, spills: int) -> list[str]:
+def problems(facts: dict[str, Any], arch: Architecture, tensor_core: bool, spills: int, parameters: int) -> list[str]:
     """What is wrong with a compiled kernel, in words; nothing when it is as it should be."""
     found = []
     if tensor_core and facts["tensor_instruction"] != arch.tensor_instruction:
@@ -67,6 +67,8 @@ def problems(facts: dict[str, Any], arch: Architecture, tensor_core: bool, spill
     registers = -(-facts["registers"] // REGISTER_STEP) * REGISTER_STEP * facts["threads"]
     if arch.nvidia and registers > REGISTER_FILE:
         found.append(f"{registers} registers for a block, {REGISTER_FILE} are there")
+    if arch.nvidia and facts["parameters"] != parameters:
+        found.append(f"{facts['parameters']} parameters, the signature makes {parameters}")
     if facts["serialised"]:
         found.append("ptxas serialises its wgmma")
     return found

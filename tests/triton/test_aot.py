@@ -149,10 +149,14 @@ def test_written_folder(compiled: list[aot.Compiled], tmp_path: Path) -> None:
         assert (tmp_path / record["cubin"]).read_bytes() == k.binary
         assert (tmp_path / record["ptx"]).read_bytes() == k.assembly
         assert cache.digest(k.binary) == record["launch"]["sha256"]
+    source = (tmp_path / "gemm.py").read_text()
+    assert source.startswith("# fp8_gemm.decode.sm_90a: linear; 4 warps, 5 stages; EVEN_K=True, BM=64")
+    assert source.endswith((aot.KERNELS / "gemm.py").read_text())
+    assert (tmp_path / "common.py").exists()
 
 
 GOOD = {"tensor_instruction": "wgmma", "spill_stores": 0, "shared_bytes": 1024, "serialised": False}
-GOOD |= {"registers": 168, "threads": 384}
+GOOD |= {"registers": 168, "threads": 384, "parameters": 7}
 
 
 @pytest.mark.parametrize(
@@ -165,11 +169,12 @@ GOOD |= {"registers": 168, "threads": 384}
         ({"spill_stores": 8}, ""),
         ({"shared_bytes": 227 * 1024 + 1}, "shared memory, 232448 are there"),
         ({"registers": 255}, "98304 registers for a block, 65536 are there"),
+        ({"parameters": 6}, "6 parameters, the signature makes 7"),
         ({"serialised": True}, "ptxas serialises its wgmma"),
     ],
 )
 def test_checks(change: dict[str, Any], said: str) -> None:
-    found = "; ".join(problems({**GOOD, **change}, architecture("sm_90a"), True, 8))
+    found = "; ".join(problems({**GOOD, **change}, architecture("sm_90a"), True, 8, 7))
     assert said in found
     assert bool(said) == bool(found)
 

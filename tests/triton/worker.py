@@ -18,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import interp_fixes
 import interp_kernels
 import torch
+from layers import attention_error, experts_error
 
 from moec.codegen.triton.problem import check, make
 from moec.codegen.triton.spec import kernel
@@ -54,7 +55,7 @@ def repairs(on: bool) -> None:
     (interp_fixes.apply if on else interp_fixes.remove)()
 
 
-CALLS = {f.__name__: f for f in (run_case, cast_bits, product_error, repairs)}
+CALLS = {f.__name__: f for f in (run_case, cast_bits, product_error, repairs, experts_error, attention_error)}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 """Grouped matrix products: one weight matrix for each expert, rows of A sorted by expert.
 
-Two layouts of A. *Contiguous*: the experts' rows follow one another, each expert's padded to a multiple of BM, and
-`layout[block]` names the expert of a block of BM rows (-1: nothing to do). *Masked*: expert e owns the rows from
-`e * capacity` on, and `layout[e]` counts those in use; no number has to reach the host.
+Two layouts of A. *Contiguous*: the experts' rows follow one another, each expert's padded to a multiple of ALIGN, and
+`layout[block]` names the expert of a block of ALIGN rows (-1: nothing to do); ALIGN is a multiple of BM. *Masked*, with
+ALIGN 0: expert e owns the rows from `e * capacity` on, and `layout[e]` counts those in use.
 """
 
 import triton
@@ -14,15 +14,15 @@ from moec.codegen.triton.kernels.gemm import bf16_rows, block_scaled_rows
 
 
 @triton.jit
-def expert_block(layout_ptr, capacity, BM: tl.constexpr, MASKED: tl.constexpr):
+def expert_block(layout_ptr, capacity, BM: tl.constexpr, ALIGN: tl.constexpr):
     """Expert, first row and rows in use (0 or less: none) of this program's block of BM rows."""
     block = tl.program_id(1)
-    if MASKED:
+    if ALIGN == 0:
         expert = tl.program_id(2)
         first = expert.to(tl.int64) * capacity + block * BM
         used = tl.load(layout_ptr + expert) - block * BM
     else:
-        expert = tl.load(layout_ptr + block)
+        expert = tl.load(layout_ptr + block * BM // ALIGN)
         first = block.to(tl.int64) * BM
         used = tl.where(expert >= 0, BM, 0)
     return expert.to(tl.int64), first, used
@@ -31,10 +31,10 @@ def expert_block(layout_ptr, capacity, BM: tl.constexpr, MASKED: tl.constexpr):
 @triton.jit
 def grouped_fp8_gemm(
     a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, c_ptr, layout_ptr, N, K, capacity,
-    BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr, MASKED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """a[R, K], a_scale[R, K/128], b[E, N, K], b_scale[E, ceil(N/128), K/128] -> c[R, N]: down projection."""
-    expert, first, used = expert_block(layout_ptr, capacity, BM, MASKED)
+    expert, first, used = expert_block(layout_ptr, capacity, BM, ALIGN)
     if used > 0:
         pn = tl.program_id(0)
         rm = tl.arange(0, BM)
@@ -53,14 +53,14 @@ def grouped_fp8_gemm(
 @triton.jit
 def grouped_fp8_swiglu(
     a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, c_ptr, c_scale_ptr, layout_ptr, INNER, K, capacity,
-    BM: tl.constexpr, EVEN_K: tl.constexpr, MASKED: tl.constexpr, POW2: tl.constexpr,
+    BM: tl.constexpr, EVEN_K: tl.constexpr, ALIGN: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
     """Gate and up projection, SwiGLU and 1x128 quantisation in one pass over A.
 
     a[R, K], a_scale[R, K/128], b[E, 2*INNER, K] (gate rows, then up rows) with b_scale[E, 2*INNER/128, K/128]
     -> c[R, INNER] FP8, c_scale[R, INNER/128]. INNER is a multiple of 128: a program owns one group of 128 columns.
     """
-    expert, first, used = expert_block(layout_ptr, capacity, BM, MASKED)
+    expert, first, used = expert_block(layout_ptr, capacity, BM, ALIGN)
     if used > 0:
         group = tl.program_id(0)
         rm = tl.arange(0, BM)
@@ -102,10 +102,10 @@ def grouped_fp8_swiglu(
 @triton.jit
 def grouped_bf16_gemm(
     a_ptr, b_ptr, c_ptr, layout_ptr, N, K, capacity,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, MASKED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """a[R, K], b[E, N, K] -> c[R, N], for devices without FP8 matrix units."""
-    expert, first, used = expert_block(layout_ptr, capacity, BM, MASKED)
+    expert, first, used = expert_block(layout_ptr, capacity, BM, ALIGN)
     if used > 0:
         rm = tl.arange(0, BM)
         rn = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -119,10 +119,10 @@ def grouped_bf16_gemm(
 @triton.jit
 def grouped_bf16_swiglu(
     a_ptr, b_ptr, c_ptr, layout_ptr, INNER, K, capacity,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, MASKED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """a[R, K], b[E, 2*INNER, K] (gate rows, then up rows) -> c[R, INNER]: gate and up projection with SwiGLU."""
-    expert, first, used = expert_block(layout_ptr, capacity, BM, MASKED)
+    expert, first, used = expert_block(layout_ptr, capacity, BM, ALIGN)
     if used > 0:
         rm = tl.arange(0, BM)
         rn = tl.program_id(0) * BN + tl.arange(0, BN)

@@ -77,29 +77,29 @@ def route(
 @triton.jit
 def permutation(
     index_ptr, count_ptr, slot_ptr, source_ptr, block_expert_ptr, PAIRS, ROWS, capacity,
-    E: tl.constexpr, E2: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    E: tl.constexpr, E2: tl.constexpr, TOP_K: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """index[PAIRS = T*TOP_K], count[E] -> the row of every pair, and the token of every row; one program an expert.
 
     slot[PAIRS] is the row of the expert-sorted activations (-1 for an expert outside 0..E-1), source[ROWS] the token
     of each row (-1: padding). Within an expert, rows keep the order of the tokens. Contiguous layout: experts are
-    padded to BM rows and block_expert[ROWS/BM] is written (-1 past the last); MASKED: e starts at `e * capacity`.
+    padded to ALIGN rows and block_expert[ROWS/ALIGN] is written (-1 past the last). ALIGN 0: e starts at e * capacity.
     """
     e = tl.program_id(0)
     experts = tl.arange(0, E2)
     count = tl.load(count_ptr + experts, mask=experts < E, other=0)
     own = tl.sum(tl.where(experts == e, count, 0), 0)
-    if MASKED:
+    if ALIGN == 0:
         start = e * capacity
         end = start + capacity
     else:
-        padded = tl.cdiv(count, BM) * BM
+        padded = tl.cdiv(count, ALIGN) * ALIGN
         start = tl.sum(tl.where(experts < e, padded, 0), 0)
-        end = start + tl.cdiv(own, BM) * BM
-        for block in range(start // BM, end // BM):
+        end = start + tl.cdiv(own, ALIGN) * ALIGN
+        for block in range(start // ALIGN, end // ALIGN):
             tl.store(block_expert_ptr + block, e)
         if e == E - 1:
-            for block in range(end // BM, ROWS // BM):
+            for block in range(end // ALIGN, ROWS // ALIGN):
                 tl.store(block_expert_ptr + block, -1)
             end = ROWS
     ri = tl.arange(0, BLOCK)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 LENGTHS = ((70, 300), (1, 64), (2, 129), (4097, 5))
 QUERIES = ((5, 70), (1, 64), (33, 130), (200, 1))
 PREFIXES = ((0, 0), (0, 0), (100, 7), (313, 3))
-WIDE = ("*bf16", "*fp8e4nv")
 
 
 def cache_row(dv: int, dr: int, fp8: bool) -> dict[str, int]:
@@ -132,11 +131,16 @@ def reference_split(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
     }
 
 
-SPLIT_SIGNATURE = {
-    "q_ptr": "*bf16", "latent_ptr": "*bf16", "rope_ptr": "*bf16", "pages_ptr": "*i32", "length_ptr": "*i32",
-    "partial_ptr": "*fp32", "lse_ptr": "*fp32",
-    "softmax_scale": "fp32", "max_pages": "i32", "splits": "i32", "ROWS": "i32",
-}  # fmt: skip
+def split_signature(fp8: bool) -> dict[str, str]:
+    cache = {"latent_ptr": "*bf16", "rope_ptr": "*bf16"}
+    if fp8:
+        cache = {"latent_ptr": "*fp8e4nv", "rope_ptr": "*bf16", "scale_ptr": "*fp32"}
+    return {
+        "q_ptr": "*bf16", **cache, "pages_ptr": "*i32", "length_ptr": "*i32", "partial_ptr": "*fp32",
+        "lse_ptr": "*fp32", "softmax_scale": "fp32", "max_pages": "i32", "splits": "i32", "ROWS": "i32",
+    }  # fmt: skip
+
+
 SPLIT_DIMS = {
     "B": 128, "HEADS": 128, "QUERIES": 1, "DV": 512, "DR": 64, "PAGE": 64, "CONTEXT": 4096, "SPLITS": 2, "LOAD": -1,
 }  # fmt: skip
@@ -157,9 +161,6 @@ def decode_split(fp8: bool) -> KernelSpec:
         rows = cache_row(dims["DV"], dims["DR"], fp8)
         return {**keep, **rows, **({} if fp8 else {"scale_ptr": None})}
 
-    signature = dict(SPLIT_SIGNATURE)
-    if fp8:
-        signature |= {"latent_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
     many = {"BH": 64, "BN": 64}
     tiles: TileTable = {
         **on(("sm_90a",), any=Tile(many, 8, 2, spills=8 if fp8 else 0)),
@@ -175,7 +176,7 @@ def decode_split(fp8: bool) -> KernelSpec:
         function="attention:mla_decode_split",
         ops=("attn.mla_absorbed",),
         summary=f"Absorbed attention of a share of the keys, paged {'FP8' if fp8 else 'BF16'} latent cache",
-        signature=signature,
+        signature=split_signature(fp8),
         dims=SPLIT_DIMS,
         constants=constants,
         tiles=tiles,

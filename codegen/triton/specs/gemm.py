@@ -180,10 +180,12 @@ def bf16(
     def constants(dims: Dims) -> dict[str, Constant]:
         return {"B_IS_NK": nk, "EVEN_K": dims["K"] % 128 == 0}
 
+    # A gate has as many columns as there are experts, of any number: its stores are few and need no alignment.
+    ragged = out == "*fp32"
     decode = {"BM": 64, "BN": 64, "BK": 64, "GROUP_M": 8}
     prefill = {"BM": 128, "BN": 128, "BK": 64, "GROUP_M": 8}
     # Wider tiles with a float32 result make ptxas serialise the wgmma of the main loop.
-    many = {"BM": 128, "BN": 64, "BK": 64, "GROUP_M": 8} if out == "*fp32" else prefill
+    many = {"BM": 128, "BN": 64, "BK": 64, "GROUP_M": 8} if ragged else prefill
     few = {"BM": 16, "BN": 64, "BK": 128, "GROUP_M": 8}
     return KernelSpec(
         name=name,
@@ -203,9 +205,9 @@ def bf16(
         reference=reference_bf16,
         cases=cases,
         flops="2*B*M*N*K",
-        bytes="2*B*(M*K + N*K) + " + ("4" if out == "*fp32" else "2") + "*B*M*N",
-        aligned=("N", "K", "lda", "ldb", "ldc", "a_batch", "b_batch", "c_batch"),
-        requires=("K % 16 == 0", "N % 16 == 0"),
+        bytes="2*B*(M*K + N*K) + " + ("4" if ragged else "2") + "*B*M*N",
+        aligned=("K", "lda", "ldb", "a_batch", "b_batch", *(() if ragged else ("N", "ldc", "c_batch"))),
+        requires=("K % 16 == 0",) if ragged else ("K % 16 == 0", "N % 16 == 0"),
         tensor_core=True,
     )  # fmt: skip
 
@@ -220,7 +222,8 @@ BF16_GEMM = bf16(
 )  # fmt: skip
 BF16_GEMM_F32 = bf16(
     "bf16_gemm_f32", ("linear",), "Linear layer in BF16 with float32 result: gate and output head",
-    {"B": 1, "M": 64, "N": 256, "K": 7168}, True, "*fp32", (Case("gate of 17 tokens", {"M": 17, "N": 256, "K": 512}),),
+    {"B": 1, "M": 64, "N": 256, "K": 7168}, True, "*fp32",
+    (Case("gate of 17 tokens", {"M": 17, "N": 256, "K": 512}), Case("9 experts", {"M": 3, "N": 9, "K": 128})),
 )  # fmt: skip
 BF16_HEADS_NK = bf16(
     "bf16_heads_nk", ("linear.heads",), "One product per head, weights [N, K]: absorbed value projection",

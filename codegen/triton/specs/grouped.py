@@ -50,7 +50,7 @@ def form(masked: bool) -> str:
 
 def loads_of(p: Problem) -> tuple[int, ...]:
     """Tokens of every expert: those of the case, or as many as the layout holds."""
-    return LOADS[p.LOAD] if p.LOAD >= 0 else ((p.CAPACITY if p.MASKED else p.R // p.E),) * p.E
+    return LOADS[p.LOAD] if p.LOAD >= 0 else ((p.CAPACITY if p.ALIGN == 0 else p.R // p.E),) * p.E
 
 
 def layout(p: Problem) -> tuple[Tensor, list[tuple[int, int, int]]]:
@@ -58,14 +58,14 @@ def layout(p: Problem) -> tuple[Tensor, list[tuple[int, int, int]]]:
     import torch
 
     loads = loads_of(p)
-    if p.MASKED:
+    if p.ALIGN == 0:
         spans = [(e, e * p.CAPACITY, e * p.CAPACITY + n) for e, n in enumerate(loads)]
         return torch.tensor(loads, dtype=torch.int32), spans
-    blocks = torch.full((p.R // p.BM,), -1, dtype=torch.int32)
+    blocks = torch.full((p.R // p.ALIGN,), -1, dtype=torch.int32)
     spans, row = [], 0
     for e, n in enumerate(loads):
-        end = row + -(-n // p.BM) * p.BM
-        blocks[row // p.BM : end // p.BM] = e
+        end = row + -(-n // p.ALIGN) * p.ALIGN
+        blocks[row // p.ALIGN : end // p.ALIGN] = e
         spans.append((e, row, row + n))
         row = end
     return blocks, spans
@@ -77,7 +77,7 @@ def used(p: Problem, spans: list[tuple[int, int, int]]) -> Tensor:
 
     rows = torch.zeros(p.R, 1, dtype=torch.bool)
     for _, first, end in spans:
-        rows[first : end if p.MASKED else first + -(-(end - first) // p.BM) * p.BM] = True
+        rows[first : end if p.ALIGN == 0 else first + -(-(end - first) // p.ALIGN) * p.ALIGN] = True
     return rows
 
 
@@ -87,7 +87,7 @@ def products(p: Problem, a: Tensor, b: Tensor, spans: list[tuple[int, int, int]]
 
     out = torch.zeros(p.R, b.shape[1], dtype=torch.float64)
     for e, first, end in spans:
-        stop = end if p.MASKED else first + -(-(end - first) // p.BM) * p.BM
+        stop = end if p.ALIGN == 0 else first + -(-(end - first) // p.ALIGN) * p.ALIGN
         out[first:stop] = a[first:stop] @ b[e].T
     return out
 
@@ -103,7 +103,7 @@ def build_fp8(p: Problem) -> dict[str, Any]:
     sizes = {"INNER": p.INNER} if fused else {"N": p.N}
     return {
         "a_ptr": a, "a_scale_ptr": a_scale, "b_ptr": b, "b_scale_ptr": b_scale, **out, "layout_ptr": layout(p)[0],
-        **sizes, "K": p.K, "capacity": p.CAPACITY if p.MASKED else 0,
+        **sizes, "K": p.K, "capacity": 0 if p.ALIGN else p.CAPACITY,
     }  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def build_bf16(p: Problem) -> dict[str, Any]:
         "a_ptr": p.put("a_ptr", p.normal(p.R, p.K)),
         "b_ptr": p.put("b_ptr", p.normal(p.E, columns, p.K, scale=p.K**-0.5)),
         "c_ptr": p.output("c_ptr", p.R, p.INNER if fused else p.N), "layout_ptr": layout(p)[0],
-        **sizes, "K": p.K, "capacity": p.CAPACITY if p.MASKED else 0,
+        **sizes, "K": p.K, "capacity": 0 if p.ALIGN else p.CAPACITY,
     }  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def grouped(
     step: int = facts.pop("step")
 
     def constants(dims: Dims) -> dict[str, Constant]:
-        return {"EVEN_K": dims["K"] % step == 0, "MASKED": masked, **constants_for}
+        return {"EVEN_K": dims["K"] % step == 0, "ALIGN": dims["ALIGN"], **constants_for}
 
     rows = ("ceildiv(CAPACITY, BM)", "E") if masked else ("R // BM",)
     return KernelSpec(
@@ -173,6 +173,7 @@ def grouped(
             "CAPACITY": 256,
             "R": 1024,
             "LOAD": -1,
+            "ALIGN": 0 if masked else 128,
             **facts.pop("dims", {}),
         },
         shape_dims={} if masked else {"prefill": {"R": 32768}},
@@ -182,7 +183,7 @@ def grouped(
         build=build,
         reference=reference,
         cases=small(CASES, masked),
-        requires=("K % 16 == 0", "INNER % 128 == 0", "N % 16 == 0"),
+        requires=("K % 16 == 0", "INNER % 128 == 0", "N % 16 == 0", "ALIGN % BM == 0"),
         tensor_core=True,
         **facts,
     )

@@ -111,7 +111,7 @@ def build_permutation(p: Problem) -> dict[str, Any]:
     return {
         "index_ptr": index, "count_ptr": torch.bincount(own, minlength=p.E).to(torch.int32),
         "slot_ptr": p.output("slot_ptr", p.T * p.TOP_K), "source_ptr": p.output("source_ptr", p.R),
-        **({} if p.MASKED else {"block_expert_ptr": p.output("block_expert_ptr", p.R // p.BM)}),
+        **({} if p.ALIGN == 0 else {"block_expert_ptr": p.output("block_expert_ptr", p.R // p.ALIGN)}),
         "PAIRS": p.T * p.TOP_K, "ROWS": p.R, "capacity": p.CAPACITY,
     }  # fmt: skip
 
@@ -121,19 +121,19 @@ def reference_permutation(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
 
     slot = torch.full((p.T * p.TOP_K,), -1)
     source = torch.full((p.R,), -1)
-    blocks = torch.full((max(p.R // p.BM, 1),), -1)
+    blocks = torch.full((p.R // p.ALIGN if p.ALIGN else 0,), -1)
     row = 0
     flat = x["index_ptr"].flatten()
     for e in range(p.E):
         mine = (flat == e).nonzero().flatten()
-        first = e * p.CAPACITY if p.MASKED else row
+        first = e * p.CAPACITY if p.ALIGN == 0 else row
         slot[mine] = torch.arange(len(mine)) + first
         source[first : first + len(mine)] = mine // p.TOP_K
-        row = first + -(-len(mine) // p.BM) * p.BM
-        if not p.MASKED:
-            blocks[first // p.BM : row // p.BM] = e
+        row = first + (-(-len(mine) // p.ALIGN) * p.ALIGN if p.ALIGN else 0)
+        if p.ALIGN:
+            blocks[first // p.ALIGN : row // p.ALIGN] = e
     out = {"slot_ptr": Expected(slot), "source_ptr": Expected(source)}
-    return out if p.MASKED else {**out, "block_expert_ptr": Expected(blocks)}
+    return out if p.ALIGN == 0 else {**out, "block_expert_ptr": Expected(blocks)}
 
 
 PERMUTATION_CASES = (
@@ -147,12 +147,13 @@ PERMUTATION_CASES = (
 def permutation(masked: bool) -> KernelSpec:
     def constants(d: Dims) -> dict[str, Constant]:
         absent: dict[str, Constant] = {"block_expert_ptr": None} if masked else {}
-        return {**absent, "E": d["E"], "E2": power_of_two(d["E"]), "TOP_K": d["TOP_K"], "MASKED": masked}
+        return {**absent, "E": d["E"], "E2": power_of_two(d["E"]), "TOP_K": d["TOP_K"], "ALIGN": d["ALIGN"]}
 
     def sized(case: Case) -> Case:
         rows = case.dims["E"] * 48 if masked else 512
         return Case(case.name, {**case.dims, "R": rows, "CAPACITY": 48 if masked else 0})
 
+    space = {"R": 32768, "CAPACITY": 128, "ALIGN": 0} if masked else {"R": 17408, "CAPACITY": 0, "ALIGN": 64}
     return KernelSpec(
         name=f"permutation_{'masked' if masked else 'contiguous'}",
         function="routing:permutation",
@@ -162,9 +163,9 @@ def permutation(masked: bool) -> KernelSpec:
             "index_ptr": "*i32", "count_ptr": "*i32", "slot_ptr": "*i32", "source_ptr": "*i32",
             **({} if masked else {"block_expert_ptr": "*i32"}), "PAIRS": "i32", "ROWS": "i32", "capacity": "i32",
         },
-        dims={"T": 128, "TOP_K": 8, "E": 256, "R": 17408, "CAPACITY": 128 if masked else 0, "SKEW": 0},
+        dims={"T": 128, "TOP_K": 8, "E": 256, **space, "SKEW": 0},
         constants=constants,
-        tiles=on(EVERYWHERE, any=Tile({"BM": 64, "BLOCK": 512}, 4, 1)),
+        tiles=on(EVERYWHERE, any=Tile({"BLOCK": 512}, 4, 1)),
         grid=("E",),
         build=build_permutation,
         reference=reference_permutation,
