@@ -1,0 +1,203 @@
+"""Rates of the CPU matrix kernels beside what bounds them: a pure read of the same weights, FMA peak, and torch fp32.
+
+Run: python benchmarks/cpu_kernels.py [--small] [--json]. Times are the best of alternated rounds: on a shared machine
+trust the ratios. Weights of one shape are rotated through a pool far larger than the caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Pools of TVM and OpenMP that spin against each other would time each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count()))
+
+import numpy as np
+import torch
+import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.tvm.formats import BF16, FP8_E4M3, ROWS, Format
+from moec.codegen.tvm.gemm import panel_product
+from moec.codegen.tvm.linear import LinearSpec, build, scratch_size
+from moec.codegen.tvm.tir import (
+    Kernel,
+    Machine,
+    Param,
+    assign,
+    build_module,
+    call,
+    compile_module,
+    const,
+    kernel_body,
+    splat,
+    variables,
+)
+
+Shape = tuple[int, int]
+
+
+def read_kernel(machine: Machine) -> Kernel:
+    """The sum of `lines` cache lines of 16 lanes, read by all cores."""
+    kernel = Kernel("read_lines", tvm.ir.GlobalVar("read_lines"))
+    params: list[Param] = [("w", "int32", (1 << 40,)), ("out", "int32", (1 << 16,)), ("lines", "int32")]
+    lanes, vectors = machine.lanes, ROWS // machine.lanes
+    with kernel_body(kernel, params) as (w, out, lines), T.parallel(0, machine.cores) as part:
+        first, last = T.Bind(part * (lines // machine.cores)), T.Bind((part + 1) * (lines // machine.cores))
+        sums = variables(2 * vectors, f"int32x{lanes}")
+        for s in sums:
+            assign(s, splat(0, lanes, "int32"))
+        with T.serial(0, (last - first) // 2) as i:
+            for j, s in enumerate(sums):
+                at = T.Cast("int64", first + i * 2) * ROWS + j * lanes
+                assign(s, s[0] + w.vload([at], f"int32x{lanes}"))
+        total = sums[0][0]
+        for s in sums[1:]:
+            total = total + s[0]
+        T.buffer_store(out, total, [T.ramp(part * lanes, 1, lanes)])
+    return kernel
+
+
+def peak_kernel(machine: Machine) -> Kernel:
+    """`repeats` register-tile products on data in L1, on every core: the FMA rate that the micro-kernel can reach."""
+    product = panel_product(machine)
+    kernel = Kernel("fma_peak", tvm.ir.GlobalVar("fma_peak"), helpers=[product])
+    params: list[Param] = [(n, "float32", (1 << 30,)) for n in ("panel", "x", "c")]
+    params += [("rows", "int32"), ("repeats", "int32")]
+    with kernel_body(kernel, params) as (*buffers, rows, repeats), T.parallel(0, machine.cores) as part:
+        with T.serial(0, repeats):
+            call(product, *[T.address_of(b[part * (1 << 16)]) for b in buffers], rows, const(128))
+    return kernel
+
+
+def exported(name: str, kernel: Kernel) -> Any:
+    """A program that passes (tensor, first element) pairs and scalars on to `kernel`."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name})
+        arguments = []
+        for i, p in enumerate(kernel.func.params):
+            if hasattr(p.ty, "element_type"):
+                buffer = T.match_buffer(T.arg(f"p{i}", T.handle()), (T.int64(),), str(p.ty.element_type), align=4)
+                arguments.append(T.address_of(buffer[T.arg(f"o{i}", T.int64())]))
+            else:
+                arguments.append(T.arg(f"n{i}", T.int32()))
+        call(kernel, *arguments)
+    return builder.get()
+
+
+def compiled(kernel: Kernel, machine: Machine) -> Callable[..., None]:
+    """`kernel` as a Python function."""
+    module = build_module([kernel], {"main": exported("main", kernel)})
+    main: Callable[..., None] = compile_module(module, machine)["main"]
+    return main
+
+
+def best(run: Callable[[int], None], rounds: int, copies: int) -> float:
+    """Least seconds of one call over `rounds` passes through the pool."""
+    seconds = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for c in range(copies):
+            run(c)
+        seconds = min(seconds, (time.perf_counter() - start) / copies)
+    return seconds
+
+
+def fma_peak(machine: Machine, rounds: int) -> float:
+    """GFLOP/s of all cores."""
+    main = compiled(peak_kernel(machine), machine)
+    data = [torch.zeros(machine.cores << 16) for _ in range(3)]
+    rows, repeats = 12, 2000
+    seconds = best(lambda _: main(*[v for d in data for v in (d, 0)], rows, repeats), 4 * rounds, 1)
+    return machine.cores * repeats * 2 * rows * ROWS * 128 / seconds / 1e9
+
+
+def measure(
+    shape: Shape, fmt: Format, tokens: list[int], pool: int, rounds: int, machine: Machine
+) -> list[dict[str, Any]]:
+    """Rows of the table for one shape and format."""
+    n, k = shape
+    spec = LinearSpec(n, k, fmt, k, n, max(tokens))
+    main, read = compiled(build(spec, machine), machine), compiled(read_kernel(machine), machine)
+    lanes, scales = fmt.lanes(n, k), fmt.scales(n, k)
+    copies = max(1, pool // (4 * lanes))
+    # Bytes of moderate E4M3 and BF16 values alike; no value depends on them.
+    weights = torch.from_numpy(
+        np.random.default_rng(0).integers(0x30303030, 0x3F3F3F3F, copies * lanes, dtype=np.int32)
+    )
+    scale = torch.ones(max(1, copies * scales))
+    scratch, sums = torch.zeros(scratch_size(spec, machine)), torch.zeros(1 << 16, dtype=torch.int32)
+    dense = torch.randn(n, k)
+    rows = []
+    for t in tokens:
+        x, y = torch.randn(t, k), torch.zeros(t, n)
+        passes = copies if t <= 16 else min(copies, 2)
+
+        def run(c: int, x: torch.Tensor = x, y: torch.Tensor = y, t: int = t) -> None:
+            operands = [x.view(-1), 0, weights, c * lanes]
+            operands += [scale, c * scales] if scales else []
+            main(*operands, y.view(-1), 0, scratch, 0, t)
+
+        def peer(_: int, x: torch.Tensor = x) -> None:
+            torch.mm(x, dense.T)
+
+        kernel_s = read_s = torch_s = float("inf")
+        for _ in range(rounds):
+            kernel_s = min(kernel_s, best(run, 1, passes))
+            read_s = min(read_s, best(lambda c: read(weights, c * lanes, sums, 0, lanes // ROWS), 1, passes))
+            torch_s = min(torch_s, best(peer, 1, 2))
+        rows.append(
+            {
+                "format": fmt.name, "n": n, "k": k, "tokens": t, "us": kernel_s * 1e6,
+                "gb_per_s": 4 * lanes / kernel_s / 1e9, "read_gb_per_s": 4 * lanes / read_s / 1e9,
+                "gflop_per_s": 2 * t * n * k / kernel_s / 1e9, "torch_fp32_gflop_per_s": 2 * t * n * k / torch_s / 1e9,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Measure and print a table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="one small shape, few rounds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    machine = Machine(cores=os.cpu_count() or 1)
+    torch.set_num_threads(machine.cores)
+    shapes: list[Shape] = [(512, 512)] if options.small else [(2048, 7168), (2816, 2048), (7168, 2048)]
+    tokens = [1, 16] if options.small else [1, 2, 4, 8, 16, 64, 256, 1024]
+    rounds, pool = (1, 8 << 20) if options.small else (5, 256 << 20)
+    peak = fma_peak(machine, rounds)
+    rows = []
+    for shape in shapes:
+        for fmt in (FP8_E4M3, BF16):
+            print(f"{shape[0]} x {shape[1]} {fmt.name}", file=sys.stderr)
+            rows += measure(shape, fmt, tokens, pool, rounds, machine)
+    if options.json:
+        print(json.dumps({"cores": machine.cores, "fma_peak_gflop_per_s": peak, "rows": rows}))
+        return
+    print(f"{machine.cores} cores, FMA peak {peak:.0f} GFLOP/s")
+    titles = ("us", "GB/s", "/read", "GFLOP/s", "/peak", "/torch")
+    print(f"{'format':9} {'N':>5} {'K':>5} {'M':>5}", *[f"{t:>9}" for t in titles])
+    for r in rows:
+        values = (
+            r["us"],
+            r["gb_per_s"],
+            r["gb_per_s"] / r["read_gb_per_s"],
+            r["gflop_per_s"],
+            r["gflop_per_s"] / peak,
+            r["gflop_per_s"] / r["torch_fp32_gflop_per_s"],
+        )
+        print(f"{r['format']:9} {r['n']:5} {r['k']:5} {r['tokens']:5}", *[f"{v:9.2f}" for v in values])
+
+
+if __name__ == "__main__":
+    main()
