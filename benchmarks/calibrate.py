@@ -11,7 +11,6 @@ With `--published ROWS --on TARGET` it then predicts published rows of another t
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from moec.targets.cost.fit import (
     unseen_errors,
     with_values,
 )
-from moec.targets.describe import calibration_text
+from moec.targets.describe import calibration_text, write_whole
 from moec.targets.schema import Target
 
 FOLDS = 5
@@ -62,9 +61,7 @@ def report_published(target: Target, rows: Sequence[Row]) -> None:
 def write(path: Path, target: Target) -> None:
     """Replace the calibration section at the end of a target file."""
     head = path.read_text(encoding="utf-8").split("\ncalibration:\n")[0].rstrip("\n")
-    beside = path.with_suffix(".yaml.new")
-    beside.write_text(f"{head}\n{calibration_text(target)}", encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, f"{head}\n{calibration_text(target)}")
 
 
 def main() -> None:
@@ -79,14 +76,14 @@ def main() -> None:
     args = parser.parse_args()
     rows = read_rows(args.rows)
     target = fit(targets.load(args.target), rows, args.source or f"fitted to {args.rows.name}")
+    if args.write:
+        write(args.write, target)
+        print(f"wrote {args.write}", flush=True)
     report(target, rows)
     if args.published:
         other = targets.load(args.on)
         values = {path: parameter.value for path, parameter in target.calibration.items()}
         report_published(with_values(other, values, "fitted"), read_rows(args.published))
-    if args.write:
-        write(args.write, target)
-        print(f"wrote {args.write}")
 
 
 if __name__ == "__main__":

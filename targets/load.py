@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -17,9 +19,18 @@ _FOLDER: Final = Path(__file__).parent
 _THIS_MACHINE: Final = "this-machine"
 
 
+@lru_cache(maxsize=1)
+def _files() -> dict[str, Path]:
+    """Target files by name: the shipped ones, and those of installed packages (entry points `moec.targets`)."""
+    found = {path.stem: path for path in _FOLDER.glob("*.yaml")}
+    for entry in entry_points(group="moec.targets"):
+        found.setdefault(entry.name, Path(entry.load()))
+    return found
+
+
 def names() -> list[str]:
-    """The shipped targets, by name."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+    """The known targets: the shipped ones and those of installed packages."""
+    return sorted(_files())
 
 
 def load(name_or_path: str | Path) -> Target:
@@ -51,8 +62,8 @@ def merged_leaves(name_or_path: str | Path) -> dict[str, Leaf]:
 
 
 def _locate(text: str) -> tuple[Path, str]:
-    if text in names():
-        return _FOLDER / f"{text}.yaml", f"{text}.yaml"
+    if text in _files():
+        return _files()[text], _files()[text].name
     path = Path(text)
     if path.is_file():
         return path, text

@@ -18,7 +18,10 @@ class ParameterField:
 
 
 def _family(name: str, *rows: tuple[str, str, float, float, str]) -> tuple[ParameterField, ...]:
-    return tuple(ParameterField(f"calibration.{name}.{key}", *rest) for key, *rest in rows)  # type: ignore[arg-type]
+    return tuple(
+        ParameterField(f"calibration.{name}.{key}", dimension, low, high, doc)
+        for key, dimension, low, high, doc in rows
+    )
 
 
 _GEMM: Final = (
@@ -28,12 +31,14 @@ _GEMM: Final = (
     ("memory", "ratio", 0.05, 1, "achieved share of the memory bandwidth"),
     ("store", "bandwidth", 1e8, 1e13, "rate at which one core writes its output tile"),
     ("norm", "ratio", 1, 8, "exponent of the soft maximum of compute and memory time"),
+    ("sustained", "ratio", 0.3, 1, "share of that rate that the power limit leaves to long products"),
 )
 
 PARAMETERS: Final[dict[str, ParameterField]] = {
     p.path: p
     for p in (
         *_family("tile", ("rows", "count", 1, 256, "rows of the smallest tile of the matrix units")),
+        *_family("power", ("after", "time", 1e-5, 1, "time at full rate after which half of the loss of clock shows")),
         *_family(
             "gemm_bf16",
             *_GEMM,
@@ -62,6 +67,7 @@ PARAMETERS: Final[dict[str, ParameterField]] = {
             ("compute", "ratio", 0.05, 1, "achieved share of the matrix rate"),
             ("memory", "ratio", 0.05, 1, "achieved share of the memory bandwidth"),
             ("norm", "ratio", 3, 8, "exponent of the soft maximum of compute and memory time"),
+            ("sustained", "ratio", 0.3, 1, "share of the matrix rate that the power limit leaves to long calls"),
             ("cast_floor", "time", 0, 1e-3, "smallest cast of an FP8 cache to BF16"),
             ("cast", "ratio", 0.02, 1, "achieved share of the memory bandwidth in that cast"),
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from moec.targets.errors import NoLink, WrongRanks
@@ -125,6 +126,15 @@ class Target:
     calibration: Mapping[str, Parameter] = field(default_factory=dict, repr=False)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Where each number comes from, by its path in the file (`device.memory.bandwidth`)."""
+
+    @cached_property
+    def families(self) -> Mapping[str, Mapping[str, float]]:
+        """The calibration's values by family and name: `families["gemm_bf16"]["floor"]`."""
+        found: dict[str, dict[str, float]] = {}
+        for path, parameter in self.calibration.items():
+            _, family, name = path.split(".")
+            found.setdefault(family, {})[name] = parameter.value
+        return found
 
     @property
     def nodes(self) -> int:

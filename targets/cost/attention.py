@@ -6,15 +6,16 @@ own keys (nope + rope) and values.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moec.targets.cost.physics import ceildiv, fitted, least_rows, soft_max
+from moec.targets.cost.physics import ceildiv, fitted, least_rows, soft_max, throttled
 from moec.targets.cost.result import Cost
 from moec.targets.schema import Target
 
-# Tokens that one step of the kernel takes, and the fewest that it gives to one part of a split context.
+# Tokens that one step of the kernel takes, and that it gives to one part of a split context at least.
 _BLOCK = 64
-_LEAST_SPLIT = 256
+_SPLIT = 256
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ def mla_decode(target: Target, batch: int, context: int, heads: int, kv_dtype: s
     rows = ceildiv(heads * queries, least) * least
     tiles = batch * (rows // least)
     rate = device.matrix_rate("bf16") / device.cores * numbers["compute"]
-    splits = max(1, min(device.cores // tiles, context // _LEAST_SPLIT))
+    splits = max(1, min(device.cores // tiles, ceildiv(context, _SPLIT)))
     latent = 2 * batch * context * wide.key
     rows_moved = 2 * batch * heads * queries * (wide.key + wide.value)
     partial = 8 * batch * heads * queries * wide.value * splits if splits > 1 else 0
     moved = latent + rows_moved + partial
     turns = max(1.0, tiles * splits / device.cores)
     tokens = ceildiv(ceildiv(context, _BLOCK), splits) * _BLOCK
-    busy = turns * 2 * least * tokens * (wide.key + wide.value) / rate
+    busy = throttled(target, turns * 2 * least * tokens * (wide.key + wide.value) / rate, numbers["sustained"])
     memory = moved / (device.memory_bandwidth * numbers["memory"])
     floor = numbers["floor"] + turns * numbers["tile"] + (numbers["combine"] if splits > 1 else 0.0)
     flops = 2.0 * batch * heads * queries * context * (wide.key + wide.value)
@@ -61,7 +62,7 @@ def mla_decode(target: Target, batch: int, context: int, heads: int, kv_dtype: s
     return cost + _cast(target, numbers, batch * context * wide.key) if kv_dtype == "fp8" else cost
 
 
-def _cast(target: Target, numbers: dict[str, float], elements: int) -> Cost:
+def _cast(target: Target, numbers: Mapping[str, float], elements: int) -> Cost:
     moved = 3 * elements
     memory = moved / (target.device.memory_bandwidth * numbers["cast"]) * 1e6
     floor = numbers["cast_floor"] * 1e6

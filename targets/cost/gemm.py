@@ -6,17 +6,18 @@ One core computes one output tile at a time in steps along k; the cores take the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moec.targets.cost.physics import best_tile, ceildiv, fitted, least_rows, soft_max, unrolls_badly
+from moec.targets.cost.physics import best_tile, ceildiv, fitted, least_rows, soft_max, throttled
 from moec.targets.cost.result import Cost
 from moec.targets.schema import Target
 
 _STEP_BYTES = 128
 _SPLITS = (1, 2, 4, 8)
 _TALL = ((1, 16), (1, 32), (1, 64), (1, 128), (1, 256), (2, 64), (2, 128), (2, 192), (2, 256), (4, 64), (4, 128))
-# The tiles that were slow in single waves on the H100: wider than this, four times the smallest height.
+# Tiles of four times the smallest height and at least this width were slow in single waves on the H100.
 _WIDE = 88
 
 
@@ -78,10 +79,10 @@ def _scaled(target: Target, rows: Sequence[int], n: int, k: int, types: Operands
     rate = device.matrix_rate(types.rate_type) / device.cores * numbers["compute"]
     depth = _STEP_BYTES // types.weight
     step = numbers["step"] + 2 * height * width * depth / rate
-    if height == 4 * least and width >= _WIDE and waves == 1 and not unrolls_badly(width):
+    if height == 4 * least and width >= _WIDE and waves == 1:
         step *= numbers.get("wide", 1.0)
     store = min(typical, height) * width * types.result / numbers["store"]
-    busy = waves * (ceildiv(k, depth) * step + store)
+    busy = throttled(target, waves * (ceildiv(k, depth) * step + store), numbers["sustained"])
     moved = types.activation * total * k + types.weight * len(rows) * n * k + types.result * total * n
     return _cost(target, numbers, busy, moved, 2.0 * total * n * k)
 
@@ -94,24 +95,28 @@ def _plain(target: Target, m: int, n: int, k: int, types: Operands) -> Cost:
     rate = device.matrix_rate(types.rate_type) / device.cores * numbers["compute"]
     moved = types.activation * m * k + types.weight * n * k + types.result * m * n
     memory = moved / (device.memory_bandwidth * numbers["memory"])
-    fastest = float("inf")
+    busiest: dict[int, float] = {}
     for times, width in _TALL:
         height = times * least
         tiles = ceildiv(m, height) * ceildiv(n, width)
         step = numbers["step"] + 2 * height * width * depth / rate
         store = min(m, height) * width * types.result / numbers["store"]
-        for parts in _SPLITS:
+        for parts in _SPLITS[: 1 if tiles >= device.cores else None]:
             busy = ceildiv(tiles * parts, device.cores) * (ceildiv(k, depth * parts) * step + store)
-            time = soft_max(busy, memory, numbers["norm"])
-            if parts > 1:
-                time += numbers["split"] + parts * m * n * 4 / device.memory_bandwidth
-            if time < fastest:
-                fastest, best = time, busy
+            busiest[parts] = min(busiest.get(parts, math.inf), busy)
+    fastest = best = math.inf
+    for parts, busy in busiest.items():
+        busy = throttled(target, busy, numbers["sustained"])
+        time = soft_max(busy, memory, numbers["norm"])
+        if parts > 1:
+            time += numbers["split"] + parts * m * n * 4 / device.memory_bandwidth
+        if time < fastest:
+            fastest, best = time, busy
     return _cost(target, numbers, best, moved, 2.0 * m * n * k, fastest)
 
 
 def _cost(
-    target: Target, numbers: dict[str, float], busy: float, moved: float, flops: float, time: float | None = None
+    target: Target, numbers: Mapping[str, float], busy: float, moved: float, flops: float, time: float | None = None
 ) -> Cost:
     memory = moved / (target.device.memory_bandwidth * numbers["memory"])
     overlapped = soft_max(busy, memory, numbers["norm"]) if time is None else time

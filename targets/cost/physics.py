@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from math import gcd
 
 from moec.targets.cost.errors import Uncalibrated
 from moec.targets.parameters import PARAMETERS
@@ -27,15 +27,19 @@ for _path in PARAMETERS:
     _NAMES.setdefault(_family, []).append(_name)
 
 
-def fitted(target: Target, family: str) -> dict[str, float]:
+def fitted(target: Target, family: str) -> Mapping[str, float]:
     """The calibration numbers of one family, by name; Uncalibrated when the target's file lacks one."""
-    found = {}
-    for name in _NAMES[family]:
-        parameter = target.calibration.get(f"calibration.{family}.{name}")
-        if parameter is None:
-            raise Uncalibrated(target=target.name, parameter=f"calibration.{family}.{name}")
-        found[name] = parameter.value
+    found = target.families.get(family, {})
+    if len(found) < len(_NAMES[family]):
+        missing = next(name for name in _NAMES[family] if name not in found)
+        raise Uncalibrated(target=target.name, parameter=f"calibration.{family}.{missing}")
     return found
+
+
+def throttled(target: Target, busy: float, sustained: float) -> float:
+    """Seconds that `busy` seconds at the full matrix rate take when the power limit lowers the clock meanwhile."""
+    hot = busy / (busy + fitted(target, "power")["after"])
+    return busy * (1 + hot * (1 / sustained - 1))
 
 
 def least_rows(target: Target) -> int:
@@ -69,8 +73,3 @@ def _better(new: tuple[int, int, int, int], old: tuple[int, int, int, int]) -> b
     if new[0] == old[0]:
         return new[1] < old[1]
     return new[1] > old[1] if new[1] != old[1] else new[0] < old[0]
-
-
-def unrolls_badly(width: int) -> bool:
-    """Whether a tile this wide needs its loop unrolled over more than one pattern of scales (128 not a multiple)."""
-    return gcd(width, 128) == 16

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moec import targets
 from moec.targets import Target
 from moec.targets.cost import op_time
+from moec.targets.cost.physics import throttled
 
 NAMES = ["h800-ep144", "h20", "h200", "b200", "mi300x"]
 SIZES = st.integers(1, 8192)
@@ -134,3 +135,11 @@ def test_longer_messages_wait_less() -> None:
     row = {"op": "all_reduce", "ranks": 32}
     assert op_time({**row, "bytes": 1024}, target).bound == "latency"
     assert op_time({**row, "bytes": 1 << 30}, target).bound == "network"
+
+
+def test_long_products_lose_clock() -> None:
+    """A short product runs at the full clock, a long one at what the power limit sustains."""
+    target = targets.load("h100")
+    assert throttled(target, 5e-6, sustained=0.8) == pytest.approx(5e-6, rel=0.01)
+    assert throttled(target, 0.1, sustained=0.8) == pytest.approx(0.1 / 0.8, rel=0.01)
+    assert throttled(target, 0.1, sustained=1.0) == 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -181,3 +182,23 @@ def test_listing_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_packages_can_add_targets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    load = importlib.import_module("moec.targets.load")
+    file = tmp_path / "theirs.yaml"
+    file.write_text("name: theirs\nextends: h20\n", encoding="utf-8")
+
+    class Entry:
+        name = "theirs"
+
+        def load(self) -> str:
+            return str(file)
+
+    monkeypatch.setattr(load, "entry_points", lambda group: [Entry()] if group == "moec.targets" else [])
+    load._files.cache_clear()
+    try:
+        assert "theirs" in targets.names()
+        assert targets.load("theirs").device == targets.load("h20").device
+    finally:
+        load._files.cache_clear()
