@@ -16,18 +16,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
-from gpu_peers import PEERS
+from gpu_peers import PEERS, compiled_experts
 
 from moec.codegen.triton import aot
 from moec.codegen.triton.arch import ARCHITECTURES, architecture
+from moec.codegen.triton.compose import Chain, Experts, routed_experts
 from moec.codegen.triton.problem import Problem, bind, check, launch, make, move
 from moec.codegen.triton.spec import Instance, instances, registry
+from moec.codegen.triton.specs.recipe import quantise_128x128
 from moec.errors import MoecError
 
 # The target whose data sheet stands for an architecture in predictions.
@@ -305,6 +308,51 @@ def measure(instance: Instance, flush: Any) -> Row:
     return row
 
 
+def layer_weights() -> Experts:
+    """One DeepSeek-V3 layer's router and 256 experts, random, quantised on the device one expert at a time."""
+    import torch
+
+    count, width, inner = 256, 7168, 2048
+    gate_up = torch.empty(count, 2 * inner, width, dtype=torch.float8_e4m3fn, device="cuda")
+    down = torch.empty(count, width, inner, dtype=torch.float8_e4m3fn, device="cuda")
+    scales = [torch.empty(count, t.shape[1] // 128, t.shape[2] // 128, device="cuda") for t in (gate_up, down)]
+    for e in range(count):
+        for weight, scale in zip((gate_up, down), scales, strict=True):
+            q, s = quantise_128x128(torch.randn(weight.shape[1:], device="cuda") * weight.shape[2] ** -0.5)
+            weight[e], scale[e] = q, s
+    router = (torch.randn(count, width, device="cuda") * width**-0.5).bfloat16()
+    bias = 0.01 * torch.randn(count, device="cuda")
+    return Experts(router, bias, gate_up, scales[0], down, scales[1], groups=8, top_groups=4, top_k=8, route_scale=2.5)
+
+
+def layers(arch: str, flush: Any) -> Iterator[Row]:
+    """The routed experts of one layer, nine kernels in a CUDA graph, beside torch.compile of the same layer in BF16."""
+    import torch
+
+    experts = layer_weights()
+    peer = compiled_experts(experts)
+    for tokens in (1, 32, 128, 4096):
+        x = torch.randn(tokens, 7168, device="cuda").bfloat16()
+        masked = tokens <= 128
+        chain = Chain(arch, "decode" if masked else "prefill")
+        us = timed_us(partial(routed_experts, chain, x, experts, masked), flush)
+        used = min(256, 8 * tokens)
+        row = Row(
+            "routed experts",
+            f"T={tokens}",
+            us,
+            6 * 8 * tokens * 7168 * 2048 / us / 1e6,
+            3 * used * 7168 * 2048 / us / 1e3,
+        )
+        try:
+            row.peers["torch.compile, BF16"] = timed_us(partial(peer, x), flush)
+        except Exception as error:
+            print(
+                f"  torch.compile of the layer: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr
+            )
+        yield row
+
+
 def run_on_gpu(out: Path) -> int:
     """Checks, then times, then prints and saves. The exit code is 1 when a check failed."""
     import torch
@@ -324,6 +372,8 @@ def run_on_gpu(out: Path) -> int:
         print(f"  {instance.name} {sizes(instance)}", file=sys.stderr)
         rows.append(measure(instance, flush))
         torch.cuda.empty_cache()
+    if "sm_9" in arch and not broken:
+        rows += layers(arch, flush)
     text = table(
         ("kernel", "sizes", "us", "TFLOP/s", "GB/s", "beside (us)"),
         [

@@ -122,17 +122,18 @@ def permutation(
 
 @triton.jit
 def permute(x_ptr, scale_ptr, source_ptr, y_ptr, y_scale_ptr, D, BLOCK: tl.constexpr, SCALED: tl.constexpr):
-    """y[r] = x[source[r]], zero where source is negative; with SCALED the 1x128 scales of the rows as well."""
+    """y[r] = x[source[r]], and with SCALED the row's 1x128 scales; rows with a negative source stay as they are."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(source_ptr + row).to(tl.int64)
-    x = tl.load(x_ptr + token * D + column, mask=(column < D) & (token >= 0), other=0.0)
-    tl.store(y_ptr + row * D + column, x, mask=column < D)
-    if SCALED:
-        groups = tl.cdiv(D, 128)
-        group = tl.program_id(1) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
-        scale = tl.load(scale_ptr + token * groups + group, mask=(group < groups) & (token >= 0), other=0.0)
-        tl.store(y_scale_ptr + row * groups + group, scale, mask=group < groups)
+    if token >= 0:
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + token * D + column, mask=column < D, other=0.0)
+        tl.store(y_ptr + row * D + column, x, mask=column < D)
+        if SCALED:
+            groups = tl.cdiv(D, 128)
+            group = tl.program_id(1) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
+            scale = tl.load(scale_ptr + token * groups + group, mask=group < groups, other=0.0)
+            tl.store(y_scale_ptr + row * groups + group, scale, mask=group < groups)
 
 
 @triton.jit
