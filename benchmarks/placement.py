@@ -103,7 +103,7 @@ def load_families(rng: np.random.Generator, layers: int, experts: int) -> Iterat
 
 
 def partnered(rng: np.random.Generator, loads: Floats, tokens: int, top_k: int) -> tuple[Floats, Floats, Ints]:
-    """Routing in which tokens of a topic prefer the topic's experts: loads, co-activation, and fresh choices to test on.
+    """Routing in which tokens of a topic prefer the topic's experts: loads, co-activation, and choices to test on.
 
     Topics are random sets of experts; two samples of `tokens` tokens a layer are drawn alike.
     """
@@ -158,12 +158,15 @@ def shapes(small: bool) -> list[tuple[int, int, int, int, Shares]]:
             (8, 9, 2, 8, "even"),
             (16, 5, 8, 1, "free"),
         ]
-    even: list[tuple[int, int, int, int, Shares]] = [
+    return [
         (32, 9, 8, 1, "even"),
         (64, 5, 8, 1, "even"),
         (144, 2, 8, 1, "even"),
+        (320, 1, 8, 1, "even"),
+        (32, 9, 8, 8, "even"),
+        (32, 9, 8, 1, "free"),
+        (64, 5, 8, 1, "free"),
     ]
-    return [*even, (320, 1, 8, 1, "even"), (32, 9, 8, 8, "even"), (32, 9, 8, 1, "free"), (64, 5, 8, 1, "free")]
 
 
 def run_balance(small: bool, seed: int, show: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from moec.passes.placement.problem import Floats, Ints, Problem
 
 Mask = NDArray[np.bool_]
 
-_MOST_ROUNDS = 60
+_MOST_ROUNDS = 40
 _SWAPS_A_ROUND = 24
 _REPACK_SWAPS = 300
 

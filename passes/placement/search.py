@@ -25,6 +25,8 @@ _LIMITS = 9
 _FEWEST_COPIES, _MOST_COPIES = 8, 256
 # Numbers that the rounds of random changes may look at in all: about a second on one core.
 _EFFORT = 60_000_000
+# Small batches cost more a number than large ones: they stop after so many rounds.
+_MOST_ROUNDS = 40
 
 
 def search(loads: Floats, devices: int, slots: int, target: Floats, *, effort: float = 1.0, seed: int = 0) -> Packing:
@@ -84,9 +86,9 @@ class _State:
         swaps = _QUICK_SWAPS * min(PARTNERS, self.devices) * per_device**2
         cost = slots * self.devices + swaps
         left = effort * _EFFORT
-        while left > 0:
+        for _ in range(int(_MOST_ROUNDS * effort)):
             rows = self.unfinished()
-            if not len(rows):
+            if not len(rows) or left <= 0:
                 return
             copies = int(np.clip(512 // len(rows), _FEWEST_COPIES, _MOST_COPIES))
             left -= len(rows) * copies * cost

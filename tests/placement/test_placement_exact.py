@@ -1,0 +1,72 @@
+"""Search and bounds against exact solvers (CP-SAT, HiGHS) on small random layers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moec.passes.placement import Problem, place
+from moec.passes.placement.bounds import lower_bound
+from moec.passes.placement.exact import exact_even, exact_free, exact_layer, exact_pairs, prove
+
+
+@pytest.mark.parametrize("devices, slots, experts", [(3, 3, 7), (4, 3, 10), (3, 4, 9), (2, 6, 9)])
+def test_search_is_near_the_even_optimum(devices: int, slots: int, experts: int) -> None:
+    rng = np.random.default_rng(devices * 100 + experts)
+    for _ in range(2):
+        loads = rng.random((1, experts)) ** 2
+        result = place(Problem.of(loads, devices=devices, slots_per_device=slots))
+        hint = result.placement.physical_to_logical_map[0]
+        exact = exact_even(loads[0], devices, devices * slots, seconds=20, hint=hint)
+        assert exact.lower >= lower_bound(loads, devices, devices * slots)[0] * (1 - 1e-6)
+        assert exact.greatest <= result.greatest[0] * (1 + 1e-6)
+        assert result.greatest[0] <= exact.lower * 1.01
+
+
+@pytest.mark.parametrize("devices, experts", [(4, 6), (6, 9), (12, 20), (36, 64)])
+def test_search_is_near_the_optimal_pairs(devices: int, experts: int) -> None:
+    loads = 1.0 / np.arange(1, experts + 1) ** 0.8 * np.random.default_rng(experts).gamma(20, 1 / 20, experts)
+    result = place(Problem.of([loads], devices=devices, slots_per_device=2))
+    exact = exact_pairs(loads, 2 * devices, seconds=20)
+    assert exact.greatest >= exact.lower * (1 - 1e-9)
+    assert result.greatest[0] <= exact.greatest * 1.01
+    assert result.greatest[0] >= exact.lower * (1 - 1e-9)
+
+
+def test_the_two_exact_solvers_agree() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(3):
+        loads = rng.random(6) ** 2
+        pairs = exact_pairs(loads, 8, seconds=20)
+        even = exact_even(loads, 4, 8, seconds=20)
+        assert pairs.greatest == pytest.approx(even.greatest, rel=2e-4)
+
+
+@pytest.mark.parametrize("devices, slots, experts", [(4, 2, 6), (4, 2, 7), (5, 2, 8), (3, 3, 8)])
+def test_free_shares_are_near_their_optimum(devices: int, slots: int, experts: int) -> None:
+    """Fewer redundant slots than devices: components of unequal load are unavoidable."""
+    rng = np.random.default_rng(experts)
+    for _ in range(3):
+        loads = rng.random((1, experts)) + 0.2
+        result = place(Problem.of(loads, devices=devices, slots_per_device=slots), shares="free")
+        exact = exact_free(loads[0], devices, devices * slots, seconds=20)
+        assert result.greatest[0] >= exact.lower * (1 - 1e-6)
+        assert result.greatest[0] <= exact.greatest * 1.05
+
+
+def test_proving_improves_and_never_worsens() -> None:
+    loads = np.random.default_rng(8).random((3, 10)) ** 2
+    problem = Problem.of(loads, devices=4, slots_per_device=3)
+    result = place(problem)
+    proven = prove(result, shares="even", seconds=10)
+    assert (proven.bound >= result.bound - 1e-12).all()
+    assert (proven.greatest <= result.greatest + 1e-12).all()
+    assert (proven.bound <= proven.greatest * (1 + 1e-9)).all()
+    assert proven.placement.greatest_loads(loads) == pytest.approx(proven.greatest)
+
+
+def test_large_problems_are_refused_in_one_line() -> None:
+    from moec.passes.placement.errors import SearchTooLarge
+
+    with pytest.raises(SearchTooLarge, match="at most 4000"):
+        exact_layer(np.ones(256), 32, 288, even=True, seconds=1)
