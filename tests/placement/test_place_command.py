@@ -20,7 +20,7 @@ APP = typer.Typer()
 register(APP)
 
 
-def run(*args: str | Path) -> str:
+def run(*args: str | int | Path) -> str:
     """Run the command; an error that the command line would print is raised."""
     result = CliRunner().invoke(APP, [str(arg) for arg in args], catch_exceptions=True)
     if result.exception is not None:
