@@ -49,7 +49,7 @@ def report(target: Target, rows: Sequence[Row]) -> None:
 
 def report_published(target: Target, rows: Sequence[Row]) -> None:
     """Print a line an op: errors of the fitted parameters on another target's published rows."""
-    print(f"\npublished rows on {target.name}, none of them fitted")
+    print(f"\npublished rows on {target.name}, with parameters fitted elsewhere")
     for op in dict.fromkeys((row["op"], row.get("mode", "")) for row in rows):
         mine = [row for row in rows if (row["op"], row.get("mode", "")) == op]
         measured = [row["time_us"] for row in mine]
