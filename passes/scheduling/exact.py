@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from typing import Any, Generic, TypeVar
 
 from moec.passes.scheduling.bounds import heads_and_tails, shortest_durations
@@ -115,6 +116,18 @@ def add_capacity(cp: Any, usages: list[tuple[Any, int]], capacity: int) -> None:
         cp.add_cumulative([interval for interval, _ in usages], [use for _, use in usages], capacity)
 
 
+def conflicts(grid: Grid) -> Iterator[tuple[int, int]]:
+    """The pairs of tasks that exceed some capacity together, whatever their modes.
+
+    A literal for which of the two goes first says no more than the capacities do, but those are read moment by moment:
+    with such literals the solver learns about orders, many times faster and however fine the grid is.
+    """
+    held = [[min(dict(m.uses).get(r, 0) for m in modes) for r in range(len(grid.capacities))] for modes in grid.modes]
+    for i, j in combinations(range(grid.size), 2):
+        if any(a + b > capacity for a, b, capacity in zip(held[i], held[j], grid.capacities, strict=True)):
+            yield i, j
+
+
 class _Model:
     """Variables: start and end of each task, a literal a mode, the makespan."""
 
@@ -133,6 +146,10 @@ class _Model:
             cp.add(self.starts[j] >= self.ends[i])
         cp.add_max_equality(self.makespan, self.ends)
         self._add_resources()
+        for i, j in conflicts(grid):
+            turn = cp.new_bool_var(f"turn{i}before{j}")
+            cp.add(self.ends[i] <= self.starts[j]).only_enforce_if(turn)
+            cp.add(self.ends[j] <= self.starts[i]).only_enforce_if(~turn)
         self._hint(hint)
         cp.minimize(self.makespan)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from moec.passes.scheduling.exact import Run, add_capacity, add_modes, hint_mode
+from moec.passes.scheduling.exact import Run, add_capacity, add_modes, conflicts, hint_mode
 from moec.passes.scheduling.grid import Grid
 
 _MODEL_LIMIT = 20_000
@@ -83,6 +83,7 @@ class _Model:
             for modes, literals in zip(grid.modes, self.literals, strict=True)
         ]
         self._add_resources(longest)
+        self._add_turns()
         self._hint(hint)
 
     def start(self, i: int) -> Any:
@@ -136,6 +137,15 @@ class _Model:
         for resource, capacity in enumerate(grid.capacities):
             add_capacity(cp, usages[resource], capacity)
             cp.add(energies[resource] <= capacity * self.interval)
+
+    def _add_turns(self) -> None:
+        """Two tasks that never run side by side take turns on the circle (see `conflicts`)."""
+        for i, j in conflicts(self.grid):
+            turn = self.cp.new_bool_var(f"turn{i}before{j}")
+            for first, then, literal in ((i, j, turn), (j, i, ~turn)):
+                gap = self.phases[then] - self.phases[first]
+                self.cp.add(gap >= self.durations[first]).only_enforce_if(literal)
+                self.cp.add(gap <= self.interval - self.durations[then]).only_enforce_if(literal)
 
     def _hint(self, hint: Periodic) -> None:
         """Hint the schedule, turned so that one task has phase 0: the circle has no beginning of its own."""

@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moec.passes.scheduling.bounds import heads_and_tails, topological_order
 from moec.passes.scheduling.grid import Grid
@@ -23,6 +23,10 @@ _WARM = 0.02
 
 _MODE_MOVES = 0.35
 """Share of the moves that change a mode, where a task has several."""
+
+
+_JUSTIFIED = 0.3
+"""Share of the promising schedules that are justified: it costs two more placements of all tasks."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class Effort:
     def within(cls, seconds: float) -> Effort:
         """All that fits in so many seconds from now."""
         return cls(deadline=time.monotonic() + seconds)
+
+    def until(self, seconds: float) -> Effort:
+        """The same work, but no longer than so many seconds from now."""
+        return replace(self, deadline=time.monotonic() + seconds)
 
     def share(self, part: float) -> Effort:
         """The first `part` (0 to 1) of what is left of the time, and of all work."""
@@ -108,7 +116,7 @@ class LocalSearch:
             if self._random.random() >= math.exp(min((current.length - length) / temperature, 0.0)):
                 continue
             current, order = Found(starts, choice, length), trial_order
-            if length <= self.best.length * (1 + _WARM):
+            if length <= self.best.length * (1 + _WARM) and self._random.random() < _JUSTIFIED:
                 current = self._justified(current)
                 order = self._by_start(current)
             if current.length < self.best.length:

@@ -27,14 +27,17 @@ EFFORT = Effort(placements=180_000, exact=0.15)
 CYCLIC_EFFORT = Effort(placements=400_000, exact=0.5)
 """Default effort for a graph that repeats: about three seconds on two cores."""
 
-EXACT_TASKS = 600
+_PATIENCE = 10.0
+"""Seconds after which a search without a time limit ends although its work is not done."""
+
+EXACT_TASKS = 200
 """Tasks beyond which the exact solver is not asked: it would not get past reading the model in the default time."""
 
 _FIRST = 0.1
 """Share of the effort after which the exact solver joins: it starts from a good schedule, and often need not."""
 
 _PARTS = 1_000_000
-"""The exact solver resolves an interval to one part in this many."""
+"""Grid units of an interval that are fine enough not to be divided."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class Solution:
 
     `bounds` holds the lower bounds that need no search: critical_path and resources of one iteration, and for a cyclic
     graph interval_resources and interval_recurrences. `lower_bound_us` and `interval_bound_us` are the best known,
-    the exact solver's included. `optimal`: the makespan, of a cyclic graph the interval, is proven least (an interval
-    to one part in a million).
+    the exact solver's included. `optimal`: the makespan, of a cyclic graph the interval, is proven least, to the grid
+    that `moec.passes.scheduling.grid` describes.
     """
 
     schedule: Schedule
@@ -60,14 +63,14 @@ def solve(graph: TaskGraph, time_limit: float | None = None, seed: int = 0) -> S
     """The best schedule found within `time_limit` seconds, on two threads at most.
 
     Without a time limit the effort is a fixed amount of work, about a second (cyclic: three): the same graph then gets
-    the same schedule on any machine. A graph that runs once gets the least makespan; one with `repeat` edges the least
-    interval and, at that interval, a short iteration. A proof ends the search early. The schedule has passed `check`.
+    the same schedule, unless the machine is so busy that even ten seconds do not suffice. A graph that runs once gets
+    the least makespan; one with `repeat` edges the least interval and, at that interval, a short iteration. A proof
+    ends the search early. The schedule has passed `check`.
     """
     import ortools.sat.python.cp_model  # noqa: F401  the limit is for the search, not for loading the solver
 
-    effort = CYCLIC_EFFORT if graph.cyclic else EFFORT
-    if time_limit is not None:
-        effort = Effort.within(time_limit)
+    work = CYCLIC_EFFORT if graph.cyclic else EFFORT
+    effort = Effort.within(time_limit) if time_limit is not None else work.until(_PATIENCE)
     solution = (_solve_cyclic if graph.cyclic else _solve_once)(graph, effort, seed)
     check(graph, solution.schedule)
     return solution
@@ -106,7 +109,7 @@ def _solve_cyclic(graph: TaskGraph, effort: Effort, seed: int) -> Solution:
         grid, proven = coarse, 0
         found = Periodic([0] * grid.size, [0] * grid.size, 0)
     else:
-        grid = make_grid(graph, refine=_refinement(least))
+        grid = make_grid(graph, refine=_refinement(coarse, least))
         low = math.ceil(least * coarse.unit_us / grid.unit_us * (1 - 1e-12))
         found, proven = find_period(grid, low, effort, seed)
     interval, schedule = _real(graph, grid, found.starts, found.choice, found.interval)
@@ -136,9 +139,14 @@ def _real(
     return interval, Schedule(dict(zip(names, real, strict=True)), chosen, interval if graph.cyclic else None)
 
 
-def _refinement(interval: float) -> int:
-    """Parts of a grid unit for an interval of so many units: a fine grid that has halves to tenths of a unit."""
-    return 1 if interval >= _PARTS else 2520 * math.ceil(_PARTS / (2520 * interval))
+def _refinement(grid: Grid, interval: float) -> int:
+    """Parts of a grid unit that hold every least interval of a structure whose interval is at least so many units.
+
+    Such an interval is a quotient: the durations along a cycle of tasks over the iterations that the cycle spans, which
+    are then no more than all durations over the interval. From seven iterations on, sixtieths stand for the rest.
+    """
+    spanned = math.floor(sum(max(mode.duration for mode in modes) for modes in grid.modes) / interval)
+    return 1 if interval >= _PARTS else math.lcm(*range(1, min(spanned, 6) + 1))
 
 
 def _bounds(grid: Grid) -> dict[str, float]:

@@ -1,0 +1,216 @@
+"""How close `moec overlap` comes to an exact solver, and what the schedules of MoE layers and pipelines reach.
+
+python benchmarks/overlap.py                    200 random graphs against CP-SAT with 10 s each, about an hour
+python benchmarks/overlap.py --graphs 6 --exact-seconds 1      small enough for CI
+python benchmarks/overlap.py --out results.json                the numbers as JSON too
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moec.passes.scheduling import exposed_communication, graph_from_json, solve
+from moec.simulate.pipeline import SCHEDULES, pipeline
+from moec.simulate.step import ChunkTimes, bubble_formula, pipeline_timeline, report_step
+
+Json = dict[str, Any]
+
+DECODE_US = {"attn0": 60, "attn1": 180, "shared": 40, "dispatch": 190, "mlp": 90, "combine": 360}
+DECODE_EDGES = ["attn0 attn1", "attn1 dispatch", "dispatch mlp", "mlp combine", "attn1 shared"]
+
+
+def main() -> None:
+    options = _options()
+    console = Console(width=110)
+    results = {
+        "random_graphs": random_graphs(options.graphs, options.exact_seconds, options.seed),
+        "decode_layers": [decode_layer("one NIC", 1), decode_layer("a NIC for each micro-batch", 2)],
+        "pipelines": [pipelines(name) for name in SCHEDULES],
+    }
+    summary = results["random_graphs"]
+    console.print(
+        f"{summary['graphs']} random graphs of 20-60 tasks against CP-SAT with {options.exact_seconds:g} s: "
+        f"median {summary['median']:.4f}, 95 % at most {summary['p95']:.4f}, worst {summary['worst']:.4f}; "
+        f"slowest {summary['slowest_s']:.2f} s"
+    )
+    for title, rows in (("Decode layer, two micro-batches", "decode_layers"), ("Pipelines, 16 stages", "pipelines")):
+        console.print(_table(title, results[rows]))
+    if options.out:
+        temporary = options.out.with_name(f".{options.out.name}.part")
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(temporary, options.out)
+
+
+def random_graphs(count: int, exact_seconds: float, seed: int) -> Json:
+    """Makespans of moec over those of CP-SAT alone, on `count` random graphs."""
+    solve(graph_from_json({"tasks": []}))  # loads the solver
+    rows = []
+    for k in range(count):
+        data = random_graph(seed + k)
+        began = time.perf_counter()
+        found = solve(graph_from_json(data))
+        seconds = time.perf_counter() - began
+        exact, proven = exact_makespan(data, exact_seconds)
+        rows.append(
+            {
+                "seed": seed + k,
+                "tasks": len(data["tasks"]),
+                "makespan_us": found.makespan_us,
+                "exact_us": exact,
+                "ratio": found.makespan_us / exact,
+                "optimal": found.optimal,
+                "exact_optimal": proven,
+                "seconds": seconds,
+            }
+        )
+    ratios = sorted(row["ratio"] for row in rows)
+    return {
+        "graphs": count,
+        "median": statistics.median(ratios),
+        "p95": ratios[min(int(0.95 * count), count - 1)],
+        "worst": ratios[-1],
+        "slowest_s": max(row["seconds"] for row in rows),
+        "rows": rows,
+    }
+
+
+def random_graph(seed: int) -> Json:
+    """20 to 60 tasks of one of four kinds: whole units, SM shares, four resources, tables over SM counts."""
+    draw = random.Random(seed)
+    size, kind = draw.randint(20, 60), seed % 4
+    capacity = {"sm": 132, "nvlink": 2, "nic": 1, "hbm": 10} if kind == 2 else {"sm": 132, "nvlink": 1, "nic": 1}
+    tasks = [{"name": f"t{i}", **_random_task(draw, kind, capacity)} for i in range(size)]
+    chance = draw.choice([1.0, 1.5, 2.5]) * 2 / size
+    edges = [
+        [f"t{i}", f"t{j}"]
+        for i in range(size)
+        for j in range(i + 1, size)
+        if draw.random() < (chance if j - i < size / 4 else chance / 4)
+    ]
+    return {"resources": capacity, "tasks": tasks, "edges": edges}
+
+
+def _random_task(draw: random.Random, kind: int, capacity: dict[str, int]) -> Json:
+    if kind == 0:
+        resource = draw.choice(["sm", "sm", "nvlink", "nic"])
+        return {"us": draw.randint(10, 400), "uses": {resource: capacity[resource]}}
+    if kind == 2:
+        return {
+            "us": draw.randint(1, 300),
+            "uses": {r: draw.randint(1, c) for r, c in capacity.items() if draw.random() < 0.5},
+        }
+    if draw.random() < 0.5:
+        return {
+            "us": draw.randint(50, 800),
+            "uses": {"sm": draw.choice([8, 16, 24]), draw.choice(["nvlink", "nic"]): 1},
+        }
+    if kind == 1:
+        return {"us": draw.randint(10, 1000), "uses": {"sm": draw.choice([60, 80, 100, 112])}}
+    work = draw.randint(100, 1200)
+    return {"us": {str(count): round(work * 132 / count) for count in (88, 108, 120, 132)}}
+
+
+def exact_makespan(data: Json, seconds: float) -> tuple[float, bool]:
+    """What a plain CP-SAT model finds in so many seconds, and whether it is proven."""
+    from ortools.sat.python import cp_model
+
+    model = cp_model.CpModel()
+    modes = {task["name"]: _modes(task) for task in data["tasks"]}
+    horizon = sum(max(us for us, _ in choices) for choices in modes.values())
+    held: dict[str, list[tuple[Any, int]]] = {name: [] for name in data["resources"]}
+    starts, ends = ({name: model.new_int_var(0, horizon, "") for name in modes} for _ in range(2))
+    for name, choices in modes.items():
+        literals = [model.new_bool_var("") for _ in choices]
+        model.add_exactly_one(literals)
+        for literal, (us, uses) in zip(literals, choices, strict=True):
+            interval = model.new_optional_interval_var(starts[name], us, ends[name], literal, "")
+            for resource, amount in uses.items():
+                held[resource].append((interval, amount))
+    for before, after in data["edges"]:
+        model.add(starts[after] >= ends[before])
+    for resource, capacity in data["resources"].items():
+        model.add_cumulative([i for i, _ in held[resource]], [a for _, a in held[resource]], capacity)
+    makespan = model.new_int_var(0, horizon, "")
+    model.add_max_equality(makespan, list(ends.values()))
+    model.minimize(makespan)
+    solver = cp_model.CpSolver()
+    solver.parameters.max_time_in_seconds = seconds
+    status = solver.solve(model)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return float(horizon), False
+    return solver.objective_value, status == cp_model.OPTIMAL
+
+
+def _modes(task: Json) -> list[tuple[int, dict[str, int]]]:
+    if isinstance(task["us"], dict):
+        return [(us, {**task.get("uses", {}), "sm": int(count)}) for count, us in task["us"].items()]
+    return [(task["us"], task["uses"])]
+
+
+def decode_layer(name: str, nics: int) -> Json:
+    """The interval of a DeepSeek-V3 decode layer with attention in two parts and transfers that take no SMs."""
+    data: Json = {"resources": {"sm": 1, "nic": nics}, "tasks": [], "edges": [], "repeat": []}
+    for batch in "01":
+        for task, us in DECODE_US.items():
+            uses = {"nic": 1} if task in ("dispatch", "combine") else {"sm": 1}
+            data["tasks"].append({"name": f"{task}.{batch}", "us": us, "uses": uses})
+        data["edges"] += [[f"{end}.{batch}" for end in edge.split()] for edge in DECODE_EDGES]
+        data["repeat"] += [[f"{last}.{batch}", f"attn0.{batch}", 1] for last in ("combine", "shared")]
+    graph = graph_from_json(data)
+    began = time.perf_counter()
+    found = solve(graph)
+    return {
+        "links": name,
+        "interval_us": found.interval_us,
+        "bound_us": found.interval_bound_us,
+        "optimal": found.optimal,
+        "simple_bound_us": max(found.bounds["interval_resources"], found.bounds["interval_recurrences"]),
+        "exposed_us": sum(end - start for start, end in exposed_communication(graph, found.schedule)),
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+
+
+def pipelines(schedule: str) -> Json:
+    """Bubble and memory of a simulated pipeline of 16 stages beside the formula of the DeepSeek-V3 report."""
+    times = ChunkTimes(forward=1.0, backward=2.0, weight=1.0, overlapped=2.6)
+    pipe = pipeline(schedule, 16, 64)
+    step = report_step(pipe, pipeline_timeline(pipe, times))
+    return {
+        "schedule": schedule,
+        "ranks": len(pipe.programs),
+        "length": round(step.length, 6),
+        "bubble": round(max(step.idle), 6),
+        "formula": round(bubble_formula(schedule, 16, times), 6),
+        "parameters": pipe.copies,
+        "activations": max(step.activations),
+    }
+
+
+def _table(title: str, rows: list[Json]) -> Table:
+    table = Table(*rows[0], title=title, title_justify="left", box=None)
+    for row in rows:
+        table.add_row(*(f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--graphs", type=int, default=200, help="random graphs (default 200)")
+    parser.add_argument("--exact-seconds", type=float, default=10.0, help="CP-SAT's time for each (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first graph")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
