@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from moec.runtime.errors import MissingFile, NeedsRanks, NotAnArtifact, NotForCpu, NoWeights, UnsafePath, WrongHash
+from moec.runtime.errors import (
+    MissingFile,
+    NeedsRanks,
+    NotAnArtifact,
+    NotForCpu,
+    NoWeights,
+    UnreadableFile,
+    UnsafePath,
+    WrongHash,
+)
 from moec.runtime.machine import check_machine
 from moec.runtime.manifest import Manifest, parse_manifest
 from moec.runtime.plan import Plan, parse_plan
@@ -47,21 +56,17 @@ def open_artifact(path: str | Path, check: bool = False) -> Artifact:
     if KERNELS not in manifest.files:
         raise NotForCpu(path=shown, target=manifest.target)
     check_machine(manifest, shown)
-    plan = b""
     for name in sorted(manifest.files):
         file = _inside(root, name, shown)
-        if name == "plan.json":
-            plan = file.read_bytes()
-            _compare(hashlib.sha256(plan).hexdigest(), manifest.files[name], name, shown)
-        elif check or not name.startswith("weights/"):
-            with file.open("rb") as stream:
-                _compare(hashlib.file_digest(stream, "sha256").hexdigest(), manifest.files[name], name, shown)
+        if check or not name.startswith("weights/"):
+            _compare(_hash(file, name, shown), manifest.files[name], name, shown)
     ranks = [name for name in manifest.files if name.startswith("weights/") and name.endswith(".safetensors")]
     if not ranks:
         raise NoWeights(path=shown)
     if len(ranks) > 1:
         raise NeedsRanks(path=shown, ranks=len(ranks))
-    return Artifact(root, manifest, parse_plan(plan, f"{shown}/plan.json", manifest), root / ranks[0])
+    plan = parse_plan((root / "plan.json").read_bytes(), f"{shown}/plan.json", manifest)
+    return Artifact(root, manifest, plan, root / ranks[0])
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -86,12 +91,24 @@ def read_manifest(path: str | Path) -> Manifest:
 
 def _inside(root: Path, name: str, shown: str) -> Path:
     """The listed file, which must exist and, after links are followed, lie inside the artifact."""
-    file = (root / name).resolve()
+    try:
+        file = (root / name).resolve()
+        exists = file.is_file()
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have, a circle of links
+        exists = False
+    if not exists:
+        raise MissingFile(path=shown, file=name)
     if not file.is_relative_to(root):
         raise UnsafePath(path=shown, file=name)
-    if not file.is_file():
-        raise MissingFile(path=shown, file=name)
     return file
+
+
+def _hash(file: Path, name: str, shown: str) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UnreadableFile(path=shown, file=name, why=error.strerror) from None
 
 
 def _compare(found: str, expected: str, name: str, shown: str) -> None:

@@ -23,6 +23,12 @@ class MissingFile(InputError):
     template = "{path}: {file} is missing; the artifact is incomplete, compile it again"
 
 
+class UnreadableFile(InputError):
+    """A file of the artifact exists but cannot be read."""
+
+    template = "{path}: {file} cannot be read ({why})"
+
+
 class UnsafePath(InputError):
     """The manifest names a file outside the artifact's folder."""
 

@@ -42,6 +42,11 @@ class Model:
         self.engine = Engine(artifact, threads)
         self._lock = RLock()
 
+    def __repr__(self) -> str:
+        m = self.artifact.manifest
+        limits = f"batch {m.batch}, context {m.context}, vocabulary {m.vocab}"
+        return f"Model({m.model}, {m.recipe}, target {m.target}: {limits}, {self.engine.library.threads} threads)"
+
     @property
     def vocab(self) -> int:
         """Size of the vocabulary."""

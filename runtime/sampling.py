@@ -50,8 +50,24 @@ def nucleus(logits: NDArray[np.float32], temperature: float, top_p: float) -> ND
     probabilities: NDArray[np.float64] = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
     if top_p < 1:
-        order = np.argsort(-probabilities, kind="stable")
+        order = _most_probable(probabilities, top_p)
         before = np.cumsum(probabilities[order]) - probabilities[order]
-        probabilities[order[before >= top_p]] = 0.0
-        probabilities /= probabilities.sum()
+        kept = order[before < top_p]
+        rest, probabilities = probabilities, np.zeros_like(probabilities)
+        probabilities[kept] = rest[kept] / rest[kept].sum()
     return probabilities
+
+
+def _most_probable(probabilities: NDArray[np.float64], sum_: float) -> NDArray[np.intp]:
+    """Enough tokens to reach `sum_`, the most probable first, equals by their id.
+
+    Sorting a whole vocabulary takes as long as a decode step, and the nucleus is mostly small.
+    """
+    size = 256
+    while size < len(probabilities):
+        least = np.partition(probabilities, -size)[-size]
+        candidates = np.flatnonzero(probabilities >= least)
+        if probabilities[candidates].sum() >= sum_:
+            return candidates[np.argsort(-probabilities[candidates], kind="stable")]
+        size *= 8
+    return np.argsort(-probabilities, kind="stable")

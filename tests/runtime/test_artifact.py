@@ -146,6 +146,15 @@ def test_a_link_out_of_the_artifact_is_refused(copy: Copy, tmp_path: Path) -> No
     refused(e.UnsafePath, path, names="kernels.so")
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\ud800", "circle"])
+def test_names_that_no_file_has(copy: Copy, name: str) -> None:
+    path = copy()
+    files = toy_artifact.manifest(path)["files"]
+    (path / "circle").symlink_to("circle")
+    toy_artifact.seal(path, files=files | {name: "0" * 64})
+    refused(e.MissingFile, path, names="incomplete")
+
+
 def test_a_link_to_an_artifact_opens(toy: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.moec"
     os.symlink(toy, link)

@@ -17,10 +17,12 @@ def some_logits(seed: int, size: int = 200) -> NDArray[np.float32]:
     return np.asarray(np.random.default_rng(seed).standard_normal(size) * 3, dtype=np.float32)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (2.0, 0.5), (1.0, 1e-6), (0.05, 0.99)])
-def test_probabilities_equal_those_of_transformers(seed: int, temperature: float, top_p: float) -> None:
-    logits = some_logits(seed)
+@pytest.mark.parametrize("size", [1, 2, 200, 5000])
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (2.0, 0.5), (1.0, 1e-6), (0.05, 0.99), (9.0, 0.999)]
+)
+def test_probabilities_equal_those_of_transformers(size: int, temperature: float, top_p: float) -> None:
+    logits = some_logits(size, size)
     scores = torch.from_numpy(logits).double()[None]
     unused = torch.zeros(1, 1, dtype=torch.int64)
     scores = TemperatureLogitsWarper(temperature)(unused, scores)
@@ -42,6 +44,11 @@ def test_draws_have_the_frequencies_of_the_probabilities() -> None:
 def test_greedy_takes_the_first_of_equals() -> None:
     sampling = Sampling()
     assert sampling.draw(np.array([0, 2, 1, 2], dtype=np.float32), sampling.generator(0)) == 1
+
+
+def test_of_equal_tokens_the_nucleus_takes_the_first() -> None:
+    kept = np.flatnonzero(nucleus(np.zeros(1000, dtype=np.float32), 1.0, 0.4))
+    assert kept.tolist() == list(range(400))
 
 
 def test_tokens_of_no_probability_are_never_drawn() -> None:

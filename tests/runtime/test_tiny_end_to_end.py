@@ -1,0 +1,100 @@
+"""The embedded model, compiled and run, against the same weights in transformers."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moec
+from moec.runtime import Model
+from moec.runtime.errors import WrongHash
+from moec.runtime.perplexity import score_text
+
+FOLDER = Path(moec.__file__).resolve().parents[2] / "model_defs" / "presets_data" / "tiny-deepseek-v3"
+PROMPT = 'def walk(top, topdown=True):\n    """Directory tree generator.\n'
+CONTEXT = 192
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny") / "tiny.moec"
+    moec.trace(str(FOLDER)).optimize("cpu", batch=2, context=CONTEXT, chunk=48, recipe="fp32").compile(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(artifact: Path) -> Model:
+    return moec.load(artifact, check=True)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def heldout(model: Model) -> list[int]:
+    return model.tokenizer.encode((FOLDER / "heldout.txt").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7, 20])
+def test_logits_equal_those_of_transformers(
+    model: Model, reference: Any, heldout: list[int], chunk: int | None
+) -> None:
+    ids = np.array([heldout[:150], heldout[300:450], np.random.default_rng(0).integers(0, model.vocab, 150)])
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(ids)).logits.numpy()
+    assert np.abs(model.logits(ids, chunk=chunk) - expected).max() < 1e-4 * expected.std()
+
+
+def generated(reference: Any, ids: list[int], new: int) -> list[int]:
+    with torch.no_grad():
+        out = reference.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)
+    return out[0, len(ids) :].tolist()  # type: ignore[no-any-return]
+
+
+def test_generation_equals_that_of_transformers(model: Model, reference: Any, heldout: list[int]) -> None:
+    ids = model.tokenizer.encode(PROMPT)
+    assert ids == AutoTokenizer.from_pretrained(FOLDER)(PROMPT)["input_ids"]
+    assert model.generate(ids, 128) == generated(reference, ids, 128)
+    prompts = [ids[:9], heldout[40:103], heldout[200:264], heldout[7:8], heldout[500:565]]
+    assert model.generate(prompts, 24) == [generated(reference, one, 24) for one in prompts]
+
+
+def test_perplexity_equals_that_of_transformers(model: Model, reference: Any) -> None:
+    text = (FOLDER / "heldout.txt").read_text(encoding="utf-8")[:1500]
+    ids = torch.tensor([model.tokenizer.encode(text)])
+    window, stride, scored, total = CONTEXT, CONTEXT // 2, 1, 0.0
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + window, ids.shape[1])
+        with torch.no_grad():
+            logits = reference(ids[:, begin:end]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.double(), ids[0, begin + 1 : end], reduction="none")
+        total += float(losses[scored - begin - 1 :].sum())
+        scored = end
+        if end == ids.shape[1]:
+            break
+    assert score_text(model, text).perplexity == pytest.approx(math.exp(total / (ids.shape[1] - 1)), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kernels/kernels.so", "kernels/kernels.json", "program.ir", "plan.json"])
+def test_a_flipped_byte_of_what_the_compiler_wrote_is_found(artifact: Path, tmp_path: Path, name: str) -> None:
+    copy = tmp_path / "copy.moec"
+    for file in artifact.rglob("*"):
+        target = copy / file.relative_to(artifact)
+        if file.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(file, target)
+    raw = bytearray((artifact / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (copy / name).unlink()
+    (copy / name).write_bytes(raw)
+    with pytest.raises(WrongHash, match=name):
+        moec.load(copy)
