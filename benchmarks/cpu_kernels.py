@@ -72,8 +72,9 @@ def peak_kernel(machine: Machine) -> Kernel:
     params: list[Param] = [(n, "float32", (1 << 30,)) for n in ("panel", "x", "c")]
     params += [("rows", "int32"), ("repeats", "int32")]
     with kernel_body(kernel, params) as (*buffers, rows, repeats), T.parallel(0, machine.cores) as part:
+        pointers = [T.address_of(b[part * (1 << 16)]) for b in buffers]
         with T.serial(0, repeats):
-            call(product, *[T.address_of(b[part * (1 << 16)]) for b in buffers], rows, const(128))
+            call(product, *pointers, rows, const(128))
     return kernel
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from matrix_operands import compiled_together, random_weight, relative_error
-from ops_runner import normal
+from ops_runner import normal, program
 
+from moec.codegen.tvm.blocking import blocking
 from moec.codegen.tvm.formats import BF16, F32, FORMATS, FP8_E4M3
+from moec.codegen.tvm.gemm import panel_product
 from moec.codegen.tvm.linear import LinearSpec, build, scratch_size
-from moec.codegen.tvm.tir import Machine
+from moec.codegen.tvm.tir import Machine, build_module, compile_module
 
 MACHINE = Machine()
 TOLERANCE = 3e-6
@@ -89,3 +92,28 @@ def test_equal_specs_share_one_kernel() -> None:
     spec = LinearSpec(64, 64, F32, 64, 64, 4)
     assert build(spec, MACHINE) is build(replace(spec), MACHINE)
     assert build(replace(spec, ldx=65), MACHINE).name != spec.name
+
+
+@pytest.mark.parametrize(
+    ("machine", "vector_fma"),
+    [
+        (replace(MACHINE, lanes=16, registers=32, mcpu="x86-64-v4"), r"vfmadd\d+ps.*%zmm"),
+        (replace(MACHINE, lanes=8), r"vfmadd\d+ps.*%ymm"),
+        (
+            replace(MACHINE, lanes=4, registers=32, mcpu="neoverse-n1", triple="aarch64-linux-gnu"),
+            r"fmla\s+v\d+\.4s",
+        ),
+    ],
+    ids=["avx512", "avx2", "neon"],
+)
+def test_code_for_other_machines_uses_their_vectors(machine: Machine, vector_fma: str) -> None:
+    """The sums of a register tile stay in registers: its inner loop holds the multiply-adds and no store."""
+    kernel = panel_product(machine)
+    module = build_module([kernel], {"main": program(kernel, ("float32",) * 3 + ("scalar",) * 2)})
+    assembly = compile_module(module, machine).mod.inspect_source("asm")
+    blocks = re.split(r"^\.LBB\w+:", assembly, flags=re.MULTILINE)
+    sizes = blocking(machine)
+    tile = sizes.mr * sizes.vectors
+    loops = [b for b in blocks if len(re.findall(vector_fma, b)) >= tile]
+    assert loops
+    assert any(not re.search(r"(mov[au]ps\s+%[xyz]mm\d+, |\bst[rp]\s+q)", b) for b in loops)
