@@ -15,6 +15,7 @@ _EXPONENTS = np.array([-1.0, 0.0, 0.5, 1.0, 2.0, 4.0])
 _MOST_MOVES = 4
 # Replicas of about this part of a device's load pair up well; one way to spend spare replicas makes more of them.
 _MEDIUM = 0.3
+_FINE_LIMITS = 96
 
 
 def spread_widest(loads: Floats, slots: int) -> Ints:
@@ -33,19 +34,21 @@ def spread_widest(loads: Floats, slots: int) -> Ints:
     return counts
 
 
-def starting_counts(loads: Floats, slots: int, bound: Floats, steps: int) -> Iterator[Ints]:
+def starting_counts(loads: Floats, devices: int, slots: int, bound: Floats, steps: int) -> Iterator[Ints]:
     """Replica counts worth packing, one batch [rows, experts] at a time.
 
     The size limit of a replica runs from the smallest that the slots allow up to the bound on the device load. Each
     limit fixes how many replicas the heavy experts need; what is spare goes to the largest replicas, to the
     lightest experts (which keeps the heavy replicas few and large), or to replicas of medium size. Limits in the
-    middle are tried first: they are the ones that mostly win.
+    middle are tried first: they are the ones that mostly win. One more limit is the smallest at which the replicas of
+    all replicated experts fit on a device each.
     """
     widest = spread_widest(loads, slots)
     least = (loads / widest).max(axis=1)
     span = np.where(least > 0, np.maximum(bound, least) / np.where(least > 0, least, 1.0), 1.0)
-    fractions = np.linspace(0.0, 1.0, steps)
-    for fraction in sorted(fractions, key=lambda f: abs(f - 0.5)):
+    from_the_middle = sorted(np.linspace(0.0, 1.0, steps).tolist(), key=lambda f: abs(f - 0.5))
+    fractions = [np.full(len(loads), fraction) for fraction in from_the_middle]
+    for fraction in [*fractions, _one_a_device(loads, devices, least, span)]:
         limit = np.where(least > 0, least * span**fraction, 1.0)[:, None]
         # The tolerance keeps a load that is an exact multiple of the limit from gaining a replica by rounding.
         needed = np.maximum(1, np.ceil(loads / limit - 1e-9)).astype(np.int64)
@@ -56,6 +59,17 @@ def starting_counts(loads: Floats, slots: int, bound: Floats, steps: int) -> Ite
         yield _spend(needed, -loads, slots)
         tiny = np.finfo(np.float64).tiny
         yield _spend(needed, -np.abs(np.log((size + tiny) / (_MEDIUM * bound[:, None] + tiny))), slots)
+
+
+def _one_a_device(loads: Floats, devices: int, least: Floats, span: Floats) -> Floats:
+    """Where between `least` and `least * span` the replicas of replicated experts are first as few as the devices."""
+    found = np.ones(len(loads))
+    for fraction in np.linspace(1.0, 0.0, _FINE_LIMITS):
+        limit = np.where(least > 0, least * span**fraction, 1.0)[:, None]
+        needed = np.ceil(loads / limit - 1e-9)
+        fits = np.where(needed > 1, needed, 0).sum(axis=1) <= devices
+        found = np.where(fits, fraction, found)
+    return found
 
 
 def _spend(counts: Ints, preference: Floats, slots: int) -> Ints:

@@ -66,7 +66,7 @@ class _State:
         if not len(rows):
             return
         # One packing per start in lockstep; the best start of each row is then polished.
-        starts = starting_counts(self.loads[rows], slots, self.target[rows], _LIMITS)
+        starts = starting_counts(self.loads[rows], self.devices, slots, self.target[rows], _LIMITS)
         best_counts = self.counts[rows]
         best_score = np.full(len(rows), np.inf)
         for counts in starts:

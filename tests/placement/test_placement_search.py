@@ -101,7 +101,7 @@ def test_every_rule_holds_and_the_greedy_is_never_better(
 
 @pytest.mark.parametrize("devices, slots", [(8, 9), (16, 5)])
 def test_even_shares_come_near_the_bound_on_every_family(baseline: ModuleType, devices: int, slots: int) -> None:
-    for name, loads in baseline.load_families(np.random.default_rng(11), layers=4, experts=64):
+    for name, loads in baseline.load_families(np.random.default_rng(11), layers=2, experts=64):
         if name == "one hot expert":
             continue  # equal loads beside one: no placement reaches the bound
         result = place(Problem.of(loads, devices=devices, slots_per_device=slots))
