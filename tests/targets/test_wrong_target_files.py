@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -256,3 +257,38 @@ def test_a_child_changes_one_number(tmp_path: Path) -> None:
     assert target.device.memory_bandwidth == 4e12
     assert target.sources["device.memory.bandwidth"] == "a plan"
     assert target.device.matrix_rates == h100.device.matrix_rates
+
+
+def mangled(rng: random.Random) -> str:
+    """The good file after a few random edits of characters and lines."""
+    text = GOOD
+    for _ in range(rng.randint(1, 4)):
+        lines, at = text.split("\n"), rng.randrange(len(text) + 1)
+        line = rng.randrange(len(lines))
+        edit = rng.randrange(4)
+        if edit == 0:
+            text = (
+                text[:at]
+                + rng.choice(["{", "]", ": ", "- ", "&a ", "*a", "!!int ", "\t", "\x00", "%", "---\n"])
+                + text[at:]
+            )
+        elif edit == 1:
+            text = text[:at] + text[at + rng.randint(1, 30) :]
+        elif edit == 2:
+            text = "\n".join([*lines[:line], lines[rng.randrange(len(lines))], *lines[line:]])
+        else:
+            text = "\n".join([*lines[:line], " " * rng.randint(0, 5) + lines[line].lstrip(), *lines[line + 1 :]])
+    return text
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_mangled_files_are_right_or_have_problems(seed: int, tmp_path: Path) -> None:
+    file = tmp_path / "mangled.yaml"
+    file.write_text(mangled(random.Random(seed)), encoding="utf-8")
+    problems = targets.check(str(file))
+    assert all(problem.line >= 1 and "\n" not in str(problem) for problem in problems)
+    if problems:
+        with pytest.raises(targets.TargetFileError):
+            targets.load(file)
+    else:
+        assert targets.load(file).device.memory_bytes > 0
