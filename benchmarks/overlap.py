@@ -32,7 +32,7 @@ DECODE_EDGES = ["attn0 attn1", "attn1 dispatch", "dispatch mlp", "mlp combine", 
 def main() -> None:
     options = _options()
     console = Console(width=110)
-    results = {
+    results: Json = {
         "random_graphs": random_graphs(options.graphs, options.exact_seconds, options.seed),
         "decode_layers": [decode_layer("one NIC", 1), decode_layer("a NIC for each micro-batch", 2)],
         "pipelines": [pipelines(name) for name in SCHEDULES],

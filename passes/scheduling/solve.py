@@ -21,10 +21,10 @@ from moec.passes.scheduling.retime import retime
 from moec.passes.scheduling.schedule import Schedule, makespan
 from moec.passes.scheduling.search import Effort, Found, LocalSearch
 
-EFFORT = Effort(placements=180_000, exact=0.15)
+EFFORT = Effort(placements=160_000, exact=0.12)
 """Default effort for a graph that runs once: about a second on two cores."""
 
-CYCLIC_EFFORT = Effort(placements=400_000, exact=0.5)
+CYCLIC_EFFORT = Effort(placements=300_000, exact=0.4)
 """Default effort for a graph that repeats: about three seconds on two cores."""
 
 _PATIENCE = 10.0
