@@ -68,16 +68,25 @@ class RoutedTraffic:
     """The bound that node-limited routing gives, in nodes."""
 
 
+def expected_nodes(nodes: int, top_k: int, limit: int) -> float:
+    """Expected number of distinct nodes among `top_k` uniform choices of experts, at most `limit` of them allowed.
+
+    With node-limited routing the top-k fall uniformly on `limit` chosen nodes (DeepSeek-V3 technical report,
+    arXiv 2412.19437, sec. 2.1.2).
+    """
+    among = min(nodes, limit)
+    return among * (1 - (1 - 1 / among) ** top_k)
+
+
 def routed_traffic(nodes: int, top_k: int, node_limit: int) -> RoutedTraffic:
     """Scale-out traffic of one token, in copies, with experts spread evenly over `nodes` (arXiv 2505.09343, sec. 4.3).
 
     A token's `top_k` experts fall uniformly on `node_limit` of the nodes, itself chosen uniformly; copies to the
     token's own node do not cross.
     """
-    among = min(nodes, node_limit)
     elsewhere = (nodes - 1) / nodes
-    reached = among * (1 - (1 - 1 / among) ** top_k)
-    return RoutedTraffic(top_k * elsewhere, reached * elsewhere, among)
+    reached = expected_nodes(nodes, top_k, node_limit)
+    return RoutedTraffic(top_k * elsewhere, reached * elsewhere, min(nodes, node_limit))
 
 
 def free_experts(scale_up: float, scale_out: float, node_limit: int) -> float:

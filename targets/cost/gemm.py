@@ -16,7 +16,8 @@ from moec.targets.schema import Target
 
 _STEP_BYTES = 128
 _SPLITS = (1, 2, 4, 8)
-_TALL = ((1, 16), (1, 32), (1, 64), (1, 128), (1, 256), (2, 64), (2, 128), (2, 192), (2, 256), (4, 64), (4, 128))
+# Tiles of the vendor library: height in smallest tiles, width.
+_MENU = ((1, 16), (1, 32), (1, 64), (1, 128), (1, 256), (2, 64), (2, 128), (2, 192), (2, 256), (4, 64), (4, 128))
 # Tiles of four times the smallest height and at least this width were slow in single waves on the H100.
 _WIDE = 88
 
@@ -96,7 +97,7 @@ def _plain(target: Target, m: int, n: int, k: int, types: Operands) -> Cost:
     moved = types.activation * m * k + types.weight * n * k + types.result * m * n
     memory = moved / (device.memory_bandwidth * numbers["memory"])
     busiest: dict[int, float] = {}
-    for times, width in _TALL:
+    for times, width in _MENU:
         height = times * least
         tiles = ceildiv(m, height) * ceildiv(n, width)
         step = numbers["step"] + 2 * height * width * depth / rate

@@ -5,6 +5,7 @@ All bandwidths are one way. `sent_bytes` counts what one device sends to others.
 
 from __future__ import annotations
 
+from moec.targets.cost.closed_forms import expected_nodes
 from moec.targets.cost.physics import ceildiv, fitted, soft_max
 from moec.targets.cost.result import Cost
 from moec.targets.schema import Target
@@ -17,16 +18,6 @@ def token_bytes(hidden: int, dtype: str) -> int:
     if dtype == "bf16":
         return 2 * hidden + _MESSAGE_HEADER
     return hidden + 4 * ceildiv(hidden, 128) + _MESSAGE_HEADER
-
-
-def expected_nodes(nodes: int, top_k: int, limit: int) -> float:
-    """Expected number of distinct nodes among `top_k` uniform choices of experts, at most `limit` of them allowed.
-
-    With node-limited routing the top-k fall uniformly on `limit` chosen nodes (DeepSeek-V3 technical report,
-    arXiv 2412.19437, sec. 2.1.2).
-    """
-    among = min(nodes, limit)
-    return among * (1 - (1 - 1 / among) ** top_k)
 
 
 def _need_links(target: Target, ranks: int) -> None:
