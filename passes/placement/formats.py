@@ -122,19 +122,21 @@ def write_sglang(placement: Placement, path: Path, *, dense_layers: int = 0) -> 
 
 
 def read_placement(
-    path: Path, *, devices: int | None = None, experts: int | None = None, nodes: int = 1, skip_layers: int = 0
+    path: Path, *, devices: int | None = None, experts: int | None = None, nodes: int = 1, dense_layers: int = 0
 ) -> Placement:
     """Read a placement in either form.
 
     `devices`, and `experts` if some could be missing, are needed for SGLang's form, which does not say them; its
-    shares are even. `skip_layers` leading rows (dense layers) are dropped. Raises `UnreadableFile` or `BadPlacement`.
+    shares are even, and its `dense_layers` leading rows are dropped. Raises `UnreadableFile` or `BadPlacement`.
     """
     fields = _read_fields(path)
     if "physical_to_logical_map" not in fields:
         raise errors.BadPlacement(path=path, reason="no physical_to_logical_map in it")
     if fields.get("version", _VERSION) != _VERSION:
         raise errors.BadPlacement(path=path, reason=f"version {fields['version']}, this moec reads version {_VERSION}")
-    values = numeric_array(path.name, fields["physical_to_logical_map"], 2, "[layers, slots]")[skip_layers:]
+    values = numeric_array(path.name, fields["physical_to_logical_map"], 2, "[layers, slots]")
+    if "format" not in fields:
+        values = values[dense_layers:]
     mapping = values.astype(np.int64)
     if not len(mapping) or (mapping != values).any():
         raise errors.BadPlacement(path=path, reason="experts are given by whole numbers, for one layer or more")
@@ -152,7 +154,7 @@ def read_placement(
             raise errors.BadPlacement(path=path, reason=f"layer {layer}: {what}")
     weight = np.ones(mapping.shape)
     if "replica_shares" in fields:
-        weight = numeric_array(path.name, fields["replica_shares"], 2, "[layers, slots]")[skip_layers:]
+        weight = numeric_array(path.name, fields["replica_shares"], 2, "[layers, slots]")
         if weight.shape != mapping.shape:
             raise errors.BadPlacement(path=path, reason="replica_shares and physical_to_logical_map differ in shape")
     return Placement(mapping, normalised_shares(mapping, weight, count), count, width, homes)

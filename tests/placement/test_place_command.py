@@ -80,8 +80,10 @@ def test_sglang_file_has_one_key_and_a_row_for_every_layer_of_the_model(loads: P
     content = json.loads(out.read_text())
     assert list(content) == ["physical_to_logical_map"]
     assert np.array(content["physical_to_logical_map"]).shape == (5, 40)
-    read = formats.read_placement(out, devices=8, skip_layers=3)
+    read = formats.read_placement(out, devices=8, dense_layers=3)
     assert read.layers == 2 and read.has_even_shares
+    shape = (loads, "--devices", 8, "--slots-per-device", 5, "--dense-layers", 3)
+    assert json.loads(run(*shape, "--previous", out, "--json"))["moved_slots"] == 0
 
 
 def test_report_is_one_page_that_loads_nothing(loads: Path, tmp_path: Path) -> None:

@@ -74,7 +74,13 @@ def place(
     pairs = None if coactivation is None else formats.read_coactivation(coactivation, problem.layers, problem.experts)
     before = None
     if previous is not None:
-        before = formats.read_placement(previous, devices=problem.devices, experts=problem.experts, nodes=problem.nodes)
+        before = formats.read_placement(
+            previous,
+            devices=problem.devices,
+            experts=problem.experts,
+            nodes=problem.nodes,
+            dense_layers=dense_layers,
+        )
     if exact and problem.bound_to_nodes:
         raise errors.ExactWithGroups()
     result = solve(
