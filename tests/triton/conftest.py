@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Without Triton (an installation for CPUs alone) only the launcher is tested.
+HERE = Path(__file__).parent
+NO_TRITON = importlib.util.find_spec("triton") is None
+collect_ignore = [p.name for p in HERE.glob("test_*.py") if NO_TRITON and p.name != "test_cuda_launch.py"]
 
 
 class Interpreter:

@@ -148,7 +148,7 @@ FLOAT = {"q_ptr": "*fp32", "latent_ptr": "*fp32", "rope_ptr": "*fp32"}
 SMALL = {"B": 2, "HEADS": 16, "SPLITS": 3}
 SPLIT_CASES = (
     Case("lengths 70 and 300", {**SMALL, "LOAD": 0}),
-    Case("lengths 70 and 300 in float32", {**SMALL, "LOAD": 0}, FLOAT),
+    Case("lengths 70 and 300 in float32", {**SMALL, "LOAD": 0}, FLOAT, interpreted=True),
     Case("lengths 1 and 64, empty shares", {**SMALL, "LOAD": 1, "SPLITS": 4}),
     Case("two query tokens, a fresh sequence", {**SMALL, "LOAD": 2, "QUERIES": 2, "HEADS": 40}),
     Case("lengths 4097 and 5", {**SMALL, "LOAD": 3, "SPLITS": 5}, slow=True),
@@ -186,7 +186,6 @@ def decode_split(fp8: bool) -> KernelSpec:
         cases=cases,
         flops="2*B*QUERIES*HEADS*CONTEXT*(2*DV + DR)",
         bytes=f"B*CONTEXT*{row} + 2*B*QUERIES*HEADS*(DV + DR) + 4*B*SPLITS*QUERIES*HEADS*(DV + 1)",
-        aligned=("ROWS",),
         requires=("PAGE % BN == 0", "DV % 128 == 0"),
         tensor_core=True,
         fallback="mla_decode_split" if fp8 else "",
@@ -373,9 +372,10 @@ PREFILL = KernelSpec(
     reference=reference_prefill,
     cases=(
         Case("5 and 70 tokens", {"B": 2, "HEADS": 2, "CONTEXT": 70, "LOAD": 0}),
-        Case("5 and 70 tokens in float32", {"B": 2, "HEADS": 2, "CONTEXT": 70, "LOAD": 0}, PREFILL_FLOAT),
+        Case("5 and 70, float32", {"B": 2, "HEADS": 2, "CONTEXT": 70, "LOAD": 0}, PREFILL_FLOAT, interpreted=True),
         Case("1 and 64 tokens", {"B": 2, "HEADS": 3, "CONTEXT": 64, "LOAD": 1}),
-        Case("prefix of 100 and 7", {"B": 2, "HEADS": 2, "CONTEXT": 130, "LOAD": 2}, PREFILL_FLOAT),
+        Case("prefix of 100 and 7", {"B": 2, "HEADS": 2, "CONTEXT": 130, "LOAD": 2}),
+        Case("the same in float32", {"B": 2, "HEADS": 2, "CONTEXT": 130, "LOAD": 2}, PREFILL_FLOAT, interpreted=True),
         Case("prefix of 313, several blocks", {"B": 2, "HEADS": 1, "CONTEXT": 200, "LOAD": 3}),
     ),
     flops="B*HEADS*CONTEXT*CONTEXT*(DN + DR + DV)",

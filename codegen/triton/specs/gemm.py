@@ -15,6 +15,7 @@ from moec.codegen.triton.specs.recipe import (
     wide_blocks,
 )
 
+FLOAT = dict.fromkeys(("a_ptr", "b_ptr", "c_ptr"), "*fp32")
 FP8_SIGNATURE = {
     "a_ptr": "*fp8e4nv", "a_scale_ptr": "*fp32", "b_ptr": "*fp8e4nv", "b_scale_ptr": "*fp32", "c_ptr": "*bf16",
     "M": "i32", "N": "i32", "K": "i32",
@@ -217,7 +218,7 @@ BF16_GEMM = bf16(
     (
         Case("one token", {"M": 1, "N": 192, "K": 256}),
         Case("ragged", {"M": 70, "N": 80, "K": 176}),
-        Case("float32 throughout", {"M": 20, "N": 64, "K": 192}, dict.fromkeys(("a_ptr", "b_ptr", "c_ptr"), "*fp32")),
+        Case("float32 throughout", {"M": 20, "N": 64, "K": 192}, FLOAT, interpreted=True),
     ),
 )  # fmt: skip
 BF16_GEMM_F32 = bf16(
