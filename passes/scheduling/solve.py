@@ -27,7 +27,7 @@ EFFORT = Effort(placements=160_000, exact=0.12)
 CYCLIC_EFFORT = Effort(placements=300_000, exact=0.4)
 """Default effort for a graph that repeats: about three seconds on two cores."""
 
-_PATIENCE = 10.0
+_PATIENCE = 30.0
 """Seconds after which a search without a time limit ends although its work is not done."""
 
 EXACT_TASKS = 200
@@ -63,7 +63,7 @@ def solve(graph: TaskGraph, time_limit: float | None = None, seed: int = 0) -> S
     """The best schedule found within `time_limit` seconds, on two threads at most.
 
     Without a time limit the effort is a fixed amount of work, about a second (cyclic: three): the same graph then gets
-    the same schedule, unless the machine is so busy that even ten seconds do not suffice. A graph that runs once gets
+    the same schedule, unless the machine is so busy that even thirty seconds do not suffice. A graph that runs once gets
     the least makespan; one with `repeat` edges the least interval and, at that interval, a short iteration. A proof
     ends the search early. The schedule has passed `check`.
     """
