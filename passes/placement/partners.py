@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moec.passes.placement.packing import Packing, improve, pack_replicas
 from moec.passes.placement.placement import Placement
 from moec.passes.placement.problem import Floats, Ints, Problem
-
-Mask = NDArray[np.bool_]
 
 _MOST_ROUNDS = 40
 _SWAPS_A_ROUND = 24
@@ -70,34 +66,19 @@ def _exchange_devices_and_replicas(
     """An order of the slots: `order[i]` is the old slot whose replica now stands in slot i."""
     per_device = problem.slots_per_device
     by_device = affinity.reshape(problem.devices, per_device, problem.devices, per_device).sum(axis=(1, 3))
-    devices = _exchange(by_device, home[::per_device], lambda order: np.ones((len(order),) * 2, dtype=bool))
+    device = np.arange(problem.devices)
+    devices = _exchange(by_device, home[::per_device], np.zeros(problem.devices), device, np.inf)
     order = (devices[:, None] * per_device + np.arange(per_device)).ravel()
-
-    def fits(change: Ints) -> Mask:
-        now = load[order[change]]
-        device_load = now.reshape(-1, per_device).sum(axis=1)
-        room = np.repeat(ceiling - device_load, per_device)
-        more = now[None, :] - now[:, None]
-        return (more <= room[:, None]) & (-more <= room[None, :])
-
-    return order[_exchange(affinity[np.ix_(order, order)], home, fits)]
+    return order[_exchange(affinity[np.ix_(order, order)], home, load[order], np.repeat(device, per_device), ceiling)]
 
 
 def _exchange_and_repack(problem: Problem, affinity: Floats, home: Ints, load: Floats, ceiling: float) -> Ints | None:
     """As above with all slots of a node alike, then nodes packed afresh; None when that misses the ceiling."""
     devices, per_node = problem.devices // problem.nodes, problem.slots // problem.nodes
+    fullest = load.reshape(problem.nodes, -1).sum(axis=1).max()
     # Half of the room above the mean is left to the packing inside the nodes.
-    limit = max(
-        load.reshape(problem.nodes, -1).sum(axis=1).max(), devices * (ceiling + load.sum() / problem.devices) / 2
-    )
-
-    def fits(change: Ints) -> Mask:
-        now = load[change]
-        room = np.repeat(limit - now.reshape(problem.nodes, -1).sum(axis=1), per_node)
-        more = now[None, :] - now[:, None]
-        return (more <= room[:, None]) & (-more <= room[None, :])
-
-    order = _exchange(affinity, home, fits).reshape(problem.nodes, per_node)
+    limit = max(fullest, devices * (ceiling + load.sum() / problem.devices) / 2)
+    order = _exchange(affinity, home, load, home, limit).reshape(problem.nodes, per_node)
     size = load[order]
     falling = np.argsort(-size, axis=1, kind="stable")
     packing: Packing = pack_replicas(
@@ -107,29 +88,39 @@ def _exchange_and_repack(problem: Problem, affinity: Floats, home: Ints, load: F
     return packing.experts.ravel() if packing.greatest.max() <= ceiling else None
 
 
-def _exchange(affinity: Floats, home: Ints, fits: Callable[[Ints], Mask]) -> Ints:
+def _exchange(affinity: Floats, home: Ints, load: Floats, bin_of: Ints, ceiling: float) -> Ints:
     """Swap items between homes while that raises the affinity inside homes; returns the item in each position.
 
-    `fits(order)` says which pairs of positions may be swapped. A round looks at all pairs once and makes the best
-    swaps that touch different homes, so that their gains add up exactly.
+    `home` and `bin_of` [positions] stay; items carry `load`, and no bin may carry more than `ceiling`. A round looks
+    at all pairs at once and then makes its best swaps one after the other, each only if it still gains and fits.
     """
     order = np.arange(len(home))
     member = (home[:, None] == np.arange(home.max() + 1)[None, :]).astype(np.float64)
+    carried = np.bincount(bin_of, weights=load)
+    least = affinity.max() * 1e-9
     for _ in range(_MOST_ROUNDS):
-        here = affinity[np.ix_(order, order)]
+        here, now = affinity[np.ix_(order, order)], load[order]
         pull = here @ member
-        own = pull[np.arange(len(home)), home]
         toward = pull[:, home]
+        own = toward.diagonal()
         gain = toward + toward.T - own[:, None] - own[None, :] - 2 * here
-        gain[(home[:, None] >= home[None, :]) | ~fits(order)] = -np.inf
-        candidates = np.argpartition(-gain, _SWAPS_A_ROUND, axis=None)[:_SWAPS_A_ROUND]
+        more, room = now[None, :] - now[:, None], ceiling - carried[bin_of]
+        fits = (more <= room[:, None]) & (-more <= room[None, :])
+        gain[(home[:, None] >= home[None, :]) | ~fits] = -np.inf
+        count = min(_SWAPS_A_ROUND, gain.size - 1)
+        candidates = np.argpartition(-gain, count, axis=None)[:count]
         candidates = candidates[np.argsort(-gain.flat[candidates], kind="stable")]
-        touched: set[int] = set()
-        for first, second in zip(*np.unravel_index(candidates, gain.shape), strict=True):
-            homes = {int(home[first]), int(home[second])}
-            if gain[first, second] > affinity.max() * 1e-9 and not homes & touched:
-                order[first], order[second] = order[second], order[first]
-                touched |= homes
-        if not touched:
+        swapped = False
+        for a, b in zip(*np.unravel_index(candidates, gain.shape), strict=True):
+            first, second = order[a], order[b]
+            difference = affinity[first, order] - affinity[second, order]
+            moving = difference @ (member[:, home[b]] - member[:, home[a]]) - 2 * affinity[first, second]
+            change = load[second] - load[first]
+            if moving > least and change <= ceiling - carried[bin_of[a]] and -change <= ceiling - carried[bin_of[b]]:
+                order[a], order[b] = second, first
+                carried[bin_of[a]] += change
+                carried[bin_of[b]] -= change
+                swapped = True
+        if not swapped:
             break
     return order
