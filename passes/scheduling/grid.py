@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from moec.passes.scheduling.graph import Mode, Task, TaskGraph
+from moec.passes.scheduling.graph import Mode, TaskGraph
 
 _TIME_LIMIT = 2**36
 _ROUNDED_TIME = 2**30
@@ -79,11 +79,6 @@ def make_grid(graph: TaskGraph, refine: int = 1) -> Grid:
         capacities=[math.floor(graph.resources[name] * scales[r] + 0.5) for r, name in enumerate(names)],
         arcs=sorted(arcs),
     )
-
-
-def chosen(task: Task, grid_modes: list[GridMode], choice: int) -> Mode:
-    """The task's own mode behind a choice among its grid modes."""
-    return task.modes[grid_modes[choice].source]
 
 
 def _unit(durations: list[Fraction], total: Fraction) -> tuple[Fraction, bool]:

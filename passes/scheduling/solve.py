@@ -63,9 +63,9 @@ def solve(graph: TaskGraph, time_limit: float | None = None, seed: int = 0) -> S
     """The best schedule found within `time_limit` seconds, on two threads at most.
 
     Without a time limit the effort is a fixed amount of work, about a second (cyclic: three): the same graph then gets
-    the same schedule, unless the machine is so busy that even thirty seconds do not suffice. A graph that runs once gets
-    the least makespan; one with `repeat` edges the least interval and, at that interval, a short iteration. A proof
-    ends the search early. The schedule has passed `check`.
+    the same schedule, unless the machine is so busy that thirty seconds do not suffice. A graph that runs once gets the
+    least makespan; one with `repeat` edges the least interval and, at that interval, a short iteration. A proof ends
+    the search early. The schedule has passed `check`.
     """
     import ortools.sat.python.cp_model  # noqa: F401  the limit is for the search, not for loading the solver
 
