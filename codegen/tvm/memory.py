@@ -114,6 +114,9 @@ def _view(
     op: Op, result: int, shape: tuple[int, ...], layout: Layout, last_use: Mapping[Value, int], position: int
 ) -> Place | None:
     """The place of a result that shares its operand's bytes; None when it needs its own."""
+    if op.name == "cache.read" and result == 1:
+        latent = layout.places[op.results[0]]
+        return replace(latent, offset=latent.offset + latent.shape[1], shape=shape)
     if not op.operands or not isinstance(op.operands[0], Value) or op.operands[0] not in layout.places:
         return None
     x = layout.places[op.operands[0]]
@@ -134,11 +137,6 @@ def _view(
         case "moe.dispatch" if result == 0:
             # Rows are never copied: the grouped product gathers them from x by the index of their token.
             return replace(x, keeps=(*x.keeps, layout.extra[op][0]))
-        case "cache.read":
-            if result == 0:
-                return None
-            first = layout.places[op.results[0]]
-            return replace(first, offset=first.offset + first.shape[1], shape=shape)
         case "repeat":
             return replace(x, shape=shape)
     return None

@@ -36,11 +36,10 @@ class MoeRoute(OpDef):
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
         x, gate = tensor(t[0], "x", 2), tensor(t[1], "gate", 2)
         same(x.shape[1], gate.shape[1], "inner dims of x and gate")
-        experts = gate.shape[0]
+        experts = known(gate.shape[0], "number of experts")
         if len(t) == 3:
             same(tensor(t[2], "bias", 1).shape[0], experts, "bias and experts")
         k, groups, chosen = int(a["top_k"]), int(a["groups"]), int(a["top_groups"])
-        assert isinstance(experts, int)
         require(groups >= 1 and experts % groups == 0, f"{experts} experts do not divide into {groups} groups")
         require(1 <= chosen <= groups, f"top_groups {chosen} must lie in 1..{groups}")
         reach = chosen * (experts // groups)
@@ -57,11 +56,11 @@ class MoeRoute(OpDef):
         if chosen < groups:
             by_group = choice.unflatten(-1, (groups, -1))
             depth = 2 if a["group_score"] == "top2" else 1
-            rank = by_group.sort(-1, descending=True, stable=True).values[..., :depth].sum(-1)
-            best = rank.sort(-1, descending=True, stable=True).indices[..., :chosen]
+            rank = by_group.sort(dim=-1, descending=True, stable=True).values[..., :depth].sum(-1)
+            best = rank.sort(dim=-1, descending=True, stable=True).indices[..., :chosen]
             mask = torch.zeros_like(rank).scatter_(-1, best, 1.0).bool()
             choice = by_group.masked_fill(~mask[..., None], float("-inf")).flatten(-2)
-        ids = choice.sort(-1, descending=True, stable=True).indices[..., :k]
+        ids = choice.sort(dim=-1, descending=True, stable=True).indices[..., :k]
         weights = scores.gather(-1, ids)
         if a["normalise"]:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -82,6 +81,7 @@ class MoeDispatch(OpDef):
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
         x, ids = tensor(t[0], "x", 2), tensor(t[1], "ids", 2, ("i32",))
         same(x.shape[0], ids.shape[0], "tokens of x and ids")
+        require(int(a["experts"]) >= 1, f"experts must be at least 1, got {a['experts']}")
         tokens, k = ids.shape
         rows = TensorType(x.dtype, (tokens * k, x.shape[1]), x.quant)
         return [rows, TensorType("i32", (int(a["experts"]) + 1,)), TensorType("i32", ids.shape)]
