@@ -72,9 +72,6 @@ def _answer(graph: TaskGraph, solution: Solution) -> dict[str, Any]:
         "start_us": dict(schedule.start_us),
         "duration_us": {task.name: schedule.mode_of(task).us for task in graph.tasks},
         "uses": {task.name: dict(schedule.mode_of(task).uses) for task in graph.tasks},
-        "share": {
-            task.name: schedule.mode_of(task).share for task in graph.tasks if schedule.mode_of(task).share is not None
-        },
         "bounds_us": solution.bounds,
         "utilisation": utilisation(graph, schedule),
         "exposed_us": sum(end - start for start, end in exposed_communication(graph, schedule)),
