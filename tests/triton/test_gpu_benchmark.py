@@ -1,0 +1,62 @@
+"""What of benchmarks/gpu.py runs without a GPU: its problems, what torch is given beside them, and the refusal."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moec.codegen.triton.spec import Instance, registry
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark_modules() -> Iterator[tuple[Any, Any]]:
+    """benchmarks/gpu.py and gpu_peers.py, with torch.compile left out: what is compiled runs eagerly."""
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(FOLDER))
+    gpu, peers = importlib.import_module("gpu"), importlib.import_module("gpu_peers")
+    patch.setattr(peers, "compiled", lambda function, *arguments: lambda: function(*arguments))
+    yield gpu, peers
+    patch.undo()
+
+
+def small(name: str) -> Instance:
+    """A kernel's first test case, its rows shared evenly among experts or sequences as in the benchmark."""
+    spec = registry()[name]
+    instance = spec.instance("sm_90a", "", **spec.cases[0].dims)
+    return replace(instance, dims={**instance.dims, "LOAD": -1}) if "LOAD" in instance.dims else instance
+
+
+@pytest.mark.parametrize("name", list(registry()))
+def test_problem_and_peers(benchmark_modules: tuple[Any, Any], name: str) -> None:
+    gpu, peers = benchmark_modules
+    instance = small(name)
+    arguments = instance.spec.build(gpu.DeviceProblem(instance, torch.Generator(), "cpu"))
+    assert set(arguments) == set(instance.signature)
+    for _, peer in peers.PEERS.get(instance.spec.function, ()):
+        peer(instance, arguments)()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+def test_everything_timed_has_a_size(benchmark_modules: tuple[Any, Any], arch: str) -> None:
+    for instance in benchmark_modules[0].wanted(arch):
+        assert all(n > 0 for n in instance.grid()), instance.name
+        assert instance.bytes() > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line() -> None:
+    done = subprocess.run([sys.executable, str(FOLDER / "gpu.py")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "no CUDA driver here (torch finds no GPU): run on a machine with an NVIDIA GPU, or compile for --target cpu"
+    )
