@@ -14,6 +14,9 @@ from typing import Any
 MAX_DIM = 2**62
 MAX_TEXT = 400
 MAX_DEPTH = 24
+MAX_TERMS = 32
+MAX_CHOICES = 4
+"""Terms of a sum, and minima and maxima of two, in one expression: many more would cost sympy minutes."""
 
 _TOKEN = re.compile(r"\s*(?:(\d+)|([A-Za-z_]\w*)|(//|[-+*(),]))")
 
@@ -70,7 +73,10 @@ class Dim:
         missing = self.symbols() - set(values)
         if missing:
             raise DimError(f"no value for {', '.join(sorted(missing))} in {self.text}")
-        return int(self.expr.subs({s: values[str(s)] for s in self.expr.free_symbols}))
+        value = self.expr.subs({s: values[str(s)] for s in self.expr.free_symbols})
+        if not value.is_Integer:
+            raise DimError(f"{self.text} has no integer value")
+        return int(value)
 
 
 Size = int | Dim
@@ -87,6 +93,8 @@ def _binary(kind: str, a: Size, b: Size) -> Size:
     s = _sympy()
     x = a.expr if isinstance(a, Dim) else s.Integer(a)
     y = b.expr if isinstance(b, Dim) else s.Integer(b)
+    if _terms(x) * _terms(y) > MAX_TERMS or _choices(x) + _choices(y) > MAX_CHOICES:
+        raise DimError("dimension expression has too many terms")
     table: dict[str, Callable[[], Any]] = {
         "add": lambda: x + y,
         "sub": lambda: x - y,
@@ -117,7 +125,21 @@ def _wrap(expr: Any) -> Size:
         if abs(value) > MAX_DIM:
             raise DimError("dimension too large (limit 2^62)")
         return value
-    return Dim(expr, _text(expr))
+    text = _text(expr)
+    if len(text) > MAX_TEXT:
+        raise DimError("dimension expression too long")
+    return Dim(expr, text)
+
+
+def _terms(expr: Any) -> int:
+    """Summands of an expression."""
+    return len(expr.args) if expr.is_Add else 1
+
+
+def _choices(expr: Any) -> int:
+    """Minima and maxima of two in an expression."""
+    s = _sympy()
+    return sum(len(e.args) - 1 for e in expr.atoms(s.Min, s.Max))
 
 
 def _text(expr: Any) -> str:

@@ -27,7 +27,7 @@ class WeightPrograms:
         self.torch = torch
         self._loader = loader
         self._point: dict[str, int] = {}
-        self._cache: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._cache: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def load(self, name: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         """A checkpoint tensor; `{l}` and `{e}` in its name stand for the current indices."""
@@ -47,11 +47,11 @@ class WeightPrograms:
 
     def tensor(self, name: str, fixed: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The logical tensor of `@name[fixed]`; indices left open are stacked in front."""
-        if (name, fixed) not in self._cache:
+        if (name, fixed, dtype) not in self._cache:
             weight = self.module.weights[name]
             open_ranges = weight.indices[len(fixed) :]
-            self._cache[name, fixed] = self._stack(name, fixed, open_ranges, dtype)
-        return self._cache[name, fixed]
+            self._cache[name, fixed, dtype] = self._stack(name, fixed, open_ranges, dtype)
+        return self._cache[name, fixed, dtype]
 
     def _stack(
         self, name: str, fixed: tuple[int, ...], ranges: Sequence[tuple[str, int, int]], dtype: torch.dtype
@@ -65,8 +65,8 @@ class WeightPrograms:
 class Evaluator:
     """Evaluates functions of a module.
 
-    `compute` is the torch type of all arithmetic; with `rounding` every result is rounded to its stated element type, as
-    a machine that stores it would. `trace` is called with each op and its results.
+    `compute` is the torch type of all arithmetic; with `rounding` every result is rounded to its stated element type,
+    as a machine that stores it would. `trace` is called with each op and its results.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -17,6 +18,10 @@ class Location:
     file: str
     line: int
     passes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Characters that end a location in the text form; a file on disk may have them in its name.
+        object.__setattr__(self, "file", re.sub(r"[^\w./\- ]", "_", self.file).strip() or "_")
 
     def __str__(self) -> str:
         return f"loc({', '.join([f'{self.file}:{self.line}', *self.passes])})"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from moec.ir.dims import Size
+from moec.ir.dims import MAX_DIM, Size
 from moec.ir.module import Attribute, Module, Operand
 from moec.ir.types import CacheType, IndexType, TensorType, Type
 
@@ -132,7 +132,27 @@ def infer(op: OpDef, operands: Sequence[Operand], attrs: Attrs, module: Module |
         want = str(low) if low == high else f"{low} to {high}" if high < 1 << 16 else f"at least {low}"
         raise TypeRuleError(f"{op.name} takes {want} operands ({op.operands or 'none'}), got {len(operands)}")
     check_attrs(op, attrs)
-    return op.infer([operand_type(o) for o in operands], attrs, module)
+    types = [operand_type(o) for o in operands]
+    require(not any(isinstance(t, TensorType) and not t.shape for t in types), "an operand has no dims")
+    results = op.infer(types, attrs, module)
+    for t in results:
+        if isinstance(t, TensorType):
+            _sound(t)
+    return results
+
+
+def _sound(t: TensorType) -> None:
+    """Raise TypeRuleError for dims that no tensor has or a scale block of more dims than the tensor."""
+    for d in t.shape:
+        require(not isinstance(d, int) or 0 <= d <= MAX_DIM, f"a result would have the dim {d}")
+    require(t.quant is None or len(t.quant.block) <= len(t.shape), f"a scale block has more dims than {t}")
+
+
+def placement(op: str, *, in_program: bool) -> str:
+    """Why an op may not stand where it does (weight programs hold `weight.*` ops only); empty when it may."""
+    if op.startswith("weight.") == in_program:
+        return ""
+    return f"{op} cannot stand in a {'weight program' if in_program else 'function'}"
 
 
 def require(condition: bool, message: str) -> None:

@@ -14,7 +14,7 @@ from moec.errors import InputError, near
 from moec.ir.builder import weight_ref
 from moec.ir.dims import DimError, Size, parse_dim
 from moec.ir.module import Attribute, Function, Location, Module, Op, Operand, Value, Weight
-from moec.ir.optable import OPS, TypeRuleError, infer
+from moec.ir.optable import OPS, TypeRuleError, infer, placement
 from moec.ir.printer import VERSION
 from moec.ir.types import BITS, CACHE_KINDS, SCALE_BITS, CacheType, IndexType, Quant, TensorType, Type
 
@@ -24,6 +24,7 @@ SPACE = re.compile(r"(?:\s+|//[^\n]*)*")
 NUMBER = re.compile(r"-?(?:inf\b|nan\b|\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)")
 GRANULARITY = re.compile(r"\d+x\d+\b")
 STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
+MODULE_NAME = re.compile(r"\w[\w.\-]*")
 LOCATION = re.compile(r"loc\(([^(),\n]+):(\d{1,9})((?:, [\w.\-]+)*)\)")
 DTYPE = re.compile(r"[a-z]\w*(?:\.\w+)?")
 MAX_DIGITS = 19
@@ -47,6 +48,7 @@ class _Parser:
         self.file = file
         self.at = 0
         self.values: dict[str, Value] = {}
+        self.in_program = False
         self.parsed = Module("")
 
     # Reading.
@@ -118,7 +120,8 @@ class _Parser:
         if not self.keyword("module"):
             self.fail("expected 'module'")
         self.expect("@")
-        self.parsed.name = self.match(SYMBOL, "a module name")
+        self.parsed.name = self.match(MODULE_NAME, "a module name")
+        self.skip()
         at = self.at
         attrs = self.attrs() if self._attrs_ahead() else {}
         version = attrs.pop("version", None)
@@ -166,12 +169,15 @@ class _Parser:
                     break
             self.expect("]")
         self.expect(":")
-        at = self.at + 1
+        self.skip()
+        at = self.at
         type_ = self.type()
         if not isinstance(type_, TensorType):
             self.fail("a weight must be a tensor", at)
         program = Function(name, [Value(i[0], IndexType()) for i in indices])
+        self.in_program = True
         self.body(program)
+        self.in_program = False
         if [v.type for v in program.returns] != [type_]:
             got = ", ".join(str(v.type) for v in program.returns) or "nothing"
             self.fail(f"the program of @{name} returns {got}, its type is {type_}", at)
@@ -184,14 +190,16 @@ class _Parser:
         if name in self.parsed.functions:
             self.fail(f"function @{name} is defined twice", at)
         function = Function(name, [])
+        names: set[str] = set()
         self.expect("(")
         while not self.accept(")"):
             if function.args:
                 self.expect(",")
             self.expect("%")
             arg = self.match(NAME, "an argument name")
-            if any(arg == a.name for a in function.args):
-                self.fail(f"argument %{arg} is defined twice", self.at - len(arg))
+            if arg in names:
+                self.fail(f"argument %{arg} is defined twice", self.at - len(arg) - 1)
+            names.add(arg)
             self.expect(":", " and a type")
             function.args.append(Value(arg, self.type()))
         self.skip()
@@ -232,7 +240,7 @@ class _Parser:
         self.expect("%")
         name = self.match(NAME, "a value name")
         if name not in self.values:
-            self.fail(f"%{name} is used before it is defined{near(name, []) or ''}", at)
+            self.fail(f"%{name} is used before it is defined", at)
         return self.values[name]
 
     def operand(self) -> Operand:
@@ -259,15 +267,15 @@ class _Parser:
     def op(self, function: Function) -> None:
         self.skip()
         start = self.at
-        names: list[tuple[str, int]] = []
+        names: dict[str, int] = {}
         if self.peek("%"):
             while True:
                 self.expect("%")
                 at = self.at - 1
                 name = self.match(NAME, "a value name")
-                if name in self.values or any(name == n for n, _ in names):
+                if name in self.values or name in names:
                     self.fail(f"%{name} is defined twice", at)
-                names.append((name, at))
+                names[name] = at
                 if not self.accept(","):
                     break
             self.expect("=")
@@ -276,6 +284,9 @@ class _Parser:
         name = self.match(SYMBOL, "an op name")
         if name not in OPS:
             self.fail(f"unknown op {name}{near(name, list(OPS))}", at_name)
+        misplaced = placement(name, in_program=self.in_program)
+        if misplaced:
+            self.fail(misplaced, at_name)
         operands: list[Operand] = []
         if self.peek("%") or self.peek("@"):
             operands.append(self.operand())
@@ -288,9 +299,9 @@ class _Parser:
             self.fail(f"{name}: {error}", at_name)
         if len(names) != len(inferred):
             self.fail(f"{name} has {len(inferred)} results, the text names {len(names)}", start)
-        results = [Value(n, t) for (n, _), t in zip(names, inferred, strict=True)]
+        results = [Value(n, t) for n, t in zip(names, inferred, strict=True)]
         if results:
-            self.expect(":", f" and the type of %{names[0][0]}")
+            self.expect(":", f" and the type of %{results[0].name}")
         for i, value in enumerate(results):
             if i:
                 self.expect(",")
@@ -366,26 +377,22 @@ class _Parser:
         return block
 
     def dims(self) -> tuple[Size, ...]:
-        at = self.at + 1
-        end = self.text.find("]", at)
-        line = self.text.find("\n", at)
-        if end < 0 or 0 <= line < end:
-            self.fail("expected ']' after the dims", at)
-        self.at = end + 1
-        parts, depth, current = [], 0, ""
-        for c in self.text[at:end]:
-            depth += (c == "(") - (c == ")")
-            if c == "," and depth == 0:
-                parts.append(current)
-                current = ""
-            else:
-                current += c
-        if current.strip() or parts:
-            parts.append(current)
+        start = self.at + 1
+        close = re.compile(r"[\[\]\n]").search(self.text, start)
+        if close is None or close.group() != "]":
+            self.fail("expected ']' after the dims", start)
+        self.at = close.end()
+        inside = self.text[start : close.start()]
+        return tuple(self.dim(start + at, text) for at, text in _split(inside)) if inside.strip() else ()
+
+    def dim(self, at: int, text: str) -> Size:
         try:
-            return tuple(parse_dim(p) for p in parts)
+            size = parse_dim(text.strip())
         except DimError as error:
             self.fail(str(error), at)
+        if isinstance(size, int) and size < 0:
+            self.fail(f"negative dimension {size}", at)
+        return size
 
     def attrs(self) -> dict[str, Attribute]:
         self.expect("{")
@@ -439,3 +446,15 @@ class _Parser:
                 self.fail("integer has too many digits", at)
             return int(text)
         return float(text)
+
+
+def _split(text: str) -> list[tuple[int, str]]:
+    """The parts between commas outside parentheses, each with the position of its first character."""
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(text + ","):
+        depth += (c == "(") - (c == ")")
+        if c == "," and (depth == 0 or i == len(text)):
+            part = text[start:i]
+            parts.append((start + len(part) - len(part.lstrip()), part))
+            start = i + 1
+    return parts

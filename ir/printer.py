@@ -11,8 +11,8 @@ from moec.ir.module import Attribute, Function, Module, Op, Operand, Value, Weig
 VERSION = 1
 """Version of the text form; written in every file, checked when parsing."""
 
-BARE = re.compile(r"(?:[A-Za-z_][\w.\-]*|\d+x\d+)\Z")
-RESERVED = frozenset(("true", "false", "inf", "nan", "loc"))
+BARE = re.compile(r"(?:(?!(?:true|false|inf|nan|loc)\b)[A-Za-z_][\w.\-]*|[0-9]+x[0-9]+)\Z")
+"""Strings that read back as names or granularities without quotes; the words of the grammar do not."""
 
 
 def print_module(module: Module, *, locations: bool = True) -> str:
@@ -86,4 +86,4 @@ def print_attribute(value: Attribute) -> str:
         return repr(value)
     if isinstance(value, tuple):
         return "[" + ", ".join(map(print_attribute, value)) + "]"
-    return value if BARE.match(value) and value not in RESERVED else json.dumps(value)
+    return value if BARE.match(value) else json.dumps(value)

@@ -126,8 +126,10 @@ def retype(module: Module) -> None:
     from moec.ir.builder import weight_ref
 
     for weight in module.weights.values():
-        _infer_function(module, weight.program)
+        _infer_function(module, weight.program, set())
         weight.type = weight.program.returns[0].type
+
+    done: set[Function] = set()
 
     def fix(operand: Operand) -> Operand:
         return weight_ref(module.weights[operand.name], operand.indices) if isinstance(operand, WeightRef) else operand
@@ -135,17 +137,21 @@ def retype(module: Module) -> None:
     for function in module.functions.values():
         for op in function.ops:
             op.operands = [fix(o) for o in op.operands]
-        _infer_function(module, function)
+        _infer_function(module, function, done)
 
 
-def _infer_function(module: Module, function: Function) -> None:
+def _infer_function(module: Module, function: Function, done: set[Function]) -> None:
+    """`done` holds the functions whose types follow from their arguments' by now."""
+    done.add(function)
     for op in function.ops:
         if op.name == "repeat" and str(op.attrs["func"]) in module.functions:
             callee = module.functions[str(op.attrs["func"])]
-            for arg, operand in zip(callee.args[1:], op.operands, strict=True):
-                assert operand.type is not None
-                arg.type = operand.type
-            _infer_function(module, callee)
+            given = [o.type for o in op.operands]
+            if callee not in done or given != [a.type for a in callee.args[1:]]:
+                for arg, t in zip(callee.args[1:], given, strict=True):
+                    assert t is not None
+                    arg.type = t
+                _infer_function(module, callee, done)
         for result, t in zip(op.results, infer(OPS[op.name], op.operands, op.attrs, module), strict=True):
             result.type = t
 
@@ -154,7 +160,7 @@ def append_to_program(weight: Weight, op: str, **attrs: object) -> None:
     """Add one op behind the result of a weight's program and take its type as the weight's."""
     program = weight.program
     (result,) = program.returns
-    (type_,) = infer(OPS[op], [result], dict(attrs), None)  # type: ignore[arg-type]
+    (type_,) = infer(OPS[op], [result], dict(attrs), None)
     out = Value(str(sum(len(o.results) for o in program.ops)), type_)
     program.ops.append(Op(op, [result], dict(attrs), [out]))  # type: ignore[arg-type]
     program.returns = [out]
@@ -173,7 +179,7 @@ def join_weights(name: str, parts: Sequence[Weight], axis: int) -> Weight:
         program.ops += copy.ops
         results += copy.returns
     attrs = {"axis": axis}
-    (type_,) = infer(OPS["weight.concat"], results, attrs, None)  # type: ignore[arg-type]
+    (type_,) = infer(OPS["weight.concat"], results, attrs, None)
     out = Value("joined", type_)
     program.ops.append(Op("weight.concat", list(results), dict(attrs), [out]))
     program.returns = [out]
@@ -191,4 +197,4 @@ def derive_weight(name: str, source: Weight, steps: Sequence[tuple[str, dict[str
 
 def result_type(op: str, operands: Sequence[Operand], attrs: dict[str, object], module: Module) -> list[Type]:
     """Types that an op would have; raises TypeRuleError."""
-    return infer(OPS[op], operands, attrs, module)  # type: ignore[arg-type]
+    return infer(OPS[op], operands, attrs, module)

@@ -9,7 +9,7 @@ from moec.errors import MoecError
 from moec.ir.builder import weight_ref
 from moec.ir.dims import DimError
 from moec.ir.module import Function, Module, Op, Value, WeightRef
-from moec.ir.optable import OPS, TypeRuleError, infer
+from moec.ir.optable import OPS, TypeRuleError, infer, placement
 from moec.ir.printer import print_op
 from moec.ir.types import IndexType
 
@@ -27,7 +27,7 @@ def verify(module: Module) -> None:
     for weight in module.weights.values():
         if [a.name for a in weight.program.args] != [i[0] for i in weight.indices]:
             raise VerifyError(function=weight.name, message="program arguments differ from the indices", context="")
-        _function(module, weight.program)
+        _function(module, weight.program, in_program=True)
         if [v.type for v in weight.program.returns] != [weight.type]:
             message = f"the program returns {weight.program.returns}, the weight is {weight.type}"
             raise VerifyError(function=weight.name, message=message, context="")
@@ -35,7 +35,7 @@ def verify(module: Module) -> None:
         _function(module, function)
 
 
-def _function(module: Module, function: Function) -> None:
+def _function(module: Module, function: Function, *, in_program: bool = False) -> None:
     defined: dict[str, Value] = {}
 
     def define(value: Value, fail: Callable[[str], None]) -> None:
@@ -55,6 +55,9 @@ def _function(module: Module, function: Function) -> None:
 
         if op.name not in OPS:
             fail(f"unknown op {op.name}")
+        misplaced = placement(op.name, in_program=in_program)
+        if misplaced:
+            fail(misplaced)
         for value in op.values():
             if defined.get(value.name) is not value:
                 fail(f"{op.name} uses %{value.name} before it is defined")

@@ -8,7 +8,7 @@ from typing import Any
 from moec.ir.dims import Size, dim
 from moec.ir.module import Module
 from moec.ir.ops.core import FLOATS
-from moec.ir.optable import FLOAT, INT, STR, Attrs, OpDef, cache, index, require, same, tensor
+from moec.ir.optable import FLOAT, INT, STR, Attr, Attrs, OpDef, cache, index, require, same, tensor
 from moec.ir.types import BITS, CacheType, TensorType, Type
 
 
@@ -23,7 +23,7 @@ def _batch(seq: Type, pos: Type, tokens: Size) -> None:
 
 
 class CacheAppend(OpDef):
-    """Write tokens into the latent cache: token t goes to position `pos[t]` of sequence `seq[t]`, `[latent | key_rope]`."""
+    """Write `[latent | key_rope]` into the latent cache: token t goes to position `pos[t]` of sequence `seq[t]`."""
 
     name = "cache.append"
     operands = "kv layer latent key_rope seq pos pages"
@@ -57,7 +57,7 @@ class CacheRead(OpDef):
 
     name = "cache.read"
     operands = "kv layer pages starts"
-    attrs = {"length": STR, "rank": INT, "dtype": STR}
+    attrs = {"length": STR, "rank": INT, "dtype": Attr("str", choices=FLOATS)}
     results = "latent key_rope"
     effect = "read"
 
@@ -105,6 +105,7 @@ class AttnMla(OpDef):
             tensor(t[2], "key_rope", 2, FLOATS),
         )
         nope, v = int(a["nope"]), int(a["v"])
+        require(nope >= 0 and v >= 1, f"nope must be at least 0 and v at least 1, got {nope} and {v}")
         same(q.shape[2], rope.shape[1] + nope, "width of q and nope + rope")
         same(kv.shape[1], q.shape[1] * (nope + v), "width of kv and heads * (nope + v)")
         same(kv.shape[0], rope.shape[0], "rows of kv and key_rope")
@@ -149,6 +150,7 @@ class AttnMlaAbsorbed(OpDef):
         same(q.shape[2] + rope.shape[2], _cache_width(kv), "latent + rope width and cache width")
         _batch(t[4], t[5], q.shape[0])
         tensor(t[6], "pages", 2, ("i32",))
+        dim(str(a["context"]))
         return [q]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from moec.ir.module import Module
 from moec.ir.ops.core import FLOATS
 from moec.ir.ops.quant import QUANT_ATTRS, parse_block, quantised
 from moec.ir.optable import FLOAT, INT, INTS, STR, Attr, Attrs, OpDef, TypeRuleError, known, require, tensor
-from moec.ir.types import BITS, Quant, TensorType, Type
+from moec.ir.types import BITS, QUANTISED, Quant, TensorType, Type
 
 LAYOUTS = ("lane16",)
 
@@ -45,12 +45,16 @@ class WeightLoadScaled(OpDef):
         "tensor": STR,
         "scales": STR,
         "shape": INTS,
-        "dtype": Attr("str", choices=tuple(BITS)),
+        "dtype": Attr("str", choices=QUANTISED),
         "granularity": STR,
     }
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
         block = parse_block(str(a["granularity"]))
+        require(
+            len(block) == len(_ints(a, "shape")) and all(block),
+            f"granularity {a['granularity']} does not fit the shape {list(_ints(a, 'shape'))}",
+        )
         return [TensorType(str(a["dtype"]), _ints(a, "shape"), Quant("f32", block))]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
@@ -66,7 +70,8 @@ class WeightRopeTable(OpDef):
     """Cosines and sines of rotary angles for `positions` positions, `[positions, cos(dims/2) | sin(dims/2)]`.
 
     With `factor` above 1 the frequencies are YaRN's (Peng et al. 2023, arXiv 2309.00071): interpolated below
-    `beta_slow` turns over the `original` context, kept above `beta_fast`, blended between; `attention` scales cosines and sines.
+    `beta_slow` turns over the `original` context, kept above `beta_fast`, blended between; `attention` scales cosines
+    and sines.
     """
 
     name = "weight.rope_table"
@@ -262,10 +267,10 @@ class WeightPack(OpDef):
             f"layout {a['layout']} stores f32, bf16 and fp8_e4m3, got {x.dtype}",
         )
         if x.quant:
-            rows, columns = x.quant.block
+            block = x.quant.block
             require(
-                rows % 16 == 0 and columns == 128,
-                f"layout {a['layout']} needs scale blocks of 16·n x 128, got {rows}x{columns}",
+                len(block) == 2 and block[0] > 0 and block[0] % 16 == 0 and block[1] == 128,
+                f"layout {a['layout']} needs scale blocks of 16·n x 128, got {'x'.join(map(str, block))}",
             )
         return [replace(x, layout=str(a["layout"]))]
 
