@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +19,7 @@ from moec.ir.rewrite import clone_module
 from moec.targets import Target
 
 if TYPE_CHECKING:
+    from moec.codegen.tvm.program import Phase, Sizes
     from moec.codegen.tvm.tir import Machine
 
 PAGE = 64
@@ -27,7 +28,9 @@ PAGE = 64
 class NoKernel(InputError):
     """An op that the CPU back end cannot run."""
 
-    template: ClassVar[str] = "no CPU kernel for {ops}: run the passes that replace them (fuse, mla-absorb, select-kernels)"
+    template: ClassVar[str] = (
+        "no CPU kernel for {ops}: run the passes that replace them (fuse, mla-absorb, select-kernels)"
+    )
 
 
 class CompilerFailed(MoecError):
@@ -44,6 +47,16 @@ class Compiled:
     entries: dict[str, Any]
     kernels: list[dict[str, Any]]
     cached: bool
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced prefill: its library, how to call it, and where each op's results lie in its output `trace`."""
+
+    library: Path
+    entry: dict[str, Any]
+    points: list[dict[str, Any]]
+    """The fields of `tracing.TracePoint`."""
 
 
 def machine_of(target: Target) -> Machine:
@@ -76,13 +89,27 @@ def compile_module(module: Module, target: Target, limits: Mapping[str, int]) ->
     Equal inputs find the library in the cache; two processes may compile at once, the first to finish is kept.
     Raises NoKernel or CompilerFailed.
     """
-    folder = cache_folder() / "cpu" / _key(module, target, limits)
+    folder, cached = _cached(_key(module, target, limits), lambda work: _build(module, target, limits, work))
+    return _read(folder, cached)
+
+
+def compile_traced(module: Module, target: Target, limits: Mapping[str, int]) -> Traced:
+    """Compile `@prefill` so that it keeps every op's results; cached as `compile_module`'s, raises the same."""
+    key = _key(module, target, {**limits, "trace": 1})
+    folder, _ = _cached(key, lambda work: _build_traced(module, target, limits, work))
+    described = json.loads((folder / "program.json").read_text())
+    return Traced(folder / "kernels.so", described["entry"], described["trace"])
+
+
+def _cached(key: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
+    """The cache's folder of a key, and whether it was there; else `build` fills a new one."""
+    folder = cache_folder() / "cpu" / key
     if (folder / "kernels.so").exists():
-        return _read(folder, cached=True)
+        return folder, True
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".build-", dir=folder.parent))
     try:
-        _build(module, target, limits, work)
+        build(work)
         try:
             work.rename(folder)
         except OSError:
@@ -90,7 +117,7 @@ def compile_module(module: Module, target: Target, limits: Mapping[str, int]) ->
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return _read(folder, cached=False)
+    return folder, False
 
 
 def _read(folder: Path, cached: bool) -> Compiled:
@@ -124,27 +151,50 @@ def _machine_facts(target: Target) -> list[Any]:
 
 
 def _build(module: Module, target: Target, limits: Mapping[str, int], folder: Path) -> None:
+    from moec.codegen.tvm.program import build_phase, kernel_table
+
+    _require_kernels(module)
+    machine = machine_of(target)
+    phases = [build_phase(module, name, _sizes(name, limits), machine) for name in ("prefill", "decode")]
+    _export(phases, machine, folder)
+    described = {"entries": {p.entry.symbol: p.entry.as_json() for p in phases}, "kernels": kernel_table(phases)}
+    (folder / "program.json").write_text(json.dumps(described, sort_keys=True))
+
+
+def _build_traced(module: Module, target: Target, limits: Mapping[str, int], folder: Path) -> None:
+    from moec.codegen.tvm.program import build_phase
+
+    _require_kernels(module)
+    machine = machine_of(target)
+    phase = build_phase(module, "prefill", _sizes("prefill", limits), machine, trace=True)
+    _export([phase], machine, folder)
+    described = {"entry": phase.entry.as_json(), "trace": [asdict(point) for point in phase.trace]}
+    (folder / "program.json").write_text(json.dumps(described, sort_keys=True))
+
+
+def _require_kernels(module: Module) -> None:
     from moec.codegen.tvm.emit import missing_ops
-    from moec.codegen.tvm.program import Sizes, build_phase, kernel_table, program_functions
+
+    if missing := missing_ops(module):
+        raise NoKernel(ops=", ".join(missing))
+
+
+def _sizes(phase: str, limits: Mapping[str, int]) -> Sizes:
+    """Prefill takes a chunk of one sequence, decode a token of every sequence."""
+    from moec.codegen.tvm.program import Sizes
+
+    context, chunk, batch = limits["context"], min(limits["chunk"], limits["context"]), limits["batch"]
+    tokens, sequences = (chunk, 1) if phase == "prefill" else (batch, batch)
+    return Sizes(tokens, tokens, context, sequences, PAGE, batch * -(-context // PAGE))
+
+
+def _export(phases: Sequence[Phase], machine: Machine, folder: Path) -> None:
+    from moec.codegen.tvm.program import program_functions
     from moec.codegen.tvm.tir import build_module, compile_module
 
-    missing = missing_ops(module)
-    if missing:
-        raise NoKernel(ops=", ".join(missing))
-    machine = machine_of(target)
-    context, chunk, batch = limits["context"], min(limits["chunk"], limits["context"]), limits["batch"]
-    pages = batch * -(-context // PAGE)
-    phases = [
-        build_phase(module, "prefill", Sizes(chunk, chunk, context, 1, PAGE, pages), machine),
-        build_phase(module, "decode", Sizes(batch, batch, context, batch, PAGE, pages), machine),
-    ]
     kernels, functions = program_functions(phases)
     library = compile_module(build_module(kernels, functions), machine)
     try:
         library.export_library(str(folder / "kernels.so"))
     except Exception as error:
         raise CompilerFailed(message=str(error).strip().splitlines()[-1]) from None
-    described = {"entries": {p.entry.symbol: p.entry.as_json() for p in phases}, "kernels": kernel_table(phases)}
-    (folder / "program.json").write_text(json.dumps(described, sort_keys=True))
-
-

@@ -12,7 +12,8 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.storage import stored_arrays
 from moec.codegen.tvm.emit import FunctionEmitter, Program, WeightBuffer, extra_sizes
 from moec.codegen.tvm.memory import Layout, loop_result, plan_function, symbol_bounds
-from moec.codegen.tvm.tir import Kernel, Machine
+from moec.codegen.tvm.tir import Kernel, Machine, const
+from moec.codegen.tvm.tracing import TracePoint, Tracer, TracingEmitter
 from moec.ir import CacheType, Function, Module, Op, TensorType, Value, WeightRef
 
 TIR_TYPES = {"f32": "float32", "bf16": "uint16", "i32": "int32"}
@@ -39,17 +40,18 @@ class Entry:
 
 @dataclass
 class Phase:
-    """A built phase: its exported function, the kernels that it calls, and how to call it."""
+    """A built phase: its exported function, the kernels that it calls, how to call it, and what its trace holds."""
 
     entry: Entry
     function: Any
     kernels: list[Kernel]
     uses: dict[str, set[str]]
+    trace: list[TracePoint] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Limits of one phase: tokens and wanted rows of a call, context, sequences, tokens of a page, pages of the cache."""
+    """Limits of one phase: tokens and wanted rows of a call, context, sequences, page size, pages of the cache."""
 
     max_tokens: int
     max_rows: int
@@ -59,8 +61,12 @@ class Sizes:
     pages: int
 
 
-def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine) -> Phase:
-    """Emit the entry function `name` of a module whose ops all have kernels."""
+def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine, trace: bool = False) -> Phase:
+    """Emit the entry function `name` of a module whose ops all have kernels.
+
+    With `trace` it has one more output, `trace` f32[words], into which the results of every op are copied; such a
+    program is called for a sequence's first tokens only.
+    """
     function = module.functions[name]
     kv = next(a for a in function.args if isinstance(a.type, CacheType))
     symbols = symbol_bounds(sizes.max_tokens, sizes.max_rows, sizes.context, sizes.batch, sizes.page)
@@ -70,31 +76,39 @@ def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine) -> Ph
     layers = _layer_layouts(module, function, symbols)
     layer_size = max((lay.size for lay in layers.values()), default=0)
     limits = {**symbols, "rank": _rank(module)}
+    tracer = Tracer(module, function, symbols) if trace else None
     entry = Entry(name, sizes.max_tokens, sizes.max_rows)
     # Scratch stands last, and how much of it there is shows only once everything is emitted: build twice.
     scratch = 0
     for _ in range(2):
         entry.args = []
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(name)
-                T.func_attr({"global_symbol": name, "tirx.noalias": True})
-                env = _inputs(entry, function, kv, sizes.pages)
-                arena = layout.size + layer_size
-                workspace = _array(entry, "workspace", "workspace", "float32", (arena + scratch,))
-                vocab = int(result.type.shape[1])  # type: ignore[union-attr, arg-type]
-                out = _matched(entry, "logits", "output", "float32", ("R", vocab), env.sizes)
-                arrays = {w: _weight_arrays(entry, module, w) for w in _used_weights(module, function)}
-                # Every argument is declared: from here on views of them may be.
-                weights = {w: _weight(module, w, a) for w, a in arrays.items()}
-                program = Program(machine, limits, sizes.page, workspace, weights, env.counts(), scratch_at=arena)
+        with IRBuilder() as builder, T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
+            env = _inputs(entry, function, kv, sizes.pages)
+            arena = layout.size + layer_size
+            workspace = _array(entry, "workspace", "workspace", "float32", (arena + scratch,))
+            vocab = int(result.type.shape[1])  # type: ignore[union-attr, arg-type]
+            out = _matched(entry, "logits", "output", "float32", ("R", vocab), env.sizes)
+            words = _array(entry, "trace", "output", "float32", (tracer.words,)) if tracer else None
+            arrays = {w: _weight_arrays(entry, module, w) for w in _used_weights(module, function)}
+            # Every argument is declared: from here on views of them may be.
+            weights = {w: _weight(module, w, a) for w, a in arrays.items()}
+            program = Program(machine, limits, sizes.page, workspace, weights, env.counts(), scratch_at=arena)
+            loops = _Loops(program, module, layers, layout.size)
+            if tracer is None:
                 emitter = FunctionEmitter(program, module, function, layout, 0)
-                emitter.env = env.views()
-                emitter.env[logits] = (_flat(out), 0)
-                emitter.repeat = _Loops(program, module, layers, layout.size)
-                emitter.emit()
+            else:
+                sink = _flat(words)
+                loops = _TracedLoops(program, module, layers, layout.size, tracer, sink)
+                emitter = TracingEmitter(program, module, function, layout, 0, tracer.frame, sink)
+            emitter.env = env.views()
+            emitter.env[logits] = (_flat(out), 0)
+            emitter.repeat = loops
+            emitter.emit()
         scratch = program.scratch_size
-    return Phase(entry, builder.get(), list(program.kernels.values()), program.uses)
+    points = tracer.points if tracer else []
+    return Phase(entry, builder.get(), list(program.kernels.values()), program.uses, points)
 
 
 def _rank(module: Module) -> int:
@@ -128,12 +142,15 @@ class _Loops:
         callee = self.module.functions[str(op.attrs["func"])]
         layout = self.layouts[callee.name]
         with T.serial(int(op.attrs["first"]), int(op.attrs["last"]) + 1) as layer:  # type: ignore[arg-type]
-            inner = FunctionEmitter(self.program, self.module, callee, layout, self.base)
+            inner = self._emitter(op, callee, layout, layer)
             inner.env[callee.args[0]] = layer
             for arg, operand in zip(callee.args[1:], op.operands, strict=True):
                 inner.env[arg] = self._argument(outer, operand)
             inner.emit()
             inner.finish(callee.returns[0], callee.args[1])
+
+    def _emitter(self, op: Op, callee: Function, layout: Layout, layer: Any) -> FunctionEmitter:
+        return FunctionEmitter(self.program, self.module, callee, layout, self.base)
 
     def _argument(self, outer: FunctionEmitter, operand: Value | WeightRef) -> Any:
         if isinstance(operand, WeightRef):
@@ -141,6 +158,30 @@ class _Loops:
         if isinstance(operand.type, CacheType):
             return outer.env[operand]
         return outer.buffer_of(operand)
+
+
+class _TracedLoops(_Loops):
+    """Such loops with a trace of every layer."""
+
+    def __init__(
+        self,
+        program: Program,
+        module: Module,
+        layouts: Mapping[str, Layout],
+        base: int,
+        tracer: Tracer,
+        sink: Any,
+    ) -> None:
+        super().__init__(program, module, layouts, base)
+        self.tracer = tracer
+        self.sink = sink
+
+    def _emitter(self, op: Op, callee: Function, layout: Layout, layer: Any) -> FunctionEmitter:
+        origin, frame = self.tracer.layers[op]
+        emitter = TracingEmitter(self.program, self.module, callee, layout, self.base, frame, self.sink)
+        number = T.Cast("int64", layer - int(op.attrs["first"]))  # type: ignore[arg-type]
+        emitter.origin = const(origin, "int64") + number * const(frame.words, "int64")
+        return emitter
 
 
 @dataclass
@@ -151,9 +192,7 @@ class _Inputs:
 
     def views(self) -> dict[Value, Any]:
         """Flat views with the first element of each (of the cache: with its number of pages)."""
-        return {
-            v: (_flat(b), self.pages if isinstance(v.type, CacheType) else 0) for v, b in self.buffers.items()
-        }
+        return {v: (_flat(b), self.pages if isinstance(v.type, CacheType) else 0) for v, b in self.buffers.items()}
 
     def counts(self) -> dict[str, Any]:
         """Run-time sizes: tokens, wanted rows, and the cached positions of the one sequence of a prefill call."""
@@ -179,9 +218,7 @@ def _flat(buffer: Any) -> Any:
     return T.decl_buffer((1 << 40,), buffer.dtype, data=buffer.data, align=4)
 
 
-def _matched(
-    entry: Entry, name: str, kind: str, dtype: str, shape: Sequence[Any], sizes: Mapping[str, Any]
-) -> Any:
+def _matched(entry: Entry, name: str, kind: str, dtype: str, shape: Sequence[Any], sizes: Mapping[str, Any]) -> Any:
     handle = T.arg(name, T.handle())
     entry.args.append({"name": name, "kind": kind, "dtype": dtype, "shape": list(shape)})
     dims = [sizes[d] if isinstance(d, str) else int(d) for d in shape]
@@ -213,9 +250,7 @@ def _weight(module: Module, name: str, arrays: Sequence[Any]) -> WeightBuffer:
     first, stop = weight.indices[0][1:] if by_layer else (0, 1)
     elements = [a.lanes // (stop - first) for a in stored_arrays(weight)]
     views = [_flat(a) for a in arrays]
-    return WeightBuffer(
-        views[0], views[1] if views[1:] else None, elements[0], elements[1] if views[1:] else 0, first
-    )
+    return WeightBuffer(views[0], views[1] if views[1:] else None, elements[0], elements[1] if views[1:] else 0, first)
 
 
 def kernel_table(phases: Sequence[Phase]) -> list[dict[str, Any]]:
@@ -231,5 +266,3 @@ def program_functions(phases: Sequence[Phase]) -> tuple[list[Kernel], dict[str, 
     """Kernels of all phases, each name once, and the exported functions."""
     kernels = {k.name: k for phase in phases for k in phase.kernels}
     return list(kernels.values()), {phase.entry.symbol: phase.function for phase in phases}
-
-
