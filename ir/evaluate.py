@@ -6,17 +6,25 @@ Slow and simple on purpose: it is what kernels and passes are checked against. N
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from moec.errors import MoecError
 from moec.ir.module import Function, Module, Op, Value, WeightRef
 from moec.ir.numeric import TORCH, logical
 from moec.ir.optable import OPS
+from moec.ir.printer import print_op
 from moec.ir.types import CacheType, TensorType
 
 Loader = Callable[[str, tuple[int, ...], str], torch.Tensor]
 """Returns a checkpoint tensor by name; shape and element type are those that the program states."""
+
+
+class EvaluationError(MoecError):
+    """An op whose operands' values its rule cannot take, such as an index outside a table."""
+
+    template: ClassVar[str] = "@{function}: cannot evaluate {op}: {reason}"
 
 
 class WeightPrograms:
@@ -101,8 +109,11 @@ class Evaluator:
         """Results of one function for tensors, caches (tensors, changed in place) and layer indices."""
         env: dict[Value, Any] = dict(zip(function.args, args, strict=True))
         for op in function.ops:
-            inputs = [self._operand(o, env) for o in op.operands]
-            results = [self._store(v, r.type) for v, r in zip(self._run(op, inputs), op.results, strict=True)]
+            try:
+                inputs = [self._operand(o, env) for o in op.operands]
+                results = [self._store(v, r.type) for v, r in zip(self._run(op, inputs), op.results, strict=True)]
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise EvaluationError(function=function.name, op=print_op(op), reason=error) from error
             env.update(zip(op.results, results, strict=True))
             if self._trace is not None:
                 self._trace(function, op, results)

@@ -51,3 +51,9 @@ def active_parameters(module: Module) -> int:
 
 def _top_k(module: Module) -> int:
     return next(int(op.attrs["top_k"]) for _, op in module.ops() if op.name == "moe.route")  # type: ignore[arg-type]
+
+
+def weight_bytes(weight: Weight) -> int:
+    """Bytes of a weight, its scales included, over all its index points."""
+    assert isinstance(weight.type, TensorType)
+    return int(weight.type.nbytes()) * weight.points()  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ from moec.passes.base import Context, Outcome, Pass, PassError
 class BindLimits(Pass):
     """Make rotary tables as long as the compiled context.
 
-    Consumes tables for all positions of the model; produces tables of `limits.context` rows. Refuses a context beyond the
-    model's own. Must not change results at positions within the limit: tolerance 0.
+    Consumes tables for all positions of the model; produces tables of `limits.context` rows. Refuses a context beyond
+    the model's own. Must not change results at positions within the limit: tolerance 0.
     """
 
     name: ClassVar[str] = "bind-limits"
@@ -29,10 +29,13 @@ class BindLimits(Pass):
                 known = op.attrs["positions"]
                 assert isinstance(known, int)
                 if ctx.limits.context > known:
-                    message = f"context {ctx.limits.context} exceeds the model's {known} positions; pass --context {known} or less"
+                    limit = f"context {ctx.limits.context} exceeds the model's {known} positions"
+                    message = f"{limit}; pass --context {known} or less"
                     raise PassError(name=self.name, message=message)
                 op.attrs["positions"] = ctx.limits.context
                 out.matched += 1
                 out.notes.append(f"@{weight.name}: {known} -> {ctx.limits.context} positions")
+        if not out.matched:
+            out.warnings.append("no rotary table to cut: no weight is made by weight.rope_table")
         retype(module)
         return out

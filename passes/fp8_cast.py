@@ -8,6 +8,7 @@ from typing import ClassVar
 from moec.errors import near
 from moec.ir import CacheType, Module, TensorType, Weight, WeightRef
 from moec.ir.rewrite import append_to_program, retype
+from moec.ir.types import SCALE_BITS
 from moec.passes.base import Context, Outcome, Pass, PassError
 
 BLOCK = "128x128"
@@ -40,9 +41,9 @@ def auto_recipe(ctx: Context) -> str:
 class Fp8Cast(Pass):
     """Apply a precision recipe.
 
-    Consumes a module whose weights and activations have the checkpoint's types; produces one whose matrices are stored as
-    the recipe says (FP8: E4M3 with one `scale` per 128x128 block, output head included), whose norms, biases and gate are
-    f32, and whose activations and cache have the recipe's types. Results change by the rounding of the formats.
+    Consumes a module whose weights and activations have the checkpoint's types; produces one whose matrices are stored
+    as the recipe says (FP8: E4M3 with one `scale` per 128x128 block, output head included), whose norms, biases and
+    gate are f32, and whose activations and cache have the recipe's types. Results change by the formats' rounding.
     """
 
     name: ClassVar[str] = "fp8-cast"
@@ -50,7 +51,17 @@ class Fp8Cast(Pass):
     recipe: str = "auto"
     scale: str = "f32"
 
+    def requires(self, module: Module) -> str:
+        for weight in module.weights.values():
+            if isinstance(weight.type, TensorType) and (weight.type.quant or weight.type.layout):
+                return f"@{weight.name} is {weight.type} already: weights are cast once, before they are packed"
+        return ""
+
     def run(self, module: Module, ctx: Context) -> Outcome:
+        if self.scale not in SCALE_BITS:
+            raise PassError(
+                name=self.name, message=f"unknown scale format {self.scale!r}{near(self.scale, list(SCALE_BITS))}"
+            )
         name = auto_recipe(ctx) if self.recipe == "auto" else self.recipe
         if name not in RECIPES:
             raise PassError(name=self.name, message=f"unknown recipe {name!r}{near(name, list(RECIPES))}")
@@ -62,6 +73,10 @@ class Fp8Cast(Pass):
             role = roles.get(weight.name, "matrix")
             self._cast(weight, {"matrix": recipe.matrices, "embedding": recipe.embedding}.get(role, "f32"))
             out.matched += before != weight.type
+        if not recipe.matrices.startswith("fp8") and self.scale != "f32":
+            out.warnings.append(f"scale={self.scale} has no effect: recipe {name} stores no scaled matrices")
+        if not out.matched:
+            out.warnings.append(f"every weight has the types of recipe {name} already")
         _set_activations(module, recipe)
         retype(module)
         module.attrs["recipe"] = name

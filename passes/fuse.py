@@ -17,8 +17,8 @@ class Fuse(Pass):
     """Fuse a residual sum with the norm behind it, and projections of one input into one.
 
     Consumes `add` followed by `norm.rms` of its result, and `linear` ops that share x; produces `norm.add_rms`, and one
-    `linear` over weights joined by rows followed by a `split`. Quantised parts keep their own scales. Results do not change:
-    tolerance 0 up to the order of a sum.
+    `linear` over weights joined by rows followed by a `split`. Quantised parts keep their own scales. Results change
+    by the order of a sum at most.
     """
 
     name: ClassVar[str] = "fuse"

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from moec.errors import InputError, MoecError
-from moec.ir import Module, VerifyError, parse_module, print_module, verify
+from moec.ir import Module, TypeRuleError, VerifyError, parse_module, print_module, verify
+from moec.ir.dims import DimError
 from moec.passes.base import Context, Pass, PassError
+from moec.passes.report import Report
 
-VERIFY = ("structure", "roundtrip")
+if TYPE_CHECKING:
+    from moec.passes.numerics import Numerics
+
+VERIFY = ("structure", "roundtrip", "numerics")
+"""What is checked after every pass: the rules; also that the text parses back; also that the results stay."""
 
 
 class PassFailure(MoecError):
@@ -38,6 +45,8 @@ class Record:
     matched: int
     notes: list[str]
     warnings: list[str]
+    peak_mb: float
+    """Greatest resident memory of the process so far."""
 
 
 @dataclass
@@ -52,9 +61,16 @@ class Manager:
     strict: bool = False
     dump: Path | None = None
     records: list[Record] = field(default_factory=list)
+    _numerics: Numerics | None = field(default=None, init=False)
+    _report: Report | None = field(default=None, init=False)
 
     def run(self, module: Module, pipeline: Sequence[Pass]) -> Module:
-        """Run all passes; raises PassError, PassFailure or StrictError."""
+        """Run all passes; raises PassError, PassFailure, StrictError or, for verify numerics, TooLarge."""
+        if self.verify == "numerics":
+            from moec.passes.numerics import Numerics
+
+            self._numerics = Numerics(module, self.context.limits.context)
+        self._report = Report(module) if self.dump is not None else None
         self._write("00_import.ir", module)
         for number, step in enumerate(pipeline, start=1):
             self._step(module, step, number)
@@ -66,10 +82,15 @@ class Manager:
             raise PassError(name=step.name, message=reason)
         before = sum(1 for _ in module.ops())
         start = time.perf_counter()
-        outcome = step.run(module, self.context)
+        try:
+            outcome = step.run(module, self.context)
+        except (TypeRuleError, DimError) as error:
+            raise PassFailure(name=step.name, message=f"an op it makes is refused: {error}") from None
         seconds = time.perf_counter() - start
         after = sum(1 for _ in module.ops())
-        self.records.append(Record(step.name, seconds, before, after, outcome.matched, outcome.notes, outcome.warnings))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        record = Record(step.name, seconds, before, after, outcome.matched, outcome.notes, outcome.warnings, peak)
+        self.records.append(record)
         self._write(f"{number:02d}_{step.name}.ir", module)
         self._check(module, step)
         if self.strict and outcome.warnings:
@@ -83,6 +104,10 @@ class Manager:
         broken = step.ensures(module)
         if broken:
             raise PassFailure(name=step.name, message=broken)
+        if self._numerics is not None:
+            departure = self._numerics.check(module, step.tolerance)
+            if departure:
+                raise PassFailure(name=step.name, message=f"{departure} (tolerance {step.tolerance:g})")
         if self.verify == "roundtrip":
             text = print_module(module)
             if print_module(parse_module(text)) != text:
@@ -94,6 +119,9 @@ class Manager:
         self.dump.mkdir(parents=True, exist_ok=True)
         (self.dump / name).write_text(print_module(module))
         (self.dump / "index.md").write_text(self.index())
+        if self._report is not None:
+            self._report.add(module, self.records[-1] if self.records else None)
+            (self.dump / "report.html").write_text(self._report.html())
 
     def index(self) -> str:
         """The pipeline as a Markdown table, one row a pass."""

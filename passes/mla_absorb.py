@@ -22,9 +22,9 @@ class MlaAbsorb(Pass):
     """Attend over the latent cache instead of expanded keys and values (DeepSeek-V2, arXiv 2405.04434, sec. 2.1.2).
 
     Consumes `attn.mla(q, linear(cache.read, kv_b))`; produces `linear.heads` with W_UK on the query side,
-    `attn.mla_absorbed`, and `linear.heads` with W_UV behind it, (q·W_UK)·c = q·(W_UK·c). The form of each phase is the one
-    whose ops cost less on the target at the compiled batch and context; `prefill` and `decode` force one. Results change
-    by rounding only.
+    `attn.mla_absorbed`, and `linear.heads` with W_UV behind it, (q·W_UK)·c = q·(W_UK·c). The form of each phase is the
+    one whose ops cost less on the target at the compiled batch and context; `prefill` and `decode` force one. Results
+    change by rounding only.
     """
 
     name: ClassVar[str] = "mla-absorb"
@@ -36,8 +36,14 @@ class MlaAbsorb(Pass):
         out = Outcome()
         for function in list(module.functions.values()):
             phase = str(function.attrs.get("phase", ""))
-            sites = [op for op in function.ops if op.name == "attn.mla"]
-            if not sites or phase not in ("prefill", "decode"):
+            found = [op for op in function.ops if op.name == "attn.mla"]
+            sites = [op for op in found if over_cached_latent(function, op)]
+            if len(sites) < len(found):
+                out.warnings.append(f"@{function.name}: keys and values are not one projection of a cached latent")
+            if not sites:
+                continue
+            if phase not in ("prefill", "decode"):
+                out.warnings.append(f"@{function.name}: attribute phase is neither prefill nor decode")
                 continue
             form, reason = self.choose(module, function, phase, ctx)
             out.notes.append(f"@{function.name}: {form}, {reason}")
@@ -47,7 +53,7 @@ class MlaAbsorb(Pass):
                     absorb(module, function, op)
                 remove_dead(function)
                 fresh_names(function)
-        if not out.matched:
+        if not out.matched and not out.warnings:
             out.warnings.append("no attn.mla over a cached latent: nothing to absorb")
         return out
 
@@ -57,7 +63,7 @@ class MlaAbsorb(Pass):
         if wanted not in FORMS:
             raise PassError(name=self.name, message=f"{phase} must be one of {', '.join(FORMS)}, got {wanted!r}")
         absorbed = clone_function(function)
-        for op in [o for o in absorbed.ops if o.name == "attn.mla"]:
+        for op in [o for o in absorbed.ops if o.name == "attn.mla" and over_cached_latent(absorbed, o)]:
             absorb(module, absorbed, op)
         remove_dead(absorbed)
         tokens = 1 if phase == "decode" else min(ctx.limits.chunk, ctx.limits.context)
@@ -99,6 +105,19 @@ def _dtype(op: Op) -> str:
     return {"f32": "fp32", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8"}.get(name, name)
 
 
+def over_cached_latent(function: Function, op: Op) -> bool:
+    """Whether an `attn.mla` reads keys and values that one unquantised weight projects from the cache."""
+    producer = function.producer()
+    kv = op.operands[1]
+    project = producer.get(kv) if isinstance(kv, Value) else None
+    if project is None or project.name != "linear" or len(project.operands) != 2:
+        return False
+    latent, up = project.operands
+    read = producer.get(latent) if isinstance(latent, Value) else None
+    plain = isinstance(up, WeightRef) and isinstance(up.type, TensorType) and not (up.type.quant or up.type.layout)
+    return plain and read is not None and read.name == "cache.read"
+
+
 def absorb(module: Module, function: Function, op: Op) -> None:
     """Replace one `attn.mla` over an up-projected cached latent by the absorbed form."""
     producer = function.producer()
@@ -127,7 +146,7 @@ def _split_up_projection(module: Module, up: WeightRef, heads: int, nope: int, v
     source = module.weights[up.name]
     assert isinstance(source.type, TensorType)
     rank = int(source.type.shape[1])  # type: ignore[arg-type]
-    by_head = ("weight.reshape", {"shape": (heads, nope + v, rank)})
+    by_head: tuple[str, dict[str, object]] = ("weight.reshape", {"shape": (heads, nope + v, rank)})
     steps: Mapping[str, list[tuple[str, dict[str, object]]]] = {
         "k": [
             by_head,

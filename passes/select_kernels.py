@@ -33,12 +33,16 @@ class SelectKernels(Pass):
         for _, op in module.ops():
             for position in PACKED.get(op.name, ()):
                 ref = op.operands[position]
-                assert isinstance(ref, WeightRef)
+                if not isinstance(ref, WeightRef):
+                    out.warnings.append(f"{op.name} reads a matrix that is no weight: it stays as it is")
+                    continue
                 weight = module.weights[ref.name]
                 assert isinstance(weight.type, TensorType)
                 if weight.type.layout is None:
                     append_to_program(weight, "weight.pack", layout="lane16")
                     out.matched += 1
+        if not out.matched and not out.warnings:
+            out.warnings.append("no product with a weight: nothing to pack")
         retype(module)
         out.notes.append(f"{out.matched} weights packed as lane16")
         return out

@@ -36,15 +36,19 @@ def compile_model(
         list[str] | None, typer.Option("--pass", metavar="SPEC", help="Add a pass or set its options: name{key=value}.")
     ] = None,
     dump_ir: Annotated[Path | None, typer.Option(help="Folder for the text after every pass.")] = None,
-    verify: Annotated[str, typer.Option(help="structure or roundtrip.")] = "structure",
+    verify: Annotated[str, typer.Option(help="structure, roundtrip or numerics.")] = "structure",
     strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into errors.")] = False,
 ) -> None:
     """Compile a model for a target."""
+    from moec.cli.options import check_compile, check_recipe
     from moec.cli.output import Progress, note
-    from moec.cli.options import check_compile
+    from moec.codegen.artifact import check_output
     from moec.stages import trace
 
     check_compile(out, plan_only, verify, weights, random_weights, no_weights)
+    check_recipe(recipe)
+    if out is not None:
+        check_output(out)
     plan = trace(model, parse_overrides(settings or [])).optimize(
         target, batch=batch, context=context, chunk=chunk, recipe=recipe, passes=passes or [], verify=verify,
         strict=strict, dump=dump_ir,
@@ -55,7 +59,7 @@ def compile_model(
     for line in plan.warnings:
         note(f"warning: {line}")
     if dump_ir is not None:
-        note(f"dumps: {dump_ir}/index.md")
+        note(f"dumps: {dump_ir}/report.html and index.md")
     if plan_only or out is None:
         return
     with Progress("packing") as progress:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from moec.errors import InputError, near
 
-VERIFY = ("structure", "roundtrip")
+VERIFY = ("structure", "roundtrip", "numerics")
 
 
 class UsageError(InputError):
@@ -41,3 +41,11 @@ def check_compile(
     given = [weights is not None, random_weights is not None, no_weights]
     if sum(given) > 1:
         raise UsageError(message="--weights, --random-weights and --no-weights exclude each other")
+
+
+def check_recipe(name: str) -> None:
+    """Raise UsageError for a recipe that no pass knows, before anything is traced or dumped."""
+    from moec.passes.fp8_cast import RECIPES
+
+    if name not in ("auto", *RECIPES):
+        raise UsageError(message=f"--recipe {name!r} is not known{near(name, ['auto', *RECIPES])}")

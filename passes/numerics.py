@@ -1,0 +1,247 @@
+"""Numbers in the loop: a module is evaluated on small inputs before and after every pass, in float64.
+
+The inputs bind every symbol to a small number: two sequences, fed in chunks over a cache of small pages, so that a
+chunk attends over a cached prefix and pages are crossed. Weights are random, a function of the tensor's name, and go
+through the weight programs. Rounding to stated element types is left out, so that a pass that only re-orders must agree
+to rounding of float64, and one that rounds weights shows that rounding alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from moec.errors import InputError
+from moec.ir import CacheType, Function, IndexType, Module, Op, TensorType, print_op
+from moec.ir.evaluate import EvaluationError, Evaluator, WeightPrograms
+from moec.ir.numeric import TORCH
+from moec.ir.stats import parameters
+
+LEAST = 1e-9
+"""Departure that a pass of tolerance 0 may show: the order of float64 sums."""
+ROUNDING = 1e-3
+"""Tolerances from here on admit rounded weights, which may change the choice of a token's experts."""
+MOST_PARAMETERS = 40_000_000
+PAGE = 4
+CHUNKS = ((5, 3), (2, 4), (1, 1), (2, 2))
+"""Tokens of each of two sequences in each call: a prompt, a further chunk, one token each, several tokens each."""
+
+
+class TooLarge(InputError):
+    """A model whose reference evaluation would take too long."""
+
+    template: ClassVar[str] = (
+        "--verify numerics evaluates the whole model in float64 and takes at most {limit} M parameters, {model} has "
+        "{count} M: shrink it, for example --set num_hidden_layers=2 --set hidden_size=256 --set n_routed_experts=8"
+    )
+
+
+@dataclass(frozen=True)
+class Departure:
+    """By how much results moved (relative to their norm), and the first op whose value did or that fails."""
+
+    relative: float
+    where: str
+
+    def __str__(self) -> str:
+        return f"results depart by {self.relative:.2g} (relative); {self.where}"
+
+
+class Numerics:
+    """Holds the results of a module; `check` compares those of the same module after a pass."""
+
+    def __init__(self, module: Module, context: int) -> None:
+        count = parameters(module)
+        if count > MOST_PARAMETERS:
+            raise TooLarge(limit=MOST_PARAMETERS // 10**6, model=module.name, count=count // 10**6)
+        self._loader = _Loader()
+        self._chunks = list(_chunks(context))
+        self._before = self._trace(module)
+
+    def check(self, module: Module, tolerance: float) -> Departure | None:
+        """How far the module's results are from those of the last call, when that is beyond `tolerance`."""
+        try:
+            before, after = self._before, self._trace(module)
+        except EvaluationError as error:
+            return Departure(float("inf"), str(error))
+        self._before = after
+        bound = max(tolerance, LEAST)
+        measure = _typical if tolerance >= ROUNDING else _distance
+        worst = max((measure(before.results[k], after.results.get(k)) for k in before.results), default=0.0)
+        if worst <= bound:
+            return None
+        return Departure(worst, _first(before, after, bound))
+
+    def _trace(self, module: Module) -> _Run:
+        run = _Run()
+        weights = WeightPrograms(module, self._loader)
+        called = {str(op.attrs["func"]) for _, op in module.ops() if op.name == "repeat"}
+        for function in module.functions.values():
+            if function.name in called:
+                continue
+            inputs = _Inputs(function)
+            evaluator = Evaluator(module, weights, torch.float64, rounding=False, trace=run.note)
+            for number, tokens in enumerate(self._chunks):
+                outputs = evaluator.call(function, inputs.chunk(tokens))
+                for i, y in enumerate(outputs):
+                    run.results[function.name, number, i] = y
+            for i, cache in enumerate(inputs.caches.values()):
+                run.results[function.name, len(self._chunks), i] = cache
+        return run
+
+
+class _Loader:
+    """Random tensors by name: norms near 1, matrices of unit output variance, biases that change what is chosen."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        if (name, shape) not in self._made:
+            digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            x = torch.randn(shape, generator=generator)
+            if len(shape) == 1:
+                x = 1 + 0.3 * x if "norm" in name else 0.3 * x
+            elif "embed" not in name:
+                x *= shape[-1] ** -0.5
+            self._made[name, shape] = x.to(TORCH[dtype])
+        return self._made[name, shape]
+
+
+def _chunks(context: int) -> Iterator[tuple[int, ...]]:
+    used = [0, 0]
+    for tokens in CHUNKS:
+        used = [u + t for u, t in zip(used, tokens, strict=True)]
+        if max(used) > context:
+            return
+        yield tokens
+
+
+class _Inputs:
+    """Arguments of an entry function, call by call; caches stay and fill."""
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        self.caches: dict[str, torch.Tensor] = {}
+        self.used = (0, 0)
+        self._random = torch.Generator().manual_seed(0)
+        self._vocabulary = min(
+            (int(str(op.operands[1].type.shape[0])) for op in function.ops if op.name == "embed"
+             and isinstance(op.operands[1].type, TensorType)), default=2,
+        )  # fmt: skip
+        total = max(map(sum, zip(*CHUNKS, strict=True)))
+        self._pages = -(-total // PAGE)
+        for arg in function.args:
+            if isinstance(arg.type, CacheType):
+                symbols = {s: len(self.used) * self._pages for s in arg.type.symbols()}
+                layers, pages, _, *width = TensorType(arg.type.dtype, arg.type.shape).bound(symbols)
+                self.caches[arg.name] = torch.zeros(layers, pages, PAGE, *width, dtype=torch.float64)
+
+    def chunk(self, tokens: tuple[int, ...]) -> list[Any]:
+        """Arguments for the next `tokens` of each sequence."""
+        count, sequences = sum(tokens), len(tokens)
+        ends = [u + t for u, t in zip(self.used, tokens, strict=True)]
+        seq = [b for b, t in enumerate(tokens) for _ in range(t)]
+        pos = [p for u, t in zip(self.used, tokens, strict=True) for p in range(u, u + t)]
+        # Pages of the sequences lie interleaved and backwards, so that a wrong page shows.
+        pages = [
+            [self._pages * sequences - 1 - sequences * n - b for n in range(self._pages)] for b in range(sequences)
+        ]
+        known = {
+            "ids": torch.randint(0, self._vocabulary, (count,), generator=self._random),
+            "seq": torch.tensor(seq),
+            "pos": torch.tensor(pos),
+            "pages": torch.tensor(pages),
+            "starts": torch.tensor([sum(ends[:b]) for b in range(sequences + 1)]),
+            "rows": torch.arange(count),
+        }
+        self.used = (ends[0], ends[1])
+        return [self._argument(arg.name, arg.type, known, count) for arg in self.function.args]
+
+    def _argument(self, name: str, type: Any, known: dict[str, torch.Tensor], count: int) -> Any:
+        if isinstance(type, IndexType):
+            return 0
+        if isinstance(type, CacheType):
+            return self.caches[name]
+        shape = type.bound(dict.fromkeys(type.symbols(), count))
+        if type.dtype.startswith(("i", "u", "b")) and not type.dtype.startswith("bf"):
+            return known[name].int() if name in known else torch.zeros(shape, dtype=TORCH[type.dtype])
+        return torch.randn(shape, generator=self._random, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One op of one call of a function, and its values."""
+
+    function: str
+    call: int
+    op: Op
+    results: list[torch.Tensor]
+
+    def place(self) -> tuple[object, ...]:
+        """Function, call and source line: ops that may stand for one another before and after a pass."""
+        loc = self.op.loc
+        return (self.function, self.call, *((loc.file, loc.line) if loc else (self.op.name,)))
+
+
+class _Run:
+    """Results of the entries, and the values of all ops by function, call and source line."""
+
+    def __init__(self) -> None:
+        self.results: dict[tuple[str, int, int], torch.Tensor] = {}
+        self.steps: list[_Step] = []
+        self._calls: Counter[str] = Counter()
+
+    def note(self, function: Function, op: Op, results: list[Any]) -> None:
+        """Record an op of a call; a call begins with the function's first op."""
+        if op is function.ops[0]:
+            self._calls[function.name] += 1
+        if not any(isinstance(r, torch.Tensor) for r in results):
+            return
+        self.steps.append(_Step(function.name, self._calls[function.name], op, results))
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor | None) -> float:
+    """|a - b| / |a|; infinite for another shape or values that are not finite."""
+    if b is None or a.shape != b.shape or not torch.isfinite(b).all():
+        return float("inf")
+    a, b = a.double(), b.double()
+    norm = a.norm().item()
+    return (a - b).norm().item() / norm if norm else float(b.norm().item() > 0)
+
+
+def _typical(a: torch.Tensor, b: torch.Tensor | None) -> float:
+    """The median over rows of |a - b| / |a|: a token whose experts change with a rounding is not typical."""
+    if b is None or a.shape != b.shape or not torch.isfinite(b).all():
+        return float("inf")
+    a, b = a.double().reshape(a.shape[0], -1), b.double().reshape(a.shape[0], -1)
+    rows, moved = a.norm(dim=1), (a - b).norm(dim=1)
+    return float((moved / rows.clamp_min(torch.finfo(torch.float64).tiny)).median())
+
+
+def _first(before: _Run, after: _Run, bound: float) -> str:
+    """The first op to finish whose value no op of its function, call, source line, name and shape had before.
+
+    An op of a new name stands for those of its line that it replaced when it is the last of them.
+    """
+    known: defaultdict[object, list[torch.Tensor]] = defaultdict(list)
+    for step in before.steps:
+        for r in step.results:
+            known[step.place(), r.shape].append(r)
+            known[step.place(), r.shape, step.op.name].append(r)
+    last = {step.place(): step for step in after.steps}
+    for step in after.steps:
+        for r in step.results:
+            old = known[step.place(), r.shape, step.op.name]
+            if not old and last[step.place()] is step:
+                old = known[step.place(), r.shape]
+            moved = min((_distance(o, r) for o in old), default=0.0)
+            if moved > bound:
+                return f"first in @{step.function}, call {step.call}, by {moved:.2g}: {print_op(step.op)}"
+    return "no single op departs from those of its source line"
