@@ -38,7 +38,7 @@ def pack_weights(
                     size = array.nbytes // weight.points()
                     assert data.nbytes == size, (array, data.shape)
                     file.seek(len(header) + offsets[array.name] + number * size)
-                    file.write(memoryview(data.numpy()).cast("B"))
+                    file.write(data.numpy().data)
                     done += size
                 if progress is not None:
                     progress(done, total)

@@ -11,48 +11,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from moec.errors import InputError, near
+from moec.errors import InputError, near, printable
+from moec.frontend.safetensors_header import CheckpointError, TensorEntry, read_header
 from moec.ir import Module, Op, Weight
 from moec.ir.numeric import TORCH
 from moec.ir.rewrite import retype
 
-DTYPES = {
-    "F64": "f64",
-    "F32": "f32",
-    "BF16": "bf16",
-    "F16": "f16",
-    "F8_E4M3": "fp8_e4m3",
-    "I64": "i64",
-    "I32": "i32",
-    "U8": "u8",
-}
-
-
-class CheckpointError(InputError):
-    """Weights that are missing or damaged."""
-
-    template: ClassVar[str] = "{file}: {message}"
+READABLE = ("f32", "bf16", "f16", "f64")
 
 
 class TensorError(InputError):
     """A tensor that is not what the model's configuration says."""
 
     template: ClassVar[str] = "{folder}: tensor {tensor} {message}"
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies: file, element type, shape, first byte and number of bytes."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
 
 
 @dataclass
@@ -77,45 +52,34 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of a folder's safetensors files; raises CheckpointError for missing or truncated ones."""
+    """Read the headers of a folder's safetensors files; raises CheckpointError for missing or damaged ones."""
+    if not folder.is_dir():
+        message = "is a file; give the folder of the weights" if folder.exists() else "no such folder"
+        raise CheckpointError(file=folder, message=message)
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise CheckpointError(file=index, message="is not an index of safetensors files") from None
-    else:
-        names = [p.name for p in sorted(folder.glob("*.safetensors"))]
+    names = _indexed(index) if index.exists() else [p.name for p in sorted(folder.glob("*.safetensors"))]
     if not names:
-        hint = " (pickled .bin files are not read: convert them)" if list(folder.glob("*.bin")) else ""
+        pickled = any(next(folder.glob(pattern), None) for pattern in ("*.bin", "*.pt", "*.pth"))
+        hint = " (pickled files are not read: convert them to safetensors)" if pickled else ""
         raise CheckpointError(file=folder, message=f"holds no .safetensors file{hint}")
     checkpoint = Checkpoint(folder)
     for name in names:
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name:
+            raise CheckpointError(file=index, message=f"names a file outside the folder: {name!r}")
+        if not path.is_file():
             raise CheckpointError(file=path, message="is named by the index but missing")
-        checkpoint.tensors.update(_read_header(path))
+        checkpoint.tensors.update(read_header(path))
     return checkpoint
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(file=path, message=f"is truncated: {size} bytes cannot hold its header")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            entries = {n: e for n, e in header.items() if n != "__metadata__"}
-            end = max((e["data_offsets"][1] for e in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(file=path, message="has no readable safetensors header") from None
-    if 8 + length + end > size:
-        raise CheckpointError(file=path, message=f"is truncated: {size} bytes, its header promises {8 + length + end}")
-    for name, e in entries.items():
-        start, stop = e["data_offsets"]
-        dtype = DTYPES.get(e["dtype"], str(e["dtype"]))
-        yield name, TensorEntry(path, dtype, tuple(e["shape"]), 8 + length + start, stop - start)
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(str(Path(name)) if isinstance(name, str) else name for name in names)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise CheckpointError(file=index, message="is not an index of safetensors files") from None
 
 
 def bind(module: Module, checkpoint: Checkpoint) -> list[str]:
@@ -154,31 +118,40 @@ def _entry(checkpoint: Checkpoint, name: str, op: Op) -> TensorEntry:
         hint = near(name, list(checkpoint.tensors)) if len(checkpoint.tensors) < 20000 else ""
         raise TensorError(folder=checkpoint.folder, tensor=name, message=f"is missing{hint}")
     want = op.attrs["shape"]
-    if entry.shape != want:
-        message = f"in {entry.file.name} has shape {list(entry.shape)}, the configuration asks for {list(want)}"  # type: ignore[arg-type]
+    assert isinstance(want, tuple)
+    if entry.dtype.startswith("fp8"):
+        message = f"has element type {entry.dtype}; FP8 checkpoints are not supported yet: convert the weights to BF16"
         raise TensorError(folder=checkpoint.folder, tensor=name, message=message)
-    if entry.dtype not in ("f32", "bf16", "f16", "f64"):
-        message = f"has element type {entry.dtype}; f32, bf16 and f16 can be read"
+    if entry.shape != want:
+        file = printable(entry.file.name)
+        message = f"in {file} has shape {list(entry.shape)}, the configuration asks for {list(want)}"
+        raise TensorError(folder=checkpoint.folder, tensor=name, message=message)
+    if entry.dtype not in READABLE:
+        message = f"has element type {entry.dtype}; {', '.join(READABLE)} can be read"
         raise TensorError(folder=checkpoint.folder, tensor=name, message=message)
     return entry
 
 
 def _leftovers(checkpoint: Checkpoint, used: set[str]) -> list[str]:
-    left = sorted(set(checkpoint.tensors) - used)
-    layers = {n.split(".")[2] for n in used if n.startswith("model.layers.")}
-    extra = [n for n in left if n.startswith("model.layers.") and n.split(".")[2] not in layers]
-    other = [n for n in left if n not in set(extra) and not n.endswith("rotary_emb.inv_freq")]
+    left = [n for n in sorted(set(checkpoint.tensors) - used) if not n.endswith("rotary_emb.inv_freq")]
+    predictors = sorted(n.removesuffix("eh_proj.weight") for n in left if n.endswith(".eh_proj.weight"))
+    extra = [n for n in left if n.startswith(tuple(predictors))]
+    other = [n for n in left if not n.startswith(tuple(predictors))]
     notes = []
     if extra:
-        notes.append(f"{len(extra)} tensors of the multi-token-prediction module (layer {extra[0].split('.')[2]}) are kept aside")
+        layers = printable(", ".join(prefix.removeprefix("model.layers.").rstrip(".") for prefix in predictors))
+        notes.append(f"{len(extra)} tensors of the multi-token-prediction module (layer {layers}) are kept aside")
     if other:
-        notes.append(f"{len(other)} tensors are not used by the model, the first is {other[0]}")
+        notes.append(f"{len(other)} tensors are not used by the model, the first is {printable(other[0])}")
     return notes
 
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """Random tensors, a function of seed and name alone: norms near 1, biases near 0, matrices of unit output variance."""
+    """Random tensors, a function of seed and name alone.
+
+    Norms lie near 1, biases near 0; matrices keep the variance of their input.
+    """
 
     seed: int
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moec.errors import InputError, near
+from moec.errors import InputError, near, printable
 from moec.model_defs.registry import Family, family_of, preset_config, preset_folder
 
 
@@ -40,26 +41,29 @@ def find_model(spec: str, overrides: Mapping[str, str] | None = None) -> ModelSo
 
     Raises UnknownModel, UnknownArchitecture, FolderError, ConfigError or OverrideError. Runs no code of a model folder.
     """
-    path = Path(spec)
-    if path.is_dir() or ("/" in spec and not path.exists()):
-        raw, folder, name = _read_config(path), path, path.resolve().name
+    path, folder = Path(spec), preset_folder(spec)
+    if os.path.isdir(path) or "/" in spec:
+        raw, folder, name = _read_config(path), path, printable(path.resolve().name)
     else:
-        raw, folder, name = preset_config(spec), preset_folder(spec), spec
-    family = family_of(raw, spec)
+        raw, name = preset_config(spec), spec
     raw = {**raw, **_overrides(raw, overrides or {})}
+    family = family_of(raw, printable(spec))
     return ModelSource(name, family, family.config(raw, name), raw, folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise FolderError(folder=folder, message="no such folder")
+    if not os.path.isdir(folder):
+        message = "is a file, not a model folder" if os.path.exists(folder) else "no such folder"
+        raise FolderError(folder=folder, message=message)
     path = folder / "config.json"
     if not path.is_file():
         raise FolderError(folder=folder, message="holds no config.json")
     try:
-        raw = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise FolderError(folder=folder, message=f"config.json cannot be read: {error}") from None
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FolderError(folder=folder, message=f"config.json cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise FolderError(folder=folder, message=f"config.json is not JSON: {printable(error)}") from None
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise FolderError(folder=folder, message="config.json has no model_type")
     return raw
@@ -69,9 +73,9 @@ def _overrides(raw: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, An
     out: dict[str, Any] = {}
     for key, text in given.items():
         if key not in raw:
-            raise OverrideError(key=key, message=f"no such field{near(key, list(raw))}")
+            raise OverrideError(key=printable(key), message=f"no such field{near(key, list(raw))}")
         try:
             out[key] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             out[key] = text
     return out

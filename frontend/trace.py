@@ -1,4 +1,4 @@
-"""Tracing a declared model with torch.fx: every call of `functional.apply` becomes one op, every `Layers` one `repeat`."""
+"""Tracing a declared model with torch.fx: a call of `functional.apply` becomes one op, a `Layers` one `repeat`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _short(file: str) -> str:
 
 
 def trace_model(source: ModelSource) -> Module:
-    """The model as IR with `@prefill` and `@decode`; no weight is read, activations are bf16 until a recipe says more."""
+    """The model as IR with `@prefill` and `@decode`, activations in bf16 until a recipe says more; reads no weight."""
     c = source.config
     module = Module(re.sub(r"\W", "_", source.name))
     graph_module = source.family.model(c)

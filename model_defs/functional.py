@@ -1,7 +1,7 @@
 """The ops of the IR as functions for model definitions: `F.linear(x, w)` records one `linear`.
 
-Definitions are traced, never run: calling one on tensors raises TypeError. Operand and attribute meanings are those of the
-op table (`docs/ir-reference.md`); dims in names: T tokens, S cached rows, h heads, k top-k.
+Definitions are traced, never run: calling one on tensors raises TypeError. Operand and attribute meanings are those of
+the op table (`docs/ir-reference.md`); dims in names: T tokens, S cached rows, h heads, k top-k.
 """
 
 from __future__ import annotations

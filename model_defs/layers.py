@@ -1,4 +1,4 @@
-"""Parts that families share: parameters on the meta device, a stack of equal layers, latent attention, feed-forwards."""
+"""Parts that families share: parameters on the meta device, a stack of equal layers, feed-forwards."""
 
 from __future__ import annotations
 

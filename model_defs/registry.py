@@ -18,7 +18,7 @@ DATA = Path(__file__).parent / "presets_data"
 class UnknownModel(InputError):
     """A model that is neither a preset, a folder nor a definition."""
 
-    template: ClassVar[str] = "unknown model {name!r}{hint}"
+    template: ClassVar[str] = "unknown model {name!r}: no folder and no preset{hint}"
 
 
 class UnknownArchitecture(InputError):
@@ -29,7 +29,11 @@ class UnknownArchitecture(InputError):
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: `config(raw, name)` reads a `config.json`, `model(config)` is the definition on the meta device."""
+    """A model family.
+
+    `config(raw, name)` reads a `config.json`, `model(config)` is the definition on the meta device, `tensors` names the
+    checkpoint's tensors of each parameter.
+    """
 
     name: str
     model_types: tuple[str, ...]
@@ -59,11 +63,11 @@ def preset_names() -> list[str]:
 
 def preset_config(name: str) -> dict[str, Any]:
     """The raw `config.json` of a preset; raises UnknownModel with near names."""
+    if name not in preset_names():
+        raise UnknownModel(name=name, hint=near(name, preset_names()))
     path = DATA / name / "config.json"
     if not path.exists():
         path = PRESETS / f"{name}.json"
-    if "/" in name or not path.exists():
-        raise UnknownModel(name=name, hint=near(name, preset_names()))
     loaded = json.loads(path.read_text())
     assert isinstance(loaded, dict)
     return loaded

@@ -53,7 +53,7 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
     if version != FORMAT_VERSION:
         advice = "upgrade moec" if version > FORMAT_VERSION else "compile the model again"
         raise OtherFormat(path=path, found=version, known=FORMAT_VERSION, advice=advice)
-    if "checksum" in fields.data and fields.text("checksum") != checksum(fields.data):
+    if fields.text("checksum") != checksum(fields.data):
         raise fields.problem("checksum", "does not match the content: the manifest was changed after compiling")
     model, target, limits = fields.table("model"), fields.table("target"), fields.table("limits")
     return Manifest(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from moec.codegen.tvm.library_cache import find_or_build
 from moec.errors import InputError, MoecError
 from moec.ir import Module, print_module
 from moec.ir.rewrite import clone_module
@@ -33,6 +31,12 @@ class NoKernel(InputError):
     )
 
 
+class NoCompiler(MoecError):
+    """The package that compiles CPU kernels is not installed."""
+
+    template: ClassVar[str] = "compiling for a CPU needs the package apache-tvm: pip install 'moec[cpu]'"
+
+
 class CompilerFailed(MoecError):
     """TVM or the linker failed."""
 
@@ -47,6 +51,8 @@ class Compiled:
     entries: dict[str, Any]
     kernels: list[dict[str, Any]]
     cached: bool
+    note: str
+    """Where the library comes from, for the user."""
 
 
 @dataclass(frozen=True)
@@ -77,62 +83,37 @@ def machine_of(target: Target) -> Machine:
     )
 
 
-def cache_folder() -> Path:
-    """`$MOEC_CACHE_DIR`, or `moec` in the user's cache folder."""
-    base = os.environ.get("MOEC_CACHE_DIR")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moec"
-
-
 def compile_module(module: Module, target: Target, limits: Mapping[str, int]) -> Compiled:
     """Compile `@prefill` and `@decode`; `limits`: batch, context, chunk.
 
     Equal inputs find the library in the cache; two processes may compile at once, the first to finish is kept.
     Raises NoKernel or CompilerFailed.
     """
-    folder, cached = _cached(_key(module, target, limits), lambda work: _build(module, target, limits, work))
-    return _read(folder, cached)
+    entry = find_or_build(_key(module, target, limits), lambda work: _build(module, target, limits, work))
+    described = json.loads((entry.folder / "program.json").read_text())
+    return Compiled(entry.folder / "kernels.so", described["entries"], described["kernels"], entry.cached, entry.note)
 
 
 def compile_traced(module: Module, target: Target, limits: Mapping[str, int]) -> Traced:
     """Compile `@prefill` so that it keeps every op's results; cached as `compile_module`'s, raises the same."""
     key = _key(module, target, {**limits, "trace": 1})
-    folder, _ = _cached(key, lambda work: _build_traced(module, target, limits, work))
+    folder = find_or_build(key, lambda work: _build_traced(module, target, limits, work)).folder
     described = json.loads((folder / "program.json").read_text())
     return Traced(folder / "kernels.so", described["entry"], described["trace"])
 
 
-def _cached(key: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
-    """The cache's folder of a key, and whether it was there; else `build` fills a new one."""
-    folder = cache_folder() / "cpu" / key
-    if (folder / "kernels.so").exists():
-        return folder, True
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".build-", dir=folder.parent))
-    try:
-        build(work)
-        try:
-            work.rename(folder)
-        except OSError:
-            if not (folder / "kernels.so").exists():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder, False
-
-
-def _read(folder: Path, cached: bool) -> Compiled:
-    described = json.loads((folder / "program.json").read_text())
-    return Compiled(folder / "kernels.so", described["entries"], described["kernels"], cached)
-
-
 def _key(module: Module, target: Target, limits: Mapping[str, int]) -> str:
     """Everything that the machine code depends on: program, limits, CPU, TVM, and the code generator itself."""
+    try:
+        tvm = version("apache-tvm")
+    except PackageNotFoundError:
+        raise NoCompiler() from None
     program = clone_module(module)
     for weight in program.weights.values():
         # How a weight is made does not show in the code that reads it.
         weight.program.ops = []
     digest = hashlib.sha256(_functions_text(program).encode())
-    digest.update(json.dumps([_machine_facts(target), dict(limits), version("apache-tvm")], sort_keys=True).encode())
+    digest.update(json.dumps([_machine_facts(target), dict(limits), tvm], sort_keys=True).encode())
     here = Path(__file__).resolve().parent
     for source in sorted([*here.glob("*.py"), here.parent / "storage.py"]):
         digest.update(source.read_bytes())
@@ -197,4 +178,5 @@ def _export(phases: Sequence[Phase], machine: Machine, folder: Path) -> None:
     try:
         library.export_library(str(folder / "kernels.so"))
     except Exception as error:
-        raise CompilerFailed(message=str(error).strip().splitlines()[-1]) from None
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CompilerFailed(message=lines[-1]) from None

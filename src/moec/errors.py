@@ -6,13 +6,15 @@ Packages define their own subclasses next to the code that raises them.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 
 class MoecError(Exception):
     """Work that failed although the input was right (a full disk, a dead rank): exit code 1.
 
-    Subclasses set `template`; the keyword arguments of the constructor fill it and stay as attributes.
+    Subclasses set `template`; the keyword arguments of the constructor fill it and stay as attributes. Paths are shown
+    printable: a file name cannot break the line.
     """
 
     exit_code: ClassVar[int] = 1
@@ -20,7 +22,8 @@ class MoecError(Exception):
 
     def __init__(self, **fields: Any) -> None:
         self.__dict__.update(fields)
-        super().__init__(self.template.format(**fields))
+        shown = {name: printable(value) if isinstance(value, Path) else value for name, value in fields.items()}
+        super().__init__(self.template.format(**shown))
 
 
 class InputError(MoecError):
@@ -29,11 +32,16 @@ class InputError(MoecError):
     exit_code: ClassVar[int] = 2
 
 
+def printable(text: object) -> str:
+    """`text` with line breaks and other control characters as escapes, so that a message stays one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def near(name: str, known: list[str]) -> str:
     """` (did you mean a, b?)` for the known names close to `name`, or the whole short list when none is close."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
-        return f" (did you mean {', '.join(close)}?)"
-    return f" (known: {', '.join(sorted(known))})" if known else ""
+        return f" (did you mean {printable(', '.join(close))}?)"
+    return f" (known: {printable(', '.join(sorted(known)))})" if known else ""

@@ -51,8 +51,7 @@ def test_a_flipped_byte_is_found_without_asking(copy: Copy, name: str, position:
 
 def test_a_flip_anywhere_in_the_manifest_is_found(toy: Path) -> None:
     raw = (toy / "manifest.json").read_bytes()
-    key = raw.index(b'"checksum"')  # a flip in this name alone leaves all content as it was
-    for position in [*range(key), *range(key + 10, len(raw))]:
+    for position in range(len(raw)):
         spoiled = raw[:position] + bytes([raw[position] ^ 0x10]) + raw[position + 1 :]
         with pytest.raises(InputError):
             parse_manifest(spoiled, "toy.moec")

@@ -3,35 +3,55 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+from collections.abc import Sequence
 
 import typer
 
-from moec.errors import MoecError
+from moec.errors import MoecError, printable
 
 _COMMANDS: tuple[str, ...] = (
     "compile", "run", "bench", "eval", "ir", "models", "targets", "cost", "place", "overlap", "doctor",
 )  # fmt: skip
 
-app = typer.Typer(
-    name="moec",
-    help="Compile, inspect, retarget and run Mixture-of-Experts language models.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
 
+def make_app(arguments: Sequence[str]) -> typer.Typer:
+    """The command line with the command that `arguments` start with, or with all when they start with none.
 
-def _register_all() -> None:
-    for name in _COMMANDS:
+    Help is plain text: laying it out with rich takes longer than everything else that `--help` does.
+    """
+    app = typer.Typer(
+        name="moec",
+        help="Compile, inspect, retarget and run Mixture-of-Experts language models.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        rich_markup_mode=None,
+    )
+    app.callback()(_group)
+    for name in arguments[:1] if arguments and arguments[0] in _COMMANDS else _COMMANDS:
         importlib.import_module(f"moec.cli.{name}").register(app)
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            group.typer_instance.rich_markup_mode = None
+    return app
+
+
+def _group() -> None:
+    """Compile, inspect, retarget and run Mixture-of-Experts language models."""
 
 
 def main() -> None:
     """Entry point of the `moec` command: one line for a wrong input, exit codes 0, 1 and 2."""
-    _register_all()
+    # A terminated command cleans up as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        app()
+        make_app(sys.argv[1:])()
     except MoecError as error:
         print(f"moec: error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        print(f"moec: error: {where}{error.strerror or error}", file=sys.stderr)
+        raise SystemExit(1) from None

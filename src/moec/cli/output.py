@@ -6,10 +6,12 @@ import sys
 import time
 from types import TracebackType
 
+from moec.errors import printable
+
 
 def note(line: str) -> None:
     """One line for the reader."""
-    print(f"moec: {line}", file=sys.stderr)
+    print(f"moec: {printable(line)}", file=sys.stderr)
 
 
 class Progress:
