@@ -1,0 +1,136 @@
+"""How a model lies on devices: attention in replicas of `tp` devices, experts over `ep` devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moec.ir import Module, TensorType
+from moec.passes.planning.errors import CutBlock, WrongLayout, WrongRedundancy
+from moec.passes.planning.precision import BLOCK, Recipe
+from moec.passes.planning.sharding import sharded_weights
+from moec.targets import Target
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`dp` attention replicas of `tp` devices each; routed experts, `slots` with copies, over groups of `ep` devices.
+
+    Shared experts and what is neither attention nor a dense feed-forward are replicated; each device of a replica then
+    takes its part of the tokens.
+    """
+
+    tp: int
+    dp: int
+    ep: int
+    experts: int
+    slots: int
+
+    @property
+    def ranks(self) -> int:
+        """Devices in use."""
+        return self.tp * self.dp
+
+    @property
+    def slots_per_device(self) -> int:
+        """Experts that one device hosts."""
+        return self.slots // self.ep
+
+
+@dataclass(frozen=True)
+class LayoutRequest:
+    """Degrees asked for; None leaves a choice to `resolve`."""
+
+    ranks: int | None = None
+    tp: int = 1
+    dp: int | None = None
+    ep: int | None = None
+    redundant: int | None = None
+
+
+def resolve(module: Module, target: Target, recipe: Recipe, asked: LayoutRequest) -> tuple[Layout, Target]:
+    """The layout, and the target at its size.
+
+    Ranks default to the target's, or to as many as the degrees need; `ep` to all ranks; redundant experts to the fewest
+    that divide. Raises WrongLayout, WrongRedundancy, CutBlock, WrongRanks or NoLink.
+    """
+    for name in ("ranks", "tp", "dp", "ep"):
+        value = getattr(asked, name)
+        if value is not None and value < 1:
+            raise WrongLayout(message=f"{name} must be at least 1, got {value}")
+    tp, experts = asked.tp, expert_count(module)
+    ranks = asked.ranks or (tp * asked.dp if asked.dp else max(target.cluster.ranks, tp, asked.ep or 1))
+    if ranks % tp:
+        raise WrongLayout(message=f"{ranks} ranks do not divide by TP {tp}; try TP {_divisor(ranks, tp)}")
+    dp = ranks // tp
+    if asked.dp not in (None, dp):
+        raise WrongLayout(message=f"TP {tp} x DP {asked.dp} makes {tp * (asked.dp or 0)} ranks, not {ranks}")
+    ep = asked.ep or (ranks if experts else 1)
+    if ranks % ep:
+        raise WrongLayout(message=f"{ranks} ranks do not divide by EP {ep}; try EP {_divisor(ranks, ep)}")
+    if ep > 1 and not experts:
+        raise WrongLayout(message=f"EP {ep}, but the model has no routed experts")
+    slots = _slots(experts, ep, asked.redundant)
+    _check_tp(module, tp, recipe)
+    sized = target.with_ranks(ranks)
+    if tp > sized.node.devices:
+        raise WrongLayout(message=f"TP {tp} exceeds the {sized.node.devices} devices of a {target.name} node")
+    return Layout(tp, dp, ep, experts, slots), sized
+
+
+def expert_count(module: Module) -> int:
+    """Routed experts of the model; 0 for a dense one."""
+    return next((int(op.attrs["experts"]) for _, op in module.ops() if op.name == "moe.dispatch"), 0)  # type: ignore[arg-type]
+
+
+def _slots(experts: int, ep: int, redundant: int | None) -> int:
+    if not experts:
+        if redundant:
+            raise WrongLayout(message=f"--redundant {redundant}, but the model has no routed experts")
+        return 0
+    fewest = -experts % ep
+    if redundant is None:
+        return experts + fewest
+    if redundant < 0 or (experts + redundant) % ep:
+        least = max(redundant, 0)
+        proposal = least + -(experts + least) % ep
+        slots = experts + proposal
+        raise WrongRedundancy(
+            experts=experts, redundant=redundant, ep=ep, proposal=proposal, slots=slots, each=slots // ep
+        )
+    return experts + redundant
+
+
+def _check_tp(module: Module, tp: int, recipe: Recipe) -> None:
+    if tp == 1:
+        return
+    for cut in sharded_weights(module):
+        weight = module.weights[cut.name]
+        assert isinstance(weight.type, TensorType)
+        width = int(weight.type.shape[cut.axis])  # type: ignore[arg-type]
+        if cut.heads and cut.heads % tp:
+            raise WrongLayout(message=f"TP {tp} does not divide {cut.heads} heads; try TP {_divisor(cut.heads, tp)}")
+        # Gate and up projection lie one after the other in one weight; each is cut on its own.
+        parts = 2 if cut.joined else 1
+        block = BLOCK if recipe.blocks else 1
+        if width % (tp * parts) or (width // (tp * parts)) % block:
+            whole = width // parts
+            fits = [n for n in range(2, tp) if whole % (n * block) == 0]
+            raise CutBlock(
+                tp=tp,
+                weight=cut.name,
+                width=whole,
+                part=f"{whole / tp:g}",
+                block=block,
+                proposal=f"TP {max(fits, default=1)}",
+                padded=-(-whole // (tp * block)) * tp * block,
+            )
+
+
+def _divisor(of: int, wanted: int) -> int:
+    """The largest divisor of `of` not above `wanted`."""
+    return max(d for d in _divisors(of) if d <= wanted)
+
+
+def _divisors(of: int) -> Iterable[int]:
+    return (d for d in range(1, of + 1) if of % d == 0)

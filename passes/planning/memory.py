@@ -1,0 +1,132 @@
+"""Bytes on one device: weights as the recipe stores them, cache, activations, exchange buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moec.ir import CacheType, Function, Module, TensorType, Value, WeightRef
+from moec.ir.types import BITS
+from moec.passes.fp8_cast import weight_roles
+from moec.passes.planning.layout import Layout
+from moec.passes.planning.precision import Recipe
+from moec.passes.planning.rows import Step, bind_fast
+from moec.passes.planning.sharding import sharded_weights
+from moec.passes.planning.timing import functions_of
+
+_VIEWS = ("split", "flatten", "unflatten")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest device. Activations and buffers are estimates, the rest is exact."""
+
+    weights: float
+    kv_cache: float
+    activations: float
+    buffers: float
+    capacity: float
+
+    @property
+    def total(self) -> float:
+        """All that must be there at once."""
+        return self.weights + self.kv_cache + self.activations + self.buffers
+
+    @property
+    def missing(self) -> float:
+        """Bytes beyond the capacity; 0 when the model fits."""
+        return max(0.0, self.total - self.capacity)
+
+
+def weight_bytes(module: Module, layout: Layout, recipe: Recipe) -> float:
+    """Bytes of the weights of one device; a head that shares the embedding's tensor counts once, in its wider form."""
+    roles, cut = weight_roles(module), {c.name for c in sharded_weights(module)}
+    heads = set(_head_weights(module))
+    stored: dict[object, float] = {}
+    for weight in module.weights.values():
+        if any(op.name == "weight.rope_table" for op in weight.program.ops):
+            stored[weight.name] = float(_elements(weight.type) * BITS[_dtype(weight.type)] / 8)
+            continue
+        assert isinstance(weight.type, TensorType)
+        role = "head" if weight.name in heads else roles.get(weight.name, "matrix")
+        rows, columns = ([1, *weight.type.shape])[-2:]
+        size = recipe.weight_bytes(int(rows), int(columns), role)  # type: ignore[arg-type]
+        points = float(weight.points())
+        experts = next((stop - start for name, start, stop in weight.indices if name == "e"), 0)
+        if experts:
+            points *= layout.slots_per_device / experts
+        share = layout.tp if weight.name in cut else 1
+        tensors = tuple(str(op.attrs["tensor"]) for op in weight.program.ops if op.name == "weight.load")
+        key = (tensors, weight.indices)
+        stored[key] = max(stored.get(key, 0.0), size * points / share)
+    return sum(stored.values())
+
+
+def _head_weights(module: Module) -> Iterator[str]:
+    for _, op in module.ops():
+        if op.name == "linear" and op.attrs.get("out") == "f32" and isinstance(op.operands[1], WeightRef):
+            yield op.operands[1].name
+
+
+def cache_bytes(module: Module, sequences: int, context: int) -> float:
+    """Bytes of the latent cache of `sequences` with `context` tokens each, in whole pages; every device has all."""
+    kv = next(a.type for a in module.functions["decode"].args if isinstance(a.type, CacheType))
+    page = int(kv.shape[2])  # type: ignore[arg-type]
+    size = kv.nbytes()
+    return float(size if isinstance(size, int) else bind_fast(size, {"P": sequences * -(-context // page)}))
+
+
+def activation_bytes(module: Module, step: Step) -> float:
+    """The largest sum of values alive at once over the phase's functions; from above where TP divides some of them."""
+    return max(_peak(function, step.symbols) for function, _ in functions_of(module, step.phase))
+
+
+def _peak(function: Function, symbols: dict[str, int]) -> float:
+    owner: dict[Value, Value] = {}
+    last: dict[Value, int] = {}
+    for index, op in enumerate(function.ops):
+        for value in op.values():
+            last[owner.get(value, value)] = index
+        if op.name in _VIEWS and isinstance(op.operands[0], Value):
+            source = op.operands[0]
+            owner |= {r: owner.get(source, source) for r in op.results}
+    for value in function.returns:
+        last[owner.get(value, value)] = len(function.ops)
+    alive = {a: _bytes(a, symbols) for a in function.args if a in last}
+    peak = sum(alive.values())
+    for index, op in enumerate(function.ops):
+        if op.name not in _VIEWS:
+            alive |= {r: _bytes(r, symbols) for r in op.results}
+        peak = max(peak, sum(alive.values()))
+        alive = {v: size for v, size in alive.items() if last.get(v, -1) > index}
+    return peak
+
+
+def _bytes(value: Value, symbols: dict[str, int]) -> float:
+    t = value.type
+    # Tables of positions are weights.
+    if not isinstance(t, TensorType) or (t.dtype == "f32" and not t.symbols()):
+        return 0.0
+    size = t.nbytes()
+    return float(size if isinstance(size, int) else bind_fast(size, symbols))
+
+
+def buffer_bytes(layout: Layout, step: Step, hidden: int, nodes: int) -> float:
+    """Room for exchanges: the low-latency mode reserves a slot for each token of each rank at each hosted expert
+    (as DeepEP does), twice; the normal mode holds what is sent and what arrives, one copy a node."""
+    if layout.ep == 1:
+        return 0.0
+    tokens = -(-step.tokens // layout.tp)
+    if step.phase == "decode":
+        return 2.0 * layout.slots_per_device * layout.ep * tokens * hidden * 2
+    return 2.0 * tokens * hidden * 2 * nodes
+
+
+def _elements(t: object) -> int:
+    assert isinstance(t, TensorType)
+    return int(t.elements())  # type: ignore[arg-type]
+
+
+def _dtype(t: object) -> str:
+    assert isinstance(t, TensorType)
+    return t.dtype

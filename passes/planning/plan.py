@@ -1,0 +1,322 @@
+"""The planner: a module, a target and a layout in; times, memory, rates and what bounds them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from moec.errors import MoecError
+from moec.ir import Module, TensorType
+from moec.passes.planning import memory as sizes
+from moec.passes.planning.errors import WrongPlan
+from moec.passes.planning.forms import Choice, Variants, choose, variants
+from moec.passes.planning.layout import Layout, LayoutRequest, expert_count, resolve
+from moec.passes.planning.memory import Memory
+from moec.passes.planning.precision import Recipe, candidates, substitution
+from moec.passes.planning.rows import Step
+from moec.passes.planning.timing import OpCost, Setting, StepCost, step_cost
+from moec.passes.planning.whatif import TRIED, doubled
+from moec.targets import NoLink, Target
+
+PHASES = ("prefill", "decode")
+BALANCE = 0.9
+"""Default mean over maximum of the rows that devices receive, after load balancing: NVIDIA's TensorRT-LLM wide-EP
+report (part 1, Table 1) measured (max - mean) / mean of 0.109 with 9 slots at EP 32, and 1.564 without balancing."""
+
+OVERLAP = ("auto", "on", "off")
+_CHUNKS_WALKED = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """The workload and the choices left to the user.
+
+    batch: requests of an attention replica in a decode step. context: tokens that each attends to. prompt: tokens of a
+    prompt that arrives with nothing cached. chunk: new tokens that a replica computes in one prefill step. balance:
+    mean over maximum of the rows that devices receive.
+    """
+
+    batch: int = 128
+    context: int = 4096
+    prompt: int = 4096
+    chunk: int = 16384
+    layout: LayoutRequest = field(default_factory=LayoutRequest)
+    recipe: str = "auto"
+    balance: float = BALANCE
+    overlap: str = "auto"
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase. Times in microseconds, rates in tokens/s.
+
+    serial_us: ops one after the other. paired_us: as two micro-batches that hide each other's exchanges; None where
+    there is nothing to hide or to halve. step_us: the one taken. tokens: of a replica in the step.
+    """
+
+    phase: str
+    choice: Choice
+    tokens: int
+    serial_us: float
+    paired_us: float | None
+    step_us: float
+    memory: Memory
+    layout: Layout
+    target: Target
+    peak: float
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether two micro-batches overlap."""
+        return self.paired_us is not None and self.step_us == self.paired_us
+
+    @property
+    def ops(self) -> list[OpCost]:
+        """The ops of the whole batch, in order."""
+        return self.choice.cost.ops
+
+    @property
+    def per_device(self) -> float:
+        """Tokens/s of one device."""
+        return self.tokens / self.layout.tp / self.step_us * 1e6
+
+    @property
+    def per_node(self) -> float:
+        """Tokens/s of a node."""
+        return self.per_device * min(self.layout.ranks, self.target.node.devices)
+
+    @property
+    def total(self) -> float:
+        """Tokens/s of all ranks."""
+        return self.per_device * self.layout.ranks
+
+    @property
+    def exposed_us(self) -> float:
+        """Communication that no computation hides."""
+        if not self.overlapped:
+            return self.choice.cost.communication_us
+        alone = self.serial_us - self.choice.cost.communication_us
+        return max(0.0, self.step_us - alone)
+
+    @property
+    def mfu(self) -> float:
+        """Useful FLOP/s over the peak of the type that products run in."""
+        return sum(op.useful_flops for op in self.ops) / (self.step_us * 1e-6 * self.peak)
+
+    @property
+    def by_bound(self) -> dict[str, float]:
+        """Microseconds of the ops by what bounds each; hidden communication is left out."""
+        found: dict[str, float] = {}
+        for op in self.ops:
+            if not op.communication:
+                found[op.cost.bound] = found.get(op.cost.bound, 0.0) + op.cost.time_us
+        found["network"] = self.exposed_us
+        return found
+
+    @property
+    def bound(self) -> str:
+        """What most of the step's time waits for."""
+        return max(self.by_bound, key=lambda b: self.by_bound[b])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Both phases of a model on a target; `warnings` for what does not fit, `notes` for what was chosen.
+
+    gains: relative gain in tokens/s of each phase when one number of the target doubles.
+    """
+
+    target: Target
+    layout: Layout
+    recipe: Recipe
+    options: Options
+    phases: dict[str, PhasePlan]
+    notes: list[str]
+    warnings: list[str]
+    gains: dict[str, dict[str, float]]
+
+    @property
+    def first_token_ms(self) -> float:
+        """A prompt that waits for nothing: its prefill step, all chunks of it."""
+        return self.phases["prefill"].step_us / 1e3
+
+    @property
+    def time_per_token_ms(self) -> float:
+        """Between two tokens of a request: the decode step."""
+        return self.phases["decode"].step_us / 1e3
+
+
+def make_plan(module: Module, target: Target, options: Options) -> Plan:
+    """Plan an imported module (attention in the plain form).
+
+    Raises WrongPlan, WrongLayout, WrongRedundancy, CutBlock, WrongRanks, NoLink or Uncalibrated. A model that does not
+    fit is planned all the same, with a warning.
+    """
+    limit = _positions(module)
+    _check(options, limit)
+    plans = [_with_recipe(module, target, recipe, options, limit) for recipe in candidates(options.recipe, target)]
+    return min(plans, key=lambda p: (p.phases["decode"].memory.missing > 0, p.time_per_token_ms))
+
+
+def _with_recipe(module: Module, target: Target, recipe: Recipe, options: Options, limit: int) -> Plan:
+    layout, sized = resolve(module, target, recipe, options.layout)
+    balance = options.balance if layout.ep > 1 else 1.0
+    setting = Setting(layout, recipe, sized, balance)
+    built = variants(module, setting)
+    phases = {phase: _phase(module, built, phase, options, limit, setting) for phase in PHASES}
+    notes = [note for note in (substitution(recipe, sized), _slots_note(layout, options)) if note]
+    warnings = _fit_warnings(module, target, recipe, options, phases)
+    gains = {key: gain for key in TRIED if (gain := _gain(built, key, options, setting, phases))}
+    return Plan(sized, layout, recipe, options, phases, notes, warnings, gains)
+
+
+def _check(options: Options, limit: int) -> None:
+    for name in ("batch", "context", "prompt", "chunk"):
+        if getattr(options, name) < 1:
+            raise WrongPlan(message=f"{name} must be at least 1, got {getattr(options, name)}")
+    for name in ("context", "prompt"):
+        if getattr(options, name) > limit:
+            raise WrongPlan(message=f"{name} {getattr(options, name)} exceeds the model's {limit} positions")
+    if not 0 < options.balance <= 1:
+        raise WrongPlan(message=f"balance is mean over maximum, above 0 and at most 1, got {options.balance:g}")
+    if options.overlap not in OVERLAP:
+        raise WrongPlan(message=f"overlap must be one of {', '.join(OVERLAP)}, got {options.overlap!r}")
+
+
+def _positions(module: Module) -> int:
+    programs = (op for w in module.weights.values() for op in w.program.ops)
+    return next(int(op.attrs["positions"]) for op in programs if op.name == "weight.rope_table")  # type: ignore[arg-type]
+
+
+def _step(phase: str, options: Options) -> Step:
+    """The step of a phase; for prompts longer than a chunk, the last chunk."""
+    if phase == "decode":
+        return Step(phase, options.batch, 1, options.context)
+    if options.prompt <= options.chunk:
+        return Step(phase, options.chunk // options.prompt, options.prompt, options.prompt)
+    return Step(phase, 1, options.chunk, options.prompt)
+
+
+def _chunks(step: Step, prompt: int) -> Iterator[tuple[Step, float]]:
+    """The steps that compute a prompt, with weights: many chunks are sampled evenly, as costs grow evenly."""
+    count = -(-prompt // step.new)
+    if count <= _CHUNKS_WALKED:
+        for index in range(count):
+            end = min((index + 1) * step.new, prompt)
+            yield replace(step, new=end - index * step.new, context=end), 1.0
+        return
+    for index in range(_CHUNKS_WALKED):
+        chunk = (2 * index + 1) * count // (2 * _CHUNKS_WALKED)
+        yield replace(step, context=min((chunk + 1) * step.new, prompt)), count / _CHUNKS_WALKED
+
+
+def _phase(module: Module, built: Variants, phase: str, options: Options, limit: int, setting: Setting) -> PhasePlan:
+    step = _step(phase, options)
+    choice = choose(built, step, limit, setting)
+    form = built[choice.form]
+    if phase == "prefill":
+        choice = replace(choice, cost=_whole(form, step, options, setting))
+    paired = _paired(form, step, options, setting)
+    serial = choice.cost.serial_us
+    taken = serial if paired is None else {"auto": min(serial, paired), "on": paired, "off": serial}[options.overlap]
+    tokens = step.tokens if phase == "decode" or step.sequences > 1 else options.prompt
+    peak = setting.target.device.matrix_rate("fp8" if setting.recipe.blocks else "bf16")
+    memory = _memory(module, form, step, setting)
+    return PhasePlan(phase, choice, tokens, serial, paired, taken, memory, setting.layout, setting.target, peak)
+
+
+def _whole(form: Module, step: Step, options: Options, setting: Setting) -> StepCost:
+    """The cost of a step, or of all chunks of a prompt."""
+    if step.phase == "decode" or options.prompt <= options.chunk:
+        return step_cost(form, step, setting)
+    total = StepCost()
+    for chunk, times in _chunks(step, options.prompt):
+        total = total + step_cost(form, chunk, setting) * times
+    return total
+
+
+def _paired(form: Module, step: Step, options: Options, setting: Setting) -> float | None:
+    """Two halves of the step, overlapping; None without exchanges or with one sequence."""
+    if (setting.layout.ep == 1 and setting.layout.tp == 1) or step.sequences < 2:
+        return None
+    half = replace(step, sequences=-(-step.sequences // 2))
+    return _whole(form, half, options, setting).paired_us(setting.target.device.cores)
+
+
+def _memory(module: Module, form: Module, step: Step, setting: Setting) -> Memory:
+    layout, target = setting.layout, setting.target
+    nodes = -(-layout.ep // target.node.devices)
+    return Memory(
+        sizes.weight_bytes(module, layout, setting.recipe),
+        sizes.cache_bytes(module, step.sequences, step.context),
+        sizes.activation_bytes(form, step),
+        sizes.buffer_bytes(layout, step, _hidden(module), nodes),
+        target.device.memory_bytes,
+    )
+
+
+def _hidden(module: Module) -> int:
+    embed = next(op for op in module.functions["decode"].ops if op.name == "embed")
+    t = embed.result.type
+    assert isinstance(t, TensorType)
+    return int(t.shape[1])  # type: ignore[arg-type]
+
+
+def _slots_note(layout: Layout, options: Options) -> str:
+    if options.layout.redundant is not None or layout.slots == layout.experts:
+        return ""
+    extra = layout.slots - layout.experts
+    return f"{extra} redundant experts, the fewest that give each of {layout.ep} devices as many slots"
+
+
+def _gain(
+    built: Variants, key: str, options: Options, setting: Setting, phases: dict[str, PhasePlan]
+) -> dict[str, float]:
+    try:
+        other = replace(setting, target=doubled(setting.target, key))
+    except NoLink:
+        return {}
+    gains = {}
+    for phase, plan in phases.items():
+        step = _step(phase, options)
+        form = built[plan.choice.form]
+        time = _whole(form, step, options, other).serial_us
+        if plan.overlapped or options.overlap == "auto":
+            paired = _paired(form, step, options, other)
+            time = time if paired is None else min(time, paired) if options.overlap == "auto" else paired
+        gains[phase] = plan.step_us / time - 1
+    return gains
+
+
+def _fit_warnings(
+    module: Module, target: Target, recipe: Recipe, options: Options, phases: dict[str, PhasePlan]
+) -> list[str]:
+    found = []
+    for phase, plan in phases.items():
+        m = plan.memory
+        if m.missing:
+            text = f"{phase} does not fit: {m.total / 1e9:.1f} GB on a device of {m.capacity / 1e9:.1f} GB, "
+            text += f"{m.missing / 1e9:.1f} GB too much; {_what_fits(module, target, recipe, options, plan)}"
+            found.append(text)
+    return found
+
+
+def _what_fits(module: Module, target: Target, recipe: Recipe, options: Options, plan: PhasePlan) -> str:
+    m = plan.memory
+    name = "batch" if plan.phase == "decode" else "chunk"
+    free = m.capacity - m.weights
+    used = m.total - m.weights
+    if free > 0 and (fits := int(getattr(options, name) * free / used)) >= 1:
+        return f"{name} {fits} fits"
+    nodes = target.node.devices
+    for ranks in sorted({1 << i for i in range(nodes.bit_length())} | {nodes << i for i in range(10)}):
+        if ranks <= plan.layout.ranks or not expert_count(module):
+            continue
+        asked = LayoutRequest(ranks=ranks, tp=plan.layout.tp)
+        try:
+            layout, _ = resolve(module, target, recipe, asked)
+        except MoecError:
+            continue
+        if sizes.weight_bytes(module, layout, recipe) < m.capacity:
+            return f"the weights fit on {ranks} ranks (--ranks {ranks})"
+    return "its weights do not fit on more ranks of this target either; try another target or a smaller model"

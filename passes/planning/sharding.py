@@ -1,0 +1,114 @@
+"""Which ops and weights tensor parallelism divides, read off the data flow of a function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from moec.ir import Function, Module, Op, TensorType, Value, WeightRef
+
+Role = Literal["whole", "column", "row", "heads", "tokens"]
+"""Part of an op that one of `tp` devices does: all of it, its share of output columns, of the summed width (an
+all-reduce follows), of the heads, or of the tokens."""
+
+ATTENTION = ("attn.mla", "attn.mla_absorbed")
+_BEFORE_HEADS = ("unflatten", "rope", "split", "linear.heads")
+_AFTER_HEADS = ("flatten", "linear.heads")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A weight that tensor parallelism divides along `axis`; `heads` when head by head; `joined`: two parts in one."""
+
+    name: str
+    axis: int
+    heads: int = 0
+    joined: bool = False
+
+
+def roles(function: Function) -> dict[int, Role]:
+    """The role of every op, by `id(op)`."""
+    found: dict[int, Role] = {id(op): "whole" for op in function.ops}
+    made = function.producer()
+    users: dict[Value, list[Op]] = {}
+    for op in function.ops:
+        for operand in op.operands:
+            if isinstance(operand, Value):
+                users.setdefault(operand, []).append(op)
+    for op in function.ops:
+        if op.name in ATTENTION:
+            found[id(op)] = "heads"
+            for operand in op.operands[:2]:
+                _before(operand, made, found)
+            _after(op, users, found)
+    routed = next((op for op in function.ops if op.name == "moe.dispatch"), None)
+    if routed is None:
+        for op in function.ops:
+            if op.name == "swiglu":
+                _feed_forward(op, made, users, found)
+    else:
+        _downstream(routed.operands[0], users, found)
+    return found
+
+
+def _before(operand: object, made: dict[Value, Op], found: dict[int, Role]) -> None:
+    op = made.get(operand) if isinstance(operand, Value) else None
+    if op is not None and op.name in _BEFORE_HEADS:
+        found[id(op)] = "heads"
+        _before(op.operands[0], made, found)
+    elif op is not None and op.name == "linear":
+        found[id(op)] = "column"
+
+
+def _after(op: Op, users: dict[Value, list[Op]], found: dict[int, Role]) -> None:
+    for user in users.get(op.result, []):
+        if user.name in _AFTER_HEADS:
+            found[id(user)] = "heads"
+            _after(user, users, found)
+        elif user.name == "linear":
+            found[id(user)] = "row"
+
+
+def _feed_forward(op: Op, made: dict[Value, Op], users: dict[Value, list[Op]], found: dict[int, Role]) -> None:
+    source = op.operands[0]
+    up = made.get(source) if isinstance(source, Value) else None
+    if up is not None and up.name == "linear":
+        found[id(up)], found[id(op)] = "column", "column"
+        for user in users.get(op.result, []):
+            if user.name == "linear":
+                found[id(user)] = "row"
+
+
+def _downstream(value: object, users: dict[Value, list[Op]], found: dict[int, Role]) -> None:
+    for user in users.get(value, []) if isinstance(value, Value) else []:
+        if found[id(user)] != "tokens":
+            found[id(user)] = "tokens"
+            for result in user.results:
+                _downstream(result, users, found)
+
+
+def sharded_weights(module: Module) -> Iterator[Cut]:
+    """The weights that tensor parallelism divides, once each."""
+    seen: set[str] = set()
+    for function in module.functions.values():
+        for op, role in ((op, r) for op, r in zip(function.ops, roles(function).values(), strict=True)):
+            weight = op.operands[1] if op.name == "linear" else None
+            if role in ("column", "row") and isinstance(weight, WeightRef) and weight.name not in seen:
+                seen.add(weight.name)
+                heads, joined = _divided(function, op, role)
+                yield Cut(weight.name, 0 if role == "column" else 1, heads, joined)
+
+
+def _divided(function: Function, op: Op, role: Role) -> tuple[int, bool]:
+    """Heads among which an attention projection is divided, and whether a weight holds gate and up."""
+    attention = next((o for o in function.ops if o.name in ATTENTION), None)
+    users = [o for o in function.ops if op.results[0] in o.operands]
+    if any(o.name == "swiglu" for o in users):
+        return 0, True
+    source = next((o for o in function.ops if op.operands[0] in o.results), None)
+    if (source is not None and source.name == "swiglu") or attention is None:
+        return 0, False
+    q = attention.operands[0].type
+    assert isinstance(q, TensorType)
+    return int(q.shape[1]), False  # type: ignore[arg-type]
