@@ -29,7 +29,7 @@ class NoWeights(InputError):
 class UnsupportedTarget(InputError):
     """A target for which no code can be generated."""
 
-    template: ClassVar[str] = "target {target} is a {kind} device; code generation is for CPUs so far (--plan-only works)"
+    template: ClassVar[str] = "target {target} is a {kind} device: artifacts are for CPUs so far (--plan-only works)"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Traced:
     ) -> Plan:
         """Run the target's pipeline on a copy of the IR.
 
-        `context` defaults to the model's own, at most 4096. Raises UnknownTarget, PassError, PassFailure or StrictError.
+        `context` defaults to the model's own, at most 4096.
+        Raises UnknownTarget, PassError, PassFailure or StrictError.
         """
         from moec import targets
         from moec.ir.rewrite import clone_module

@@ -37,7 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-query-rank": {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
     "odd-sizes": {
         "hidden_size": 77, "intermediate_size": 131, "moe_intermediate_size": 29, "kv_lora_rank": 23, "q_lora_rank": 19,
-        "num_attention_heads": 3, "num_key_value_heads": 3, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14,
+        "num_attention_heads": 3, "num_key_value_heads": 3, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6,
+        "v_head_dim": 14,
     },
     "yarn": {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 16, "beta_slow": 1}},
     "half-split-rope": {"rope_interleave": False, "n_shared_experts": 2, "attention_bias": True},
@@ -47,7 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "v2-lite": {"family": "v2", "q_lora_rank": None, "topk_method": "greedy", "n_group": None, "topk_group": None},
     "v2-groups": {"family": "v2", "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     "block-sizes": {
-        "hidden_size": 256, "kv_lora_rank": 128, "q_lora_rank": 128, "moe_intermediate_size": 128, "num_hidden_layers": 2,
+        "hidden_size": 256, "kv_lora_rank": 128, "q_lora_rank": 128, "moe_intermediate_size": 128,
+        "num_hidden_layers": 2,
     },
 }  # fmt: skip
 
