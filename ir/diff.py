@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
-from moec.ir.module import Function, Module, Op, Operand, Value, Weight
+from moec.ir.module import Function, Module, Op, Value, Weight
 from moec.ir.printer import print_attrs, print_op
 
 
@@ -25,7 +24,7 @@ def diff(a: Module, b: Module) -> list[Change]:
     """What turns `a` into `b`, in order; empty when they are equal up to value names and locations.
 
     Ops match that have one name, attributes, result types and matching operands. Of the ops left over, those of one
-    name whose operands match, or that stand between the same matched ops, are changes; the others came or went.
+    name that use the same weights or whose operands match are changes; the others came or went.
     """
     changes = [] if a.name == b.name else [Change("module", "~", f"name {a.name} -> {b.name}")]
     if a.attrs != b.attrs:
@@ -71,36 +70,49 @@ class _Matching:
     def __init__(self, a: Function, b: Function) -> None:
         self.a, self.b = a, b
         self.values: dict[Value, Value] = dict(zip(a.args, b.args, strict=False))
+        self.taken = set(self.values.values())
         self.pairs: dict[int, int] = {}
-        waiting: defaultdict[object, list[int]] = defaultdict(list)
-        for j, op in enumerate(b.ops):
-            waiting[_key(op, {})].append(j)
+        self.free = dict(enumerate(b.ops))
         for i, op in enumerate(a.ops):
-            found = waiting.get(_key(op, self.values))
-            if found:
-                self._pair(i, found.pop(0))
-        self.exact = dict(self.pairs)
-        self._pair_changed()
+            j = self._partner(op)
+            if j is not None:
+                self.pairs[i] = j
+                made = self.free.pop(j).results
+                self.values.update(zip(op.results, made, strict=False))
+                self.taken.update(made)
 
-    def _pair(self, i: int, j: int) -> None:
-        self.pairs[i] = j
-        self.values.update(zip(self.a.ops[i].results, self.b.ops[j].results, strict=False))
+    def _partner(self, op: Op) -> int | None:
+        """The op of `b` that is most like one of `a`: equal, or of its name with its weights, or fed alike."""
+        named = {j: o for j, o in self.free.items() if o.name == op.name}
+        for degree in range(5):
+            found = next((j for j, o in named.items() if self._alike(op, o, degree)), None)
+            if found is not None:
+                return found
+        return None
 
-    def _pair_changed(self) -> None:
-        """Pair ops of one name that are left over, in order of the gaps between exact pairs."""
-        taken = set(self.pairs.values())
-        free: defaultdict[str, list[int]] = defaultdict(list)
-        for j, op in enumerate(self.b.ops):
-            if j not in taken:
-                free[op.name].append(j)
-        for i, op in enumerate(self.a.ops):
-            if i in self.pairs or not free[op.name]:
-                continue
-            names = _weight_names(op)
-            best = next((j for j in free[op.name] if _weight_names(self.b.ops[j]) == names), None)
-            best = free[op.name][0] if best is None else best
-            free[op.name].remove(best)
-            self._pair(i, best)
+    def _alike(self, op: Op, other: Op, degree: int) -> bool:
+        """Whether two ops of one name are alike in a degree, 0 being equal."""
+        match degree:
+            case 0:
+                return _own(other) == _own(op) and self._fed(op, other, strictly=True)
+            case 1:
+                return _own(other) == _own(op) and self._fed(op, other, strictly=False)
+            case 2:
+                return bool(_weight_names(op)) and _weight_names(other) == _weight_names(op)
+            case 3:
+                return not _weight_names(op) and self._fed(op, other, strictly=False)
+        return _own(other) == _own(op) and {self.values.get(x) for x in op.values()} == set(other.values())
+
+    def _fed(self, op: Op, other: Op, *, strictly: bool) -> bool:
+        """Whether the operands match; unless `strictly`, values of ops that found no partner match one another."""
+        mine, others = list(op.values()), list(other.values())
+        if len(mine) != len(others):
+            return False
+        for x, y in zip(mine, others, strict=True):
+            known = self.values.get(x)
+            if known is not y and (strictly or known is not None or y in self.taken):
+                return False
+        return True
 
     def changes(self, where: str) -> list[Change]:
         out = []
@@ -108,33 +120,30 @@ class _Matching:
             j = self.pairs.get(i)
             if j is None:
                 out.append(Change(where, "-", print_op(op, locations=False)))
-            elif i not in self.exact:
-                out += self._changed(where, op, self.b.ops[j])
-        paired = set(self.pairs.values())
-        out += [Change(where, "+", print_op(op, locations=False)) for j, op in enumerate(self.b.ops) if j not in paired]
-        if _effects(self.a) != _effects(self.b) and not out:
+                continue
+            other = self.b.ops[j]
+            if _own(op) != _own(other) or self._rewired(op, other):
+                after = print_op(other, locations=False)
+                out.append(Change(where, "~", f"{print_op(op, locations=False)} -> {after}"))
+        out += [Change(where, "+", print_op(op, locations=False)) for op in self.free.values()]
+        if not out and _effects(self.a) != _effects(self.b):
             out.append(Change(where, "~", "order of the ops that use the cache"))
         if [self.values.get(v) for v in self.a.returns] != self.b.returns:
             before, after = (", ".join(f"%{v.name}" for v in f.returns) for f in (self.a, self.b))
             out.append(Change(where, "~", f"return {before} -> {after}"))
         return out
 
-    def _changed(self, where: str, a: Op, b: Op) -> list[Change]:
-        """An op whose attributes, types or own operands changed; one only fed by changed ops is not listed."""
-        same_shape = a.attrs == b.attrs and [r.type for r in a.results] == [r.type for r in b.results]
-        if same_shape and _key(a, self.values) == _key(b, {}):
-            return []
-        return [Change(where, "~", f"{print_op(a, locations=False)} -> {print_op(b, locations=False)}")]
+    def _rewired(self, op: Op, other: Op) -> bool:
+        """Whether an operand comes from another op; one from an op that came or went is told by that op."""
+        pairs = zip(op.values(), other.values(), strict=False)
+        return any(self.values.get(x, y) is not y or (x not in self.values and y in self.taken) for x, y in pairs)
 
 
-def _key(op: Op, values: dict[Value, Value]) -> object:
-    def operand(o: Operand) -> object:
-        if isinstance(o, Value):
-            return values.get(o, o)
-        return o.name, tuple(values.get(i, i) for i in o.indices), str(o.type)
-
+def _own(op: Op) -> object:
+    """What an op is apart from where its values come from."""
+    weights = tuple((i, o.name, str(o.type)) for i, o in enumerate(op.operands) if not isinstance(o, Value))
     attrs = tuple((k, repr(v)) for k, v in sorted(op.attrs.items()))
-    return op.name, tuple(operand(o) for o in op.operands), attrs, tuple(str(r.type) for r in op.results)
+    return op.name, len(op.operands), weights, attrs, tuple(str(r.type) for r in op.results)
 
 
 def _weight_names(op: Op) -> tuple[str, ...]:

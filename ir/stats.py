@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 from moec.ir.module import Module, Weight, WeightRef
 from moec.ir.types import TensorType
 
@@ -57,3 +60,23 @@ def weight_bytes(weight: Weight) -> int:
     """Bytes of a weight, its scales included, over all its index points."""
     assert isinstance(weight.type, TensorType)
     return int(weight.type.nbytes()) * weight.points()  # type: ignore[arg-type]
+
+
+def bytes_by_storage(module: Module) -> dict[str, int]:
+    """Bytes of weights by element type and scales, e.g. `fp8_e4m3 scale(f32, 128x128)`."""
+    total: Counter[str] = Counter()
+    for weight in module.weights.values():
+        assert isinstance(weight.type, TensorType)
+        total[f"{weight.type.dtype} {weight.type.quant or ''}".rstrip()] += weight_bytes(weight)
+    return dict(total)
+
+
+def statistics(module: Module) -> dict[str, Any]:
+    """Counts as plain data: parameters, those a token touches, weight bytes by storage, ops by function and name."""
+    return {
+        "module": module.name,
+        "parameters": parameters(module),
+        "active_parameters": active_parameters(module),
+        "weight_bytes": bytes_by_storage(module),
+        "functions": {f.name: dict(Counter(op.name for op in f.ops)) for f in module.functions.values()},
+    }

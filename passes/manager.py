@@ -70,7 +70,7 @@ class Manager:
             from moec.passes.numerics import Numerics
 
             self._numerics = Numerics(module, self.context.limits.context)
-        self._report = Report(module) if self.dump is not None else None
+        self._report = Report(module, self.context.limits) if self.dump is not None else None
         self._write("00_import.ir", module)
         for number, step in enumerate(pipeline, start=1):
             self._step(module, step, number)

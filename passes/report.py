@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import html
-from collections import Counter
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from moec.ir import CacheType, Module, Op, TensorType, WeightRef, print_function
+from moec.ir.cost import amount, op_cost, phase_sizes
 from moec.ir.diff import diff
 from moec.ir.module import Function, Weight
 from moec.ir.printer import print_op
-from moec.ir.stats import weight_bytes
+from moec.ir.stats import bytes_by_storage, weight_bytes
 
 if TYPE_CHECKING:
+    from moec.passes.base import Limits
     from moec.passes.manager import Record
 
 UNCHANGED = 2
@@ -33,8 +34,9 @@ class _Step:
 class Report:
     """Collects the module after each pass; `html` is the page so far."""
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, limits: Limits) -> None:
         self._name = module.name
+        self._limits = limits
         self._texts: dict[str, list[str]] = {}
         self._last: Module | None = None
         self._types: list[dict[str, int]] = []
@@ -51,7 +53,7 @@ class Report:
             sides = [(n, _side_by_side(self._texts.get(n, []), texts.get(n, []))) for n in names]
             self._steps.append(_Step(record, changes, [(n, rows) for n, rows in sides if rows]))
         self._texts, self._last = texts, clone_module(module)
-        self._types.append(_bytes_by_type(module))
+        self._types.append(bytes_by_storage(module))
 
     def html(self) -> str:
         """The whole page."""
@@ -63,13 +65,20 @@ class Report:
             "TYPES": self._type_table(),
             "PASSES": "".join(_pass(i, s) for i, s in enumerate(self._steps, start=1)),
             "GRAPHS": "".join(_graph(f) for f in self._last.functions.values()),
-            "OPS": "".join(_op_row(f, op) for f, op in self._last.ops()),
+            "SIZES": html.escape(
+                f"batch {self._limits.batch}, context {self._limits.context}, chunk {self._limits.chunk}"
+            ),
+            "OPS": "".join(_op_row(f, op, self._sizes(f)) for f, op in self._last.ops()),
             "WEIGHTS": "".join(_weight_row(w) for w in self._last.weights.values()),
         }
         page = files("moec.passes").joinpath("report.html").read_text()
         for key, text in parts.items():
             page = page.replace("{{" + key + "}}", text)
         return page
+
+    def _sizes(self, function: Function) -> dict[str, int]:
+        limits = self._limits
+        return phase_sizes(str(function.attrs.get("phase", "")), limits.batch, limits.context, limits.chunk)
 
     def _summary(self) -> str:
         rows = []
@@ -94,7 +103,7 @@ class Report:
         rows, before = [], self._types[0]
         for name, types in zip(["(import)", *(s.record.name for s in self._steps)], self._types, strict=True):
             cells = [
-                f"<td{_mark(types.get(k, 0), before.get(k, 0))}>{_size(types[k]) if k in types else '–'}</td>"
+                f"<td{_mark(types.get(k, 0), before.get(k, 0))}>{amount(types[k], 'B') if k in types else '–'}</td>"
                 for k in kinds
             ]
             rows.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
@@ -104,26 +113,6 @@ class Report:
 
 def _mark(now: int, before: int) -> str:
     return ' class="changed"' if now != before else ""
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.4g} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count = count / 1000  # type: ignore[assignment]
-    raise AssertionError
-
-
-def _bytes_by_type(module: Module) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for weight in module.weights.values():
-        total[_storage(weight)] += weight_bytes(weight)
-    return dict(total)
-
-
-def _storage(weight: Weight) -> str:
-    assert isinstance(weight.type, TensorType)
-    return f"{weight.type.dtype} {weight.type.quant}" if weight.type.quant else weight.type.dtype
 
 
 def _texts(module: Module) -> dict[str, list[str]]:
@@ -191,17 +180,19 @@ def _facts(module: Module) -> str:
     attrs = ", ".join(f"{k} = {v}" for k, v in module.attrs.items())
     total = sum(weight_bytes(w) for w in module.weights.values())
     ops = sum(1 for _ in module.ops())
-    facts = f"{len(module.functions)} functions, {ops} ops, {len(module.weights)} weights of {_size(total)}"
+    facts = f"{len(module.functions)} functions, {ops} ops, {len(module.weights)} weights of {amount(total, 'B')}"
     return html.escape(f"{facts}. {attrs}")
 
 
-def _op_row(function: Function, op: Op) -> str:
+def _op_row(function: Function, op: Op, sizes: dict[str, int]) -> str:
     results = ", ".join(str(r.type) for r in op.results)
     operands = ", ".join(f"{_operand(o)}: {o.type}" for o in op.operands)
     cells = [f"@{function.name}", print_op(op, locations=False).split(" : ")[0], operands, results]
     source = f"{op.loc.file}:{op.loc.line}" if op.loc else ""
     made = ", ".join(op.loc.passes) if op.loc else ""
-    return "<tr>" + "".join(f"<td>{_colour(c)}</td>" for c in [*cells, source, made]) + "</tr>"
+    cost = op_cost(op, sizes)
+    counts = [amount(cost.flops, "FLOP"), amount(cost.bytes_read, "B"), amount(cost.bytes_written, "B")]
+    return "<tr>" + "".join(f"<td>{_colour(c)}</td>" for c in [*cells, *counts, source, made]) + "</tr>"
 
 
 def _operand(operand: object) -> str:
@@ -211,7 +202,14 @@ def _operand(operand: object) -> str:
 def _weight_row(weight: Weight) -> str:
     program = " → ".join(op.name.removeprefix("weight.") for op in weight.program.ops)
     tensors = ", ".join(str(op.attrs["tensor"]) for op in weight.program.ops if "tensor" in op.attrs)
-    cells = [f"@{weight.name}", str(weight.type), str(weight.points()), _size(weight_bytes(weight)), program, tensors]
+    cells = [
+        f"@{weight.name}",
+        str(weight.type),
+        str(weight.points()),
+        amount(weight_bytes(weight), "B"),
+        program,
+        tensors,
+    ]
     return "<tr>" + "".join(f"<td>{_colour(c)}</td>" for c in cells) + "</tr>"
 
 

@@ -1,16 +1,20 @@
-"""`moec ir`: look at IR text, check it, and run passes on it."""
+"""`moec ir`: look at IR text, check it, compare it, and run passes on it."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from moec.errors import InputError
+from moec.errors import InputError, MoecError
 
-ir = typer.Typer(no_args_is_help=True, help="Show, check and rewrite IR text.")
+if TYPE_CHECKING:
+    from moec.ir import Function, Module
+
+ir = typer.Typer(no_args_is_help=True, help="Show, check, compare and rewrite IR text.")
 
 
 class UnreadableFile(InputError):
@@ -19,10 +23,16 @@ class UnreadableFile(InputError):
     template: ClassVar[str] = "{file}: {message}"
 
 
-class NoFunction(InputError):
-    """A function that the module does not have."""
+class NothingShown(InputError):
+    """A filter that no function or op passes."""
 
-    template: ClassVar[str] = "no function @{name}{hint}"
+    template: ClassVar[str] = "no {what} {name}{hint}"
+
+
+class NotTheSame(MoecError):
+    """A module whose printed text parses to another."""
+
+    template: ClassVar[str] = "{file}: the printed module does not parse back to itself"
 
 
 def register(app: typer.Typer) -> None:
@@ -32,39 +42,91 @@ def register(app: typer.Typer) -> None:
 
 def read_text(file: str) -> str:
     """The text of a file, of an artifact's program, or of stdin for `-`; raises UnreadableFile."""
-    if file == "-":
-        return sys.stdin.read()
-    path = Path(file)
-    path = path / "program.ir" if path.is_dir() else path
     try:
-        return path.read_text()
+        if file == "-":
+            return sys.stdin.read()
+        path = Path(file)
+        return (path / "program.ir" if path.is_dir() else path).read_text()
     except UnicodeDecodeError:
-        raise UnreadableFile(file=path, message="is not text") from None
+        raise UnreadableFile(file=file, message="is not text") from None
     except OSError as error:
-        raise UnreadableFile(file=path, message=error.strerror or str(error)) from None
+        raise UnreadableFile(file=file, message=error.strerror or str(error)) from None
+
+
+def read_module(file: str) -> Module:
+    """The module of a file; raises UnreadableFile or ParseError."""
+    from moec.ir import parse_module
+
+    return parse_module(read_text(file), file)
 
 
 File = Annotated[str, typer.Argument(help="IR text, an artifact folder, or - for stdin.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences in a batch.")]
+ContextLength = Annotated[int, typer.Option(min=1, help="Tokens of context.")]
+Chunk = Annotated[int, typer.Option(min=1, help="Tokens of a prefill chunk.")]
 
 
 @ir.command()
 def show(
     file: File,
     function: Annotated[str | None, typer.Option(help="Only this function.")] = None,
+    op: Annotated[str | None, typer.Option(help="Only ops of this name, or of this group (attn, moe, ...).")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Only functions that this layer runs.")] = None,
     locations: Annotated[bool, typer.Option("--locations", help="Show where each op comes from.")] = False,
+    cost: Annotated[bool, typer.Option("--cost", help="Show operations and bytes of each op.")] = False,
+    batch: Batch = 1,
+    context: ContextLength = 4096,
+    chunk: Chunk = 256,
 ) -> None:
-    """Print a module or one function."""
-    from moec.errors import near
-    from moec.ir import parse_module, print_function, print_module
+    """Print a module, or the functions and ops that pass all filters."""
+    from moec.ir import print_function, print_module, print_op
+    from moec.ir.cost import op_cost, phase_sizes
 
-    module = parse_module(read_text(file), file)
-    if function is None:
+    module = read_module(file)
+    if function is None and op is None and layer is None and not cost:
         sys.stdout.write(print_module(module, locations=locations))
         return
-    name = function.removeprefix("@")
-    if name not in module.functions:
-        raise NoFunction(name=name, hint=near(name, list(module.functions)))
-    print(print_function(module.functions[name], locations=locations))
+    functions = _chosen(module, function, layer)
+    if op is None and not cost:
+        print("\n".join(print_function(f, locations=locations) for f in functions))
+        return
+    shown = 0
+    for f in functions:
+        ops = [o for o in f.ops if op is None or o.name == op or o.name.startswith(f"{op}.")]
+        shown += len(ops)
+        if ops:
+            print(f"@{f.name}")
+        sizes = phase_sizes(str(f.attrs.get("phase", "")), batch, context, chunk)
+        for o in ops:
+            print(f"  {print_op(o, locations=locations)}{f'  // {op_cost(o, sizes)}' if cost else ''}")
+    if not shown and op is not None:
+        from moec.errors import near
+
+        known = sorted({o.name for f in functions for o in f.ops})
+        raise NothingShown(what="op", name=op, hint=near(op, known))
+
+
+def _chosen(module: Module, function: str | None, layer: int | None) -> list[Function]:
+    from moec.errors import near
+
+    functions = list(module.functions.values())
+    if function is not None:
+        name = function.removeprefix("@")
+        functions = [f for f in functions if f.name == name]
+        if not functions:
+            raise NothingShown(what="function", name=f"@{name}", hint=near(name, list(module.functions)))
+    if layer is not None:
+        ranges = {
+            str(o.attrs["func"]): range(int(str(o.attrs["first"])), int(str(o.attrs["last"])) + 1)
+            for _, o in module.ops()
+            if o.name == "repeat"
+        }
+        functions = [f for f in functions if layer in ranges.get(f.name, ())]
+        if not functions:
+            last = max((r.stop - 1 for r in ranges.values()), default=-1)
+            raise NothingShown(what="layer", name=str(layer), hint=f" (layers 0 to {last})" if last >= 0 else "")
+    return functions
 
 
 @ir.command()
@@ -72,11 +134,63 @@ def verify(file: File) -> None:
     """Check a module: every rule of the op table, and that its text prints back to itself."""
     from moec.ir import parse_module, print_module, verify
 
-    module = parse_module(read_text(file), file)
+    module = read_module(file)
     verify(module)
     text = print_module(module)
-    assert print_module(parse_module(text)) == text
+    if print_module(parse_module(text)) != text:
+        raise NotTheSame(file=file)
     print(f"{file}: ok, {sum(1 for _ in module.ops())} ops in {len(module.functions)} functions")
+
+
+@ir.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="IR text, an artifact folder, or - for stdin.")],
+    after: Annotated[str, typer.Argument(help="The other module.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two modules by structure: functions by name, ops by what they compute, never by line or value name.
+
+    Exit code 0 when they are equal, 1 when they differ.
+    """
+    from moec.ir.diff import diff
+
+    changes = diff(read_module(before), read_module(after))
+    if as_json:
+        print(json.dumps({"equal": not changes, "changes": [vars(c) for c in changes]}))
+    else:
+        print("\n".join(map(str, changes)) or "equal")
+    if changes:
+        raise typer.Exit(1)
+
+
+@ir.command()
+def stats(file: File, as_json: Json = False) -> None:
+    """Count ops by function and kind, parameters, and bytes of weights by how they are stored."""
+    from moec.ir.stats import statistics
+
+    found = statistics(read_module(file))
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"@{found['module']}: {found['parameters']:,} parameters, {found['active_parameters']:,} touched by a token")
+    for name, count in found["weight_bytes"].items():
+        print(f"  {count:>20,} bytes of {name}")
+    for name, ops in found["functions"].items():
+        kinds = ", ".join(f"{n} {kind}" for kind, n in ops.items())
+        print(f"  @{name}: {sum(ops.values())} ops ({kinds})")
+
+
+@ir.command()
+def reference(
+    write: Annotated[Path | None, typer.Option(help="Write the page to this file instead of stdout.")] = None,
+) -> None:
+    """The reference of the IR, made from the op table."""
+    from moec.ir.reference import reference
+
+    if write is None:
+        sys.stdout.write(reference())
+    else:
+        write.write_text(reference())
 
 
 @ir.command()
@@ -84,21 +198,26 @@ def opt(
     file: File,
     passes: Annotated[list[str] | None, typer.Option("--pass", metavar="SPEC", help="Passes to run, in order.")] = None,
     target: Annotated[str | None, typer.Option(help="Target (default: the module's own, else cpu).")] = None,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    context: Annotated[int, typer.Option(min=1)] = 4096,
-    chunk: Annotated[int, typer.Option(min=1)] = 256,
+    verify: Annotated[str, typer.Option(help="structure, roundtrip or numerics.")] = "structure",
+    strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into errors.")] = False,
+    dump_ir: Annotated[Path | None, typer.Option(help="Folder for the text after every pass and its report.")] = None,
+    batch: Batch = 1,
+    context: ContextLength = 4096,
+    chunk: Chunk = 256,
 ) -> None:
     """Run passes on IR text and print the result; without passes, print it again."""
     from moec import targets
-    from moec.ir import parse_module, print_module
+    from moec.cli.options import check_verify
+    from moec.ir import print_module
     from moec.passes.base import Context, Limits
     from moec.passes.manager import Manager
     from moec.passes.registry import parse_pass
 
-    module = parse_module(read_text(file), file)
+    check_verify(verify)
+    module = read_module(file)
     steps = [parse_pass(p) for p in passes or []]
     name = target or str(module.attrs.get("target", "cpu"))
-    manager = Manager(Context(targets.load(name), Limits(batch, context, chunk)))
+    manager = Manager(Context(targets.load(name), Limits(batch, context, chunk)), verify, strict, dump_ir)
     manager.run(module, steps)
     for record in manager.records:
         for line in [*record.notes, *(f"warning: {w}" for w in record.warnings)]:

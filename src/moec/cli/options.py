@@ -36,8 +36,7 @@ def check_compile(
         raise UsageError(message="--out FOLDER is missing (or pass --plan-only)")
     if out is not None and plan_only:
         raise UsageError(message="--plan-only writes no artifact: leave --out away")
-    if verify not in VERIFY:
-        raise UsageError(message=f"--verify {verify!r} is not known{near(verify, list(VERIFY))}")
+    check_verify(verify)
     given = [weights is not None, random_weights is not None, no_weights]
     if sum(given) > 1:
         raise UsageError(message="--weights, --random-weights and --no-weights exclude each other")
@@ -49,3 +48,9 @@ def check_recipe(name: str) -> None:
 
     if name not in ("auto", *RECIPES):
         raise UsageError(message=f"--recipe {name!r} is not known{near(name, ['auto', *RECIPES])}")
+
+
+def check_verify(verify: str) -> None:
+    """Raise UsageError unless `verify` is a kind of check."""
+    if verify not in VERIFY:
+        raise UsageError(message=f"--verify {verify!r} is not known{near(verify, list(VERIFY))}")

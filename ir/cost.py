@@ -1,0 +1,56 @@
+"""What an op computes and moves, with every symbol bound: the counts of the op table, without a machine's speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moec.ir.dims import Dim, Size, bind
+from moec.ir.module import Op
+from moec.ir.optable import OPS, operand_type
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """Floating-point operations (a multiply-add counts two) and bytes of one run of an op."""
+
+    flops: int
+    bytes_read: int
+    bytes_written: int
+
+    def __str__(self) -> str:
+        moved = f"{amount(self.bytes_read, 'B')} read, {amount(self.bytes_written, 'B')} written"
+        return f"{amount(self.flops, 'FLOP')}, {moved}"
+
+
+def phase_sizes(phase: str, batch: int, context: int, chunk: int) -> dict[str, int]:
+    """Values of the symbols of an entry: decode steps every sequence by a token, prefill feeds a chunk of one."""
+    decode = phase == "decode"
+    sequences, tokens = (batch, batch) if decode else (1, min(chunk, context))
+    pages = -(-context // 64)
+    total = sequences * context
+    return {"T": tokens, "S": total, "C": context, "B": sequences, "N": pages, "P": sequences * pages, "R": sequences}
+
+
+def op_cost(op: Op, sizes: Mapping[str, int]) -> OpCost:
+    """Counts of `op`; a symbol that `sizes` lacks counts as the tokens `T`."""
+    types = [operand_type(o) for o in op.operands]
+    results = [r.type for r in op.results]
+    rule = OPS[op.name]
+
+    def value(size: Size) -> int:
+        unknown = size.symbols() - set(sizes) if isinstance(size, Dim) else frozenset()
+        return bind(size, {**sizes, **dict.fromkeys(unknown, sizes["T"])})
+
+    read = value(rule.bytes_read(types, results, op.attrs))
+    written = value(rule.bytes_written(types, results, op.attrs))
+    return OpCost(value(rule.flops(types, results, op.attrs)), read, written)
+
+
+def amount(count: float, unit: str) -> str:
+    """`1.23 GB` for 1230000000 and `B`."""
+    prefixes = iter(("", "k", "M", "G", "T"))
+    prefix = next(prefixes)
+    while count >= 1000 and prefix != "T":
+        count, prefix = count / 1000, next(prefixes)
+    return f"{count:.3g} {prefix}{unit}"

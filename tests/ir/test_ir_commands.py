@@ -1,0 +1,113 @@
+"""`moec ir`: what each command prints, and its exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from parser_texts import GOOD
+
+import moec
+from moec.cli import main
+from moec.ir import print_module
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "m.ir"
+    path.write_text(GOOD)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    import sys
+    from unittest.mock import patch
+
+    with patch.object(sys, "argv", ["moec", *map(str, args)]), pytest.raises(SystemExit) as exit_:
+        main()
+    out = capsys.readouterr()
+    return int(exit_.value.code or 0), out.out, out.err
+
+
+def test_show_prints_the_module(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "ir", "show", file, "--locations") == (0, GOOD, "")
+
+
+def test_show_filters_by_op_and_layer(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "ir", "show", file, "--op", "linear", "--layer", "3")
+    assert (code, out) == (0, "@layer\n  %0 = linear %x, @w[%l] : bf16[T, 16]\n")
+
+
+def test_show_cost(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A chunk of 100 tokens times [8, 16]: 2·100·8·16 operations; 1.6 kB of x and 0.256 kB of weights."""
+    _, out, _ = run(capsys, "ir", "show", file, "--op", "linear", "--cost", "--chunk", 100)
+    assert out.endswith("// 25.6 kFLOP, 1.86 kB read, 3.2 kB written\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--function", "lay", "no function @lay (did you mean layer?)"),
+        ("--op", "linaer", "no op linaer (did you mean linear?)"),
+        ("--layer", "4", "no layer 4 (layers 0 to 3)"),
+    ],
+)
+def test_a_filter_that_nothing_passes(
+    file: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
+) -> None:
+    code, out, err = run(capsys, "ir", "show", file, option, value)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_diff_has_exit_code_one(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.ir"
+    other.write_text(GOOD.replace("add %x, %1", "add %1, %x"))
+    assert run(capsys, "ir", "diff", file, file) == (0, "equal\n", "")
+    assert run(capsys, "ir", "diff", file, other)[0] == 1
+    _, out, _ = run(capsys, "ir", "diff", file, other, "--json")
+    assert json.loads(out)["changes"][0]["where"] == "@layer"
+
+
+def test_stats(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, "ir", "stats", file, "--json")[1])
+    assert found["parameters"] == 4 * 16 * 8
+    assert found["weight_bytes"] == {"bf16": 4 * 16 * 8 * 2}
+    assert found["functions"]["layer"] == {"linear": 1, "swiglu": 1, "add": 1}
+
+
+def test_opt_gives_what_the_pipeline_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Passes on text give the bytes that they give in the process."""
+    traced = moec.trace("tiny-deepseek-v3")
+    plan = traced.optimize("cpu", context=64, chunk=16, dump=tmp_path / "dump")
+    names = [r.name for r in plan.records]
+    specs = [s for n in names for s in ("--pass", "mla-absorb{decode=absorbed}" if n == "mla-absorb" else n)]
+    _, out, _ = run(capsys, "ir", "opt", tmp_path / "dump" / "00_import.ir", *specs, "--context", 64, "--chunk", 16)
+    assert out == print_module(plan.ir)
+
+
+def test_a_pass_that_matches_nothing_warns(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "ir", "opt", file, "--pass", "mla-absorb")
+    assert code == 0
+    assert "warning: no attn.mla over a cached latent" in err
+    code, out, err = run(capsys, "ir", "opt", file, "--pass", "mla-absorb", "--strict")
+    assert (code, out) == (2, "")
+    assert "--strict" in err
+
+
+def test_the_dump_holds_what_was_there_before_a_failure(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "dump"
+    code, _, _ = run(
+        capsys, "ir", "opt", file, "--pass", "canonicalise", "--pass", "mla-absorb", "--strict", "--dump-ir", folder
+    )
+    assert code == 2
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "00_import.ir", "01_canonicalise.ir", "02_mla-absorb.ir", "index.md", "report.html",
+    ]  # fmt: skip
+    page = (folder / "report.html").read_text()
+    assert "warning: no attn.mla over a cached latent" in page
+    assert "{{" not in page.replace("{{l}}", "")
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
