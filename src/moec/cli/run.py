@@ -31,6 +31,12 @@ class NotTokenIds(InputError):
     template = "--prompt-ids must be integers with commas between them (1,2,3), is {value!r}"
 
 
+class NothingGenerated(InputError):
+    """--compare with options of generation."""
+
+    template = "--compare runs the prompt only: leave --max-new-tokens, --temperature, --top-p and --seed away"
+
+
 def register(app: typer.Typer) -> None:
     """Add `moec run`."""
     app.command("run")(run)
@@ -49,12 +55,18 @@ def run(
     top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this sum.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels (default: all usable CPUs).")] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="HF_FOLDER", help="Generate nothing: compare every op with these weights' reference."),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare the hashes of weights, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a prompt; the text appears as it is generated."""
     if sum(given is not None for given in (prompt, chat, prompt_ids)) != 1:
         raise OnePrompt()
+    if compare is not None and (max_new_tokens is not None or (temperature, top_p, seed) != (0.0, 1.0, 0)):
+        raise NothingGenerated()
     from moec.runtime import Sampling, load
 
     sampling = Sampling(temperature, top_p, seed)
@@ -62,6 +74,9 @@ def run(
     model = load(artifact, check=check, threads=threads)
     if ids is None:
         ids = model.tokenizer.encode(prompt) if prompt is not None else model.tokenizer.encode_chat(chat or "")
+    if compare is not None:
+        _compare(model, compare, ids, as_json)
+        return
     new = max_new_tokens if max_new_tokens is not None else _default_new(model, len(ids))
     if as_json:
         done = model.complete(ids, new, sampling)
@@ -69,6 +84,22 @@ def run(
         return
     done = _stream(model, ids, new, sampling)
     print(_summary(done), file=sys.stderr)
+
+
+def _compare(model: Model, folder: str, ids: list[int], as_json: bool) -> None:
+    """Print how far the artifact is from the folder's weights; exit code 1 when it departs."""
+    from moec.cli.output import note
+    from moec.compare import compare, report
+
+    found = compare(model, folder, ids)
+    for line in found.notes:
+        note(line)
+    if as_json:
+        print(json.dumps({**found.as_json(), "artifact": str(model.artifact.path), "folder": folder}))
+    else:
+        print("\n".join(report(found)))
+    if not found.agrees:
+        raise typer.Exit(1)
 
 
 def _default_new(model: Model, prompt: int) -> int:
