@@ -121,7 +121,7 @@ def _texts(module: Module) -> dict[str, list[str]]:
     for w in module.weights.values():
         lines.append(f"weight @{w.name}: {w.type}")
         lines += [f"    {print_op(op, locations=False)}" for op in w.program.ops]
-    return {**out, "weight programs": lines}
+    return {"weight programs": lines, **out}
 
 
 def _side_by_side(a: list[str], b: list[str]) -> list[Row]:
