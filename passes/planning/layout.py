@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moec.ir import Module, TensorType
@@ -10,6 +9,8 @@ from moec.passes.planning.errors import CutBlock, WrongLayout, WrongRedundancy
 from moec.passes.planning.precision import BLOCK, Recipe
 from moec.passes.planning.sharding import sharded_weights
 from moec.targets import Target
+
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ def resolve(module: Module, target: Target, recipe: Recipe, asked: LayoutRequest
     """
     for name in ("ranks", "tp", "dp", "ep"):
         value = getattr(asked, name)
-        if value is not None and value < 1:
-            raise WrongLayout(message=f"{name} must be at least 1, got {value}")
+        if value is not None and not 1 <= value <= _MOST:
+            raise WrongLayout(message=f"{name} must lie in 1..{_MOST}, got {value}")
+    if asked.redundant is not None and not 0 <= asked.redundant <= _MOST:
+        raise WrongLayout(message=f"redundant experts must lie in 0..{_MOST}, got {asked.redundant}")
     tp, experts = asked.tp, expert_count(module)
     ranks = asked.ranks or (tp * asked.dp if asked.dp else max(target.cluster.ranks, tp, asked.ep or 1))
     if ranks % tp:
@@ -91,9 +94,8 @@ def _slots(experts: int, ep: int, redundant: int | None) -> int:
     fewest = -experts % ep
     if redundant is None:
         return experts + fewest
-    if redundant < 0 or (experts + redundant) % ep:
-        least = max(redundant, 0)
-        proposal = least + -(experts + least) % ep
+    if (experts + redundant) % ep:
+        proposal = redundant + -(experts + redundant) % ep
         slots = experts + proposal
         raise WrongRedundancy(
             experts=experts, redundant=redundant, ep=ep, proposal=proposal, slots=slots, each=slots // ep
@@ -115,7 +117,7 @@ def _check_tp(module: Module, tp: int, recipe: Recipe) -> None:
         block = BLOCK if recipe.blocks else 1
         if width % (tp * parts) or (width // (tp * parts)) % block:
             whole = width // parts
-            fits = [n for n in range(2, tp) if whole % (n * block) == 0]
+            fits = [n for n in range(2, tp) if tp % n == 0 and whole % (n * block) == 0]
             raise CutBlock(
                 tp=tp,
                 weight=cut.name,
@@ -129,8 +131,4 @@ def _check_tp(module: Module, tp: int, recipe: Recipe) -> None:
 
 def _divisor(of: int, wanted: int) -> int:
     """The largest divisor of `of` not above `wanted`."""
-    return max(d for d in _divisors(of) if d <= wanted)
-
-
-def _divisors(of: int) -> Iterable[int]:
-    return (d for d in range(1, of + 1) if of % d == 0)
+    return next(d for d in range(min(of, wanted), 0, -1) if of % d == 0)

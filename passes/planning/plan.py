@@ -25,6 +25,7 @@ report (part 1, Table 1) measured (max - mean) / mean of 0.109 with 9 slots at E
 
 OVERLAP = ("auto", "on", "off")
 _CHUNKS_WALKED = 16
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,8 @@ def _with_recipe(module: Module, target: Target, recipe: Recipe, options: Option
 
 def _check(options: Options, limit: int) -> None:
     for name in ("batch", "context", "prompt", "chunk"):
-        if getattr(options, name) < 1:
-            raise WrongPlan(message=f"{name} must be at least 1, got {getattr(options, name)}")
+        if not 1 <= getattr(options, name) <= _MOST:
+            raise WrongPlan(message=f"{name} must lie in 1..{_MOST}, got {getattr(options, name)}")
     for name in ("context", "prompt"):
         if getattr(options, name) > limit:
             raise WrongPlan(message=f"{name} {getattr(options, name)} exceeds the model's {limit} positions")

@@ -174,7 +174,12 @@ def _exchange(rows: Rows, op: Op, role: Role) -> list[Row]:
         if rows.step.phase == "prefill":
             nodes = -(-layout.ep // rows.target.node.devices)
             row |= {"mode": "normal", "max_nodes": min(nodes, rows.top_groups or nodes)}
-        found = [row]
+            # This mode delivers a copy for each device: further kernels lay rows out by expert, and add them up.
+            element = 1 if dispatch and rows.recipe.wire != "bf16" else 2
+            permute = {"op": "stream", "bytes": 2 * rows.expert_rows * hidden * element}
+            found = [row, permute] if dispatch else [permute, row]
+        else:
+            found = [row]
     if not dispatch and layout.tp > 1:
         found.append({"op": "all_gather", "bytes": rows.step.tokens * hidden * _WIRE_BYTES, "ranks": layout.tp})
     return found

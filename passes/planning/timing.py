@@ -65,18 +65,11 @@ class StepCost:
         return sum(op.cost.time_us for op in self.ops if op.communication)
 
     def paired_us(self, cores: int) -> float:
-        """Two micro-batches of this step, exchanges of one hidden behind the computation of the other.
+        """Two micro-batches of this step that take turns: one computes while the exchange of the other is under way.
 
-        In each segment the longer of computation and communication remains; kernels of an exchange that occupy cores
-        slow the computation meanwhile.
+        See `paired`. Segments follow each other.
         """
-        total = 0.0
-        for ops in self.segments.values():
-            compute = sum(op.cost.time_us for op in ops if not op.communication)
-            network = sum(op.cost.time_us for op in ops if op.communication)
-            stolen = sum(op.cost.time_us * op.cost.sms / cores for op in ops if op.communication)
-            total += 2 * max(network, compute + stolen)
-        return total
+        return sum(paired(stages(ops), cores) for ops in self.segments.values())
 
     def __add__(self, other: StepCost) -> StepCost:
         """One step after the other, line by line; both are of the same functions."""
@@ -96,6 +89,54 @@ class StepCost:
                 for name, ops in self.segments.items()
             }
         )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Computation up to an exchange, then the exchange: microseconds, and core-microseconds that the exchange takes."""
+
+    compute_us: float
+    exchange_us: float = 0.0
+    core_us: float = 0.0
+
+
+def stages(ops: list[OpCost]) -> list[Stage]:
+    """The ops of a layer, over all layers, cut behind each exchange; what follows the last goes to the next layer."""
+    found: list[Stage] = []
+    compute = exchange = core = 0.0
+    for op in ops:
+        if op.communication:
+            exchange += op.cost.time_us
+            core += op.cost.time_us * op.cost.sms
+            continue
+        if exchange:
+            found.append(Stage(compute, exchange, core))
+            compute = exchange = core = 0.0
+        compute += op.cost.time_us
+    if exchange:
+        found.append(Stage(compute, exchange, core))
+    elif found:
+        first = found[0]
+        found[0] = Stage(first.compute_us + compute, first.exchange_us, first.core_us)
+    else:
+        found.append(Stage(compute))
+    return found
+
+
+def paired(of_one: list[Stage], cores: int) -> float:
+    """Microseconds of two micro-batches, one stage apart: computation of one lies beside an exchange of the other.
+
+    Each exchange meets the computation before it (of the other micro-batch) and the one behind it, and the longer of
+    each pair sets the pace, as in the two-micro-batch overlap of the DeepSeek-V3 technical report (arXiv 2412.19437,
+    sec. 3.4). An exchange whose kernel occupies cores slows the computation beside it by their share. Never below
+    `max(compute, exchanges)` of both, which finer stages could approach.
+    """
+    total = 0.0
+    for index, stage in enumerate(of_one):
+        behind = of_one[(index + 1) % len(of_one)]
+        for compute in (stage.compute_us, behind.compute_us):
+            total += max(stage.exchange_us, compute + stage.core_us / cores)
+    return total
 
 
 def _joined(a: OpCost, b: OpCost) -> OpCost:
