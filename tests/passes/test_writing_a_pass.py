@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import pytest
 
 import moec
 from moec.passes.base import Context, Pass
@@ -14,11 +18,12 @@ from moec.targets import load
 PAGE = Path(__file__).parents[2] / "docs" / "writing-a-pass.md"
 
 
-def test_the_pass_of_the_page() -> None:
+def test_the_pass_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    names: dict[str, Any] = {"__name__": "page"}
-    exec(code, names)
-    step: Pass = names["ScaleRouter"](factor=1.5)
+    page: Any = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", page)
+    exec(code, vars(page))
+    step: Pass = page.ScaleRouter(factor=1.5)
     module = moec.trace("tiny-deepseek-v3").ir
     manager = Manager(Context(load("cpu")), verify="roundtrip")
     manager.run(module, [step])
