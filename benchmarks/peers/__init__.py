@@ -1,0 +1,1 @@
+"""Implementations that benchmarks/cpu_peers.py measures, and what bounds them."""

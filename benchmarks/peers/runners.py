@@ -1,0 +1,168 @@
+"""One class an implementation: it loads a model and continues a prompt greedily, calling back at every new token."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.errors import MoecError
+
+Ids = NDArray[np.int64]
+Emit = Callable[[], None]
+_LOG_ERROR: Final = 4  # enum ggml_log_level
+_TILE: Final = (1 << 24) - 3
+
+
+class Runner(Protocol):
+    """A loaded model."""
+
+    def generate(self, ids: Ids, new: int, emit: Emit) -> None:
+        """Feed `ids` to an empty cache and draw `new` tokens greedily; `emit` is called when each is known."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a runner is loaded with; `tokens` is the most that a sequence will have, `prompt` the longest prompt."""
+
+    model: str
+    small: bool
+    file: str
+    threads: int
+    tokens: int
+    prompt: int
+
+
+class Failed(MoecError):
+    """A peer that does not do what it should."""
+
+
+class Moec:
+    """An artifact of this project."""
+
+    def __init__(self, s: Settings) -> None:
+        from moec.runtime import load
+
+        self._model = load(s.file, threads=s.threads)
+
+    def generate(self, ids: Ids, new: int, emit: Emit) -> None:
+        self._model.complete(ids, new, stop=(), stream=lambda prompt, token: emit())
+
+
+class Llama:
+    """llama.cpp through llama-cpp-python's bindings of its C interface: nothing of Python within a step."""
+
+    def __init__(self, s: Settings) -> None:
+        import llama_cpp
+
+        self._lib = llama_cpp
+        self._log = llama_cpp.llama_log_callback(self._keep)
+        self._errors: list[str] = []
+        llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        self._model = llama_cpp.llama_model_load_from_file(
+            str(Path(s.file)).encode(), llama_cpp.llama_model_default_params()
+        )
+        if not self._model:
+            raise Failed(message=f"llama.cpp does not load {s.file}: {self._why()}")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = s.tokens
+        # Larger pieces of a prompt give its experts more rows at a time.
+        params.n_batch = params.n_ubatch = max(512, min(s.prompt, 2048))
+        params.n_threads = params.n_threads_batch = s.threads
+        params.no_perf = True
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise Failed(message=f"llama.cpp makes no context of {s.tokens} tokens: {self._why()}")
+        self._piece = int(params.n_batch)
+        vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._vocab = int(llama_cpp.llama_vocab_n_tokens(vocab))
+
+    def generate(self, ids: Ids, new: int, emit: Emit) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+        for start in range(0, len(ids), self._piece):
+            self._feed(ids[start : start + self._piece].astype(np.int32))
+        for i in range(new):
+            token = np.array([self.logits().argmax()], dtype=np.int32)
+            emit()
+            if i + 1 < new:
+                self._feed(token)
+
+    def logits(self) -> NDArray[np.float32]:
+        """f32[V] after the last token fed; a view that the next one overwrites."""
+        return np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, -1), shape=(self._vocab,))
+
+    def _feed(self, ids: NDArray[np.int32]) -> None:
+        tokens = (ctypes.c_int32 * len(ids))(*ids.tolist())
+        if self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(tokens, len(ids))):
+            raise Failed(message=f"llama_decode failed: {self._why()}")
+
+    def _keep(self, level: int, text: bytes, _: Any) -> None:
+        if level == _LOG_ERROR:
+            self._errors.append(text.decode(errors="replace").strip())
+
+    def _why(self) -> str:
+        return " ".join(self._errors) or "it gives no reason"
+
+
+class Transformers:
+    """transformers' own class of the architecture, eager, random weights."""
+
+    dtype = "float32"
+
+    def __init__(self, s: Settings) -> None:
+        import torch
+        import transformers
+
+        from peers.geometry import source
+
+        torch.set_num_threads(s.threads)
+        transformers.utils.logging.set_verbosity_error()
+        raw = dict(source(s.model, s.small).raw)
+        kind = "DeepseekV2" if raw["model_type"] == "deepseek_v2" else "DeepseekV3"
+        config = getattr(transformers, f"{kind}Config")(**raw)
+        with torch.device("meta"):
+            model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        model = model.to(getattr(torch, self.dtype)).to_empty(device="cpu").eval()
+        model.tie_weights()
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        _fill(model)
+        self._model, self._torch = model, torch
+
+    def generate(self, ids: Ids, new: int, emit: Emit) -> None:
+        with self._torch.inference_mode():
+            tokens, cache = self._torch.from_numpy(ids)[None], None
+            for _ in range(new):
+                out = self._model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                tokens, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+                emit()
+
+
+class TransformersBf16(Transformers):
+    """The same in BF16."""
+
+    dtype = "bfloat16"
+
+
+def _fill(model: Any) -> None:
+    """Random weights of unit output variance; large ones repeat one random tile, whose odd length shifts every row."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    tile = torch.randn(_TILE, generator=generator)
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
+        if "inv_freq" in name:
+            continue
+        scale = 1.0 if "norm" in name or "embed" in name else p.shape[-1] ** -0.5
+        with torch.no_grad():
+            if p.numel() <= 1 << 20:
+                p.normal_(1.0 if "norm" in name else 0.0, 0.02 if p.ndim == 1 else scale, generator=generator)
+                continue
+            scaled = (tile * scale).to(p.dtype)
+            for part in p.view(-1).split(_TILE):
+                part.copy_(scaled[: len(part)])
