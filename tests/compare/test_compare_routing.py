@@ -19,7 +19,7 @@ X = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
 
 
 def route(
-    logits: list[float], ids: list[int], bias: list[float] | None = None, order: int = 1, **attrs: object
+    logits: list[float], ids: list[int], bias: list[float] | None = None, order: int = 1, **attrs: Any
 ) -> Routing:
     """Check a kernel that chose `ids` with the right weights for one token whose gate gives `logits`."""
     module = Module("m")
@@ -56,7 +56,7 @@ def test_the_gap_is_measured_on_the_scores_and_their_bias(gap: float, ties: int)
 
 def test_a_tie_of_groups_counts_too() -> None:
     """Of two groups with all but equal best scores either may be chosen."""
-    groups = {"groups": 2, "top_groups": 1, "group_score": "max"}
+    groups: dict[str, Any] = {"groups": 2, "top_groups": 1, "group_score": "max"}
     assert route([1.0, 0.5, 1.0 - 1e-6, 0.2], [2, 3], **groups).near_ties == 1
     assert route([1.0, 0.5, 0.9, 0.2], [2, 3], **groups).rerouted == 1
 

@@ -40,8 +40,8 @@ class LongPrompt(InputError):
 def compare(model: Model, folder: str | Path, ids: Sequence[int]) -> Comparison:
     """Compare an artifact's prefill of `ids` with the checkpoint in `folder`.
 
-    Raises CheckpointError or TensorError for the folder, LongPrompt or what `Model.logits` raises for
-    the prompt, CompilerFailed.
+    Raises CheckpointError or TensorError for the folder, LongPrompt or what `Model.logits` raises for the prompt,
+    CompilerFailed.
     """
     artifact, path = model.artifact, Path(folder)
     if len(ids) > model.engine.chunk:
