@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
@@ -77,7 +78,7 @@ def _indexed(index: Path) -> list[str]:
     """The files that an index names."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(str(Path(name)) if isinstance(name, str) else name for name in names)
+        return sorted(os.path.normpath(name) for name in names)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CheckpointError(file=index, message="is not an index of safetensors files") from None
 

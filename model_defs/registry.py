@@ -76,7 +76,7 @@ def preset_config(name: str) -> dict[str, Any]:
 def preset_folder(name: str) -> Path | None:
     """The folder with the weights that ship with a preset, if they do."""
     folder = DATA / name
-    return folder if (folder / "config.json").exists() else None
+    return folder if name in preset_names() and (folder / "config.json").exists() else None
 
 
 def family_of(raw: Mapping[str, Any], where: str) -> Family:

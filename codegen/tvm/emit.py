@@ -1,7 +1,7 @@
 """Emitting ops: each IR op becomes calls of kernels on places of the arena.
 
-One method an op; a kernel is chosen by the op's types and built once per distinct spec. What is not here cannot run on a
-CPU: `missing_ops` names it before anything is built.
+One function an op; a kernel is chosen by the types of the op and built once per distinct spec. What is not here cannot
+run on a CPU: `missing_ops` names it before anything is built.
 """
 
 from __future__ import annotations
@@ -174,6 +174,20 @@ def matrix(t: Any) -> tuple[int, int]:
     return int(t.shape[-2]), int(t.shape[-1])  # type: ignore[arg-type]
 
 
+def integer(op: Op, name: str) -> int:
+    """An attribute of an op that is an integer."""
+    value = op.attrs[name]
+    assert isinstance(value, int)
+    return value
+
+
+def number(op: Op, name: str) -> float:
+    """An attribute of an op that is a number."""
+    value = op.attrs[name]
+    assert isinstance(value, int | float)
+    return float(value)
+
+
 def _embed(e: FunctionEmitter, op: Op) -> None:
     ids, table = op.operands
     y = e.place(op.result)
@@ -185,7 +199,7 @@ def _embed(e: FunctionEmitter, op: Op) -> None:
 def _norm(e: FunctionEmitter, op: Op) -> None:
     x, w = op.operands
     y = e.place(op.result)
-    spec = norm.RmsNormSpec(y.shape[1], float(op.attrs["eps"]), y.shape[0], e.place(x).ld, y.ld)  # type: ignore[arg-type]
+    spec = norm.RmsNormSpec(y.shape[1], number(op, "eps"), y.shape[0], e.place(x).ld, y.ld)
     e.run(norm.build_rms_norm, spec, e.at(x), *e.weight(w), e.at(op.result), e.count(op.result))
 
 
@@ -194,12 +208,14 @@ def _add_norm(e: FunctionEmitter, op: Op) -> None:
     total, y = op.results
     p = e.place(y)
     spec = norm.AddRmsNormSpec(
-        p.shape[1], float(op.attrs["eps"]), p.shape[0], e.place(x).ld, e.place(residual).ld, e.place(total).ld, p.ld
-    )  # type: ignore[arg-type]
+        p.shape[1], number(op, "eps"), p.shape[0], e.place(x).ld, e.place(residual).ld, e.place(total).ld, p.ld
+    )
     e.run(norm.build_add_rms_norm, spec, e.at(x), e.at(residual), *e.weight(w), e.at(total), e.at(y), e.count(y))
 
 
-def _linear_call(e: FunctionEmitter, x: Any, ldx: int, w: Operand, bias: list[Any], y: Any, ldy: int, most: int, count: Any) -> None:
+def _linear_call(
+    e: FunctionEmitter, x: Any, ldx: int, w: Operand, bias: list[Any], y: Any, ldy: int, most: int, count: Any
+) -> None:
     n, k = matrix(w.type)
     spec = linear.LinearSpec(n, k, format_of(w.type), ldx, ldy, most, bool(bias))
     scratch = e.scratch(linear.scratch_size(spec, e.p.machine))
@@ -258,7 +274,7 @@ def _rope(e: FunctionEmitter, op: Op) -> None:
     if (y.base, y.offset) != (e.place(x).base, e.place(x).offset):
         _copy(e, x, e.at(op.result), y.ld)
     heads, step = (y.shape[1], y.strides[1]) if len(y.shape) == 3 else (1, 0)
-    offset, dims = int(op.attrs["offset"]), int(op.attrs["dims"])  # type: ignore[arg-type]
+    offset, dims = integer(op, "offset"), integer(op, "dims")
     spec = rope.RopeSpec(heads, dims, bool(op.attrs["interleaved"]), y.shape[0], y.ld, step)
     e.run(rope.build_rope, spec, e.at(op.result, offset), e.at(table), e.at(pos), e.count(op.result))
 
@@ -282,25 +298,26 @@ def _cache_read(e: FunctionEmitter, op: Op) -> None:
 def _mla(e: FunctionEmitter, op: Op) -> None:
     q, kv, key_rope, _, _, _ = op.operands
     pq, pkv, out = e.place(q), e.place(kv), e.place(op.result)
-    nope, v, heads = int(op.attrs["nope"]), int(op.attrs["v"]), pq.shape[1]  # type: ignore[arg-type]
+    nope, v, heads = integer(op, "nope"), integer(op, "v"), pq.shape[1]
     spec = mla_prefill.MlaPrefillSpec(
-        heads, nope, pq.shape[2] - nope, v, float(op.attrs["scale"]), pq.shape[0], pq.ld, pq.strides[1], pkv.ld, nope + v,
+        heads, nope, pq.shape[2] - nope, v, number(op, "scale"), pq.shape[0], pq.ld, pq.strides[1], pkv.ld, nope + v,
         e.place(key_rope).ld, out.ld, out.strides[1],
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     scratch = e.scratch(mla_prefill.scratch_elements(spec, e.p.machine))
     start = e.p.rows_of["S"] - e.p.rows_of["T"]
     e.run(
-        mla_prefill.build_mla_prefill, spec, e.at(q), e.at(kv), e.at(key_rope), e.at(op.result), scratch, e.count(q), start
-    )
+        mla_prefill.build_mla_prefill, spec, e.at(q), e.at(kv), e.at(key_rope), e.at(op.result), scratch, e.count(q),
+        start,
+    )  # fmt: skip
 
 
 def _mla_absorbed(e: FunctionEmitter, op: Op) -> None:
     q, q_rope, kv, layer, seq, pos, pages = op.operands
     pq, pr, out = e.place(q), e.place(q_rope), e.place(op.result)
     spec = mla_decode.MlaDecodeSpec(
-        pq.shape[1], e.cache_layout(kv), float(op.attrs["scale"]), pq.shape[0], pq.ld, pq.strides[1], pr.ld, pr.strides[1],
+        pq.shape[1], e.cache_layout(kv), number(op, "scale"), pq.shape[0], pq.ld, pq.strides[1], pr.ld, pr.strides[1],
         out.ld, out.strides[1],
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     scratch = e.scratch(mla_decode.scratch_elements(spec, e.p.machine))
     e.run(
         mla_decode.build_mla_decode, spec, e.at(q), e.at(q_rope), e.cache(kv, layer), e.at(pages), e.at(seq), e.at(pos),
@@ -317,10 +334,11 @@ def _route(e: FunctionEmitter, op: Op) -> None:
     a = op.attrs
     bias = e.weight(op.operands[2]) if len(op.operands) == 3 else []
     spec = router.RouterSpec(
-        experts=experts, top_k=int(a["top_k"]), score=str(a["score"]), has_bias=bool(bias), groups=int(a["groups"]),
-        top_groups=int(a["top_groups"]), group_score="top2sum" if a["group_score"] == "top2" else "max",
-        normalise=bool(a["normalise"]), scale=float(a["scale"]), max_tokens=e.most(x), ld=experts,
-    )  # type: ignore[arg-type]  # fmt: skip
+        experts=experts, top_k=integer(op, "top_k"), score=str(a["score"]), has_bias=bool(bias),
+        groups=integer(op, "groups"), top_groups=integer(op, "top_groups"),
+        group_score="top2sum" if a["group_score"] == "top2" else "max",
+        normalise=bool(a["normalise"]), scale=number(op, "scale"), max_tokens=e.most(x), ld=experts,
+    )  # fmt: skip
     scratch = e.scratch(router.scratch_elements(spec, e.p.machine))
     e.run(router.build_moe_route, spec, logits, *bias, e.at(ids), e.at(weights), scratch, e.count(x))
 
@@ -328,7 +346,7 @@ def _route(e: FunctionEmitter, op: Op) -> None:
 def _dispatch(e: FunctionEmitter, op: Op) -> None:
     ids = op.operands[1]
     _, offsets, order = op.results
-    spec = moe.SortSpec(int(op.attrs["experts"]), e.place(ids).shape[1])  # type: ignore[arg-type]
+    spec = moe.SortSpec(integer(op, "experts"), e.place(ids).shape[1])
     e.run(moe.build_sort, spec, e.at(ids), e.at(offsets), e.temporary(0), e.at(order), e.count(ids))
 
 

@@ -86,7 +86,7 @@ def plan_function(
                 place = Place(result_into[value], 0, shape, _contiguous(shape))
             if place is None:
                 # Latent and rotary key are read in one go, side by side in rows of the cache's width.
-                beside = sum(int(r.type.shape[1]) for r in op.results[1:]) if op.name == "cache.read" else 0
+                beside = _key_width(op) if op.name == "cache.read" else 0
                 strides = (shape[1] + beside, 1) if beside else _contiguous(shape)
                 place = Place(new_slot(shape[0] * strides[0], position, position), 0, shape, strides)
             layout.places[value] = place
@@ -96,6 +96,13 @@ def plan_function(
         _touch(layout, value, len(function.ops))
     layout.size = _assign(slots)
     return layout
+
+
+def _key_width(op: Op) -> int:
+    """Elements of a rotary key, the second result of `cache.read`."""
+    key = op.results[1].type
+    assert isinstance(key, TensorType) and isinstance(key.shape[1], int)
+    return key.shape[1]
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,7 +131,7 @@ def _view(
         case "split":
             sizes = op.attrs["sizes"]
             assert isinstance(sizes, tuple)
-            start = sum(int(s) for s in sizes[:result])  # type: ignore[arg-type]
+            start = sum(s for s in sizes[:result] if isinstance(s, int))
             return replace(x, offset=x.offset + start, shape=shape)
         case "unflatten":
             return replace(x, shape=shape, strides=(*x.strides[:-1], *_contiguous(shape[len(x.shape) - 1 :])))

@@ -124,7 +124,7 @@ def from_hf(raw: Mapping[str, Any], name: str) -> Config:
     missing = sorted(wanted - set(values))
     if missing:
         raise fail(f"field {missing[0]!r} is missing")
-    method = raw.get("topk_method") or ("noaux_tc" if family == "deepseek_v3" else "greedy")
+    method = _given(raw, "topk_method", "noaux_tc" if family == "deepseek_v3" else "greedy")
     values |= _gate(family, method, raw, fail)
     if method == "greedy":
         values |= {"n_group": 1, "topk_group": 1}
@@ -137,13 +137,18 @@ def from_hf(raw: Mapping[str, Any], name: str) -> Config:
 
 
 def _gate(family: str, method: Any, raw: Mapping[str, Any], fail: Fail) -> dict[str, str]:
-    score = raw.get("scoring_func") or ("sigmoid" if family == "deepseek_v3" else "softmax")
+    score = _given(raw, "scoring_func", "sigmoid" if family == "deepseek_v3" else "softmax")
     known = {"noaux_tc": "top2", "greedy": "max", "group_limited_greedy": "max"}
     if not isinstance(method, str) or method not in known:
         raise fail(f"topk_method {_shown(method)} is not supported{near(str(method), list(known))}")
     if score not in ("sigmoid", "softmax"):
         raise fail(f"scoring_func {_shown(score)} is not supported, only sigmoid and softmax")
     return {"score": score, "group_score": known[method]}
+
+
+def _given(raw: Mapping[str, Any], key: str, default: str) -> Any:
+    value = raw.get(key)
+    return default if value is None else value
 
 
 def _eos(given: Any, fail: Fail) -> tuple[int, ...]:

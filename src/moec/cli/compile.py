@@ -53,17 +53,22 @@ def compile_model(
         target, batch=batch, context=context, chunk=chunk, recipe=recipe, passes=passes or [], verify=verify,
         strict=strict, dump=dump_ir,
     )  # fmt: skip
-    for record in plan.records:
-        for line in record.notes:
-            note(f"{record.name}: {line}")
-    for line in plan.warnings:
-        note(f"warning: {line}")
+    waiting = [f"{record.name}: {line}" for record in plan.records for line in record.notes]
+    waiting += [f"warning: {line}" for line in plan.warnings]
     if dump_ir is not None:
-        note(f"dumps: {dump_ir}/report.html and index.md")
+        waiting.append(f"dumps: {dump_ir}/report.html and index.md")
+
+    def say(line: str) -> None:
+        # Notes wait until the weights are found right, so that wrong input gets one line and no more.
+        while waiting:
+            note(waiting.pop(0))
+        note(line)
+
     if plan_only or out is None:
+        say("planned only: no artifact written")
         return
     with Progress("packing") as progress:
         artifact = plan.compile(
-            out, weights=weights, random_weights=random_weights, no_weights=no_weights, note=note, progress=progress
+            out, weights=weights, random_weights=random_weights, no_weights=no_weights, note=say, progress=progress
         )
-    note(f"wrote {artifact.path}")
+    say(f"wrote {artifact.path}")

@@ -39,7 +39,9 @@ def show_model(
         print(json.dumps(facts))
         return
     print(f"{facts['name']} ({facts['family']})")
-    print(f"  parameters        {facts['parameters'] / 1e9:.2f} B total, {facts['active_parameters'] / 1e9:.2f} B active")
+    print(
+        f"  parameters        {facts['parameters'] / 1e9:.2f} B total, {facts['active_parameters'] / 1e9:.2f} B active"
+    )
     print(f"  KV cache          {facts['kv_bytes_per_token']} bytes a token in BF16")
     print(f"  layers            {facts['layers']}")
     for name, shape in facts["weights"].items():
