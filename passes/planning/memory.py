@@ -10,7 +10,7 @@ from moec.ir.types import BITS
 from moec.passes.fp8_cast import weight_roles
 from moec.passes.planning.layout import Layout
 from moec.passes.planning.precision import Recipe
-from moec.passes.planning.rows import Step, bind_fast
+from moec.passes.planning.rows import Step, bound_type
 from moec.passes.planning.sharding import sharded_weights
 from moec.passes.planning.timing import functions_of
 
@@ -72,8 +72,9 @@ def cache_bytes(module: Module, sequences: int, context: int) -> float:
     """Bytes of the latent cache of `sequences` with `context` tokens each, in whole pages; every device has all."""
     kv = next(a.type for a in module.functions["decode"].args if isinstance(a.type, CacheType))
     page = int(kv.shape[2])  # type: ignore[arg-type]
-    size = kv.nbytes()
-    return float(size if isinstance(size, int) else bind_fast(size, {"P": sequences * -(-context // page)}))
+    bound = bound_type(kv, {"P": sequences * -(-context // page)})
+    assert isinstance(bound, CacheType)
+    return float(int(bound.nbytes()))  # type: ignore[arg-type]
 
 
 def activation_bytes(module: Module, step: Step) -> float:
@@ -107,8 +108,9 @@ def _bytes(value: Value, symbols: dict[str, int]) -> float:
     # Tables of positions are weights.
     if not isinstance(t, TensorType) or (t.dtype == "f32" and not t.symbols()):
         return 0.0
-    size = t.nbytes()
-    return float(size if isinstance(size, int) else bind_fast(size, symbols))
+    bound = bound_type(t, symbols)
+    assert isinstance(bound, TensorType)
+    return float(int(bound.nbytes()))  # type: ignore[arg-type]
 
 
 def buffer_bytes(layout: Layout, step: Step, hidden: int, nodes: int) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import ceil
 from typing import Any
 
-from moec.ir import Dim, Op, TensorType, Value, WeightRef
+from moec.ir import CacheType, Dim, Op, TensorType, Type, Value, WeightRef
 from moec.ir.dims import Size
 from moec.ir.optable import OPS, operand_type
 from moec.passes.planning.layout import Layout
@@ -99,6 +99,13 @@ def bind_fast(size: Dim, values: Mapping[str, int]) -> int:
     return int(compute(*(values[name] for name in names)))
 
 
+def bound_type(t: Type, values: Mapping[str, int]) -> Type:
+    """The type with concrete dims: its sizes are then plain arithmetic, not symbolic."""
+    if isinstance(t, TensorType | CacheType):
+        return replace(t, shape=tuple(d if isinstance(d, int) else bind_fast(d, values) for d in t.shape))
+    return t
+
+
 @lru_cache(maxsize=4096)
 def _compiled(size: Dim) -> tuple[list[str], Callable[..., float]]:
     import sympy
@@ -186,7 +193,9 @@ def _exchange(rows: Rows, op: Op, role: Role) -> list[Row]:
 
 
 def _stream(rows: Rows, op: Op, role: Role) -> list[Row]:
-    types, results = [operand_type(o) for o in op.operands], [r.type for r in op.results]
+    symbols = rows.step.symbols
+    types = [bound_type(operand_type(o), symbols) for o in op.operands]
+    results = [bound_type(r.type, symbols) for r in op.results]
     rule = OPS[op.name]
     moved = rows.number(rule.bytes_read(types, results, op.attrs) + rule.bytes_written(types, results, op.attrs))
     if not moved:
