@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +18,12 @@ class FolderError(InputError):
     """A model folder that cannot be used."""
 
     template: ClassVar[str] = "{folder}: {message}"
+
+
+class DefinitionError(InputError):
+    """A Python file that declares no usable model."""
+
+    template: ClassVar[str] = "{file}: {message}"
 
 
 class OverrideError(InputError):
@@ -39,8 +46,12 @@ class ModelSource:
 def find_model(spec: str, overrides: Mapping[str, str] | None = None) -> ModelSource:
     """Resolve a model given on the command line; `overrides` replace fields of its configuration.
 
-    Raises UnknownModel, UnknownArchitecture, FolderError, ConfigError or OverrideError. Runs no code of a model folder.
+    Raises UnknownModel, UnknownArchitecture, FolderError, ConfigError or OverrideError. Runs no code of a model folder;
+    `FILE.py:Model` runs that file, since it was named.
     """
+    file, colon, attribute = spec.rpartition(":")
+    if colon and file.endswith(".py"):
+        return _from_definition(Path(file), attribute, overrides or {})
     path, folder = Path(spec), preset_folder(spec)
     if os.path.isdir(path) or "/" in spec:
         raw, folder, name = _read_config(path), path, printable(path.resolve().name)
@@ -49,6 +60,34 @@ def find_model(spec: str, overrides: Mapping[str, str] | None = None) -> ModelSo
     raw = {**raw, **_overrides(raw, overrides or {})}
     family = family_of(raw, printable(spec))
     return ModelSource(name, family, family.config(raw, name), raw, folder)
+
+
+def _from_definition(file: Path, attribute: str, overrides: Mapping[str, str]) -> ModelSource:
+    """A model that a Python file declares: a class with `config` (as in config.json), `tensors`, and `read_config`.
+
+    `read_config(raw, name)` makes the object that the class is built with; without it the family of the configuration's
+    `model_type` reads it. `tensors` defaults to that family's names too.
+    """
+    if not file.is_file():
+        raise DefinitionError(file=file, message="no such file")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise DefinitionError(file=file, message=f"fails with {type(error).__name__}: {printable(error)}") from None
+    model = getattr(module, attribute, None)
+    if not isinstance(model, type) or not isinstance(getattr(model, "config", None), Mapping):
+        classes = [n for n, v in vars(module).items() if isinstance(getattr(v, "config", None), Mapping)]
+        hint = near(attribute, classes)
+        raise DefinitionError(file=file, message=f"declares no model class {attribute} with a `config`{hint}")
+    raw = {**model.config, **_overrides(model.config, overrides)}
+    base = family_of(raw, printable(file))
+    read = getattr(model, "read_config", base.config)
+    tensors = getattr(model, "tensors", base.tensors)
+    family = Family(attribute, base.model_types, read, model, tensors)
+    return ModelSource(attribute, family, read(raw, attribute), raw)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

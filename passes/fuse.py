@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moec.ir import Function, Module, Op, TensorType, Value, WeightRef
+from moec.ir import Function, Module, Op, TensorType, Value, Weight, WeightRef
 from moec.ir.builder import weight_ref
 from moec.ir.optable import TypeRuleError
 from moec.ir.rewrite import fresh_names, join_weights, remove_dead, replace_values
 from moec.passes.base import Context, Edit, Outcome, Pass
+
+TILE_ROWS = 16
+"""Rows of a matrix that share a scale in every packed layout."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,12 @@ def _join_linears(module: Module, function: Function, out: Outcome) -> int:
             continue
         name = "+".join([weights[0].name, *(w.name.rsplit(".", 1)[-1] for w in weights[1:])]).replace("+", "_and_")
         try:
-            if name not in module.weights:
-                module.weights[name] = join_weights(name, weights, 0)
+            joined = module.weights.get(name) or join_weights(name, weights, 0)
+            _check_tiles(joined)
         except TypeRuleError as error:
             out.notes.append(f"@{function.name}: projections of %{x.name} stay apart: {error}")
             continue
+        module.weights[name] = joined
         first = refs[0]
         assert isinstance(first, WeightRef)
         edit = Edit(module, function, Fuse.name)
@@ -86,3 +90,10 @@ def _join_linears(module: Module, function: Function, out: Outcome) -> int:
         replace_values(function, {op.result: p for op, p in zip(ops, parts, strict=True)})
         count += len(ops)
     return count
+
+
+def _check_tiles(weight: Weight) -> None:
+    """Raise TypeRuleError when a part ends inside a tile of rows that kernels give one scale."""
+    quant = weight.type.quant if isinstance(weight.type, TensorType) else None
+    if quant is not None and quant.block[-2] % TILE_ROWS:
+        raise TypeRuleError(f"a part ends inside a tile of {TILE_ROWS} rows, which share their scales")

@@ -1,10 +1,10 @@
 """moec: a compiler for Mixture-of-Experts language models.
 
-    traced = moec.trace("tiny-deepseek-v3")
-    plan = traced.optimize(target="cpu", batch=1, context=1024)
-    artifact = plan.compile("tiny.moec")
-    model = moec.load("tiny.moec")
-    model.generate(token_ids, max_new_tokens=64)
+traced = moec.trace("tiny-deepseek-v3")
+plan = traced.optimize(target="cpu", batch=1, context=1024)
+artifact = plan.compile("tiny.moec")
+model = moec.load("tiny.moec")
+model.generate(token_ids, max_new_tokens=64)
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class Plan:
         sizes = {"batch": limits.batch, "context": limits.context, "chunk": limits.chunk}
         with artifact.artifact_folder(Path(out)) as work:
             compiled = compile_module(self.ir, target, sizes)
-            say("kernels from the cache" if compiled.cached else "kernels compiled")
+            say(compiled.note)
             (work / "kernels").mkdir()
             shutil.copyfile(compiled.library, work / "kernels" / "kernels.so")
             artifact.write_json(work / "kernels" / "kernels.json", compiled.kernels)

@@ -12,7 +12,7 @@ import typer
 from moec.errors import MoecError, printable
 
 _COMMANDS: tuple[str, ...] = (
-    "compile", "run", "bench", "eval", "ir", "models", "targets", "cost", "place", "overlap", "doctor",
+    "compile", "run", "bench", "eval", "ir", "models", "targets", "cost", "plan", "place", "overlap", "doctor",
 )  # fmt: skip
 
 

@@ -29,7 +29,13 @@ def transformers_logits(folder: Path, checkpoint: Checkpoint, ids: Sequence[int]
     transformers.logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            # The grouped product of torch takes no widths that are not multiples of 16 bytes.
+            experts_implementation="eager",
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         return f"transformers cannot load the folder ({str(error).strip().partition(chr(10))[0]})"
