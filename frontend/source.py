@@ -77,12 +77,13 @@ def _from_definition(file: Path, attribute: str, overrides: Mapping[str, str]) -
         spec.loader.exec_module(module)
     except Exception as error:
         raise DefinitionError(file=file, message=f"fails with {type(error).__name__}: {printable(error)}") from None
-    model = getattr(module, attribute, None)
-    if not isinstance(model, type) or not isinstance(getattr(model, "config", None), Mapping):
+    model: Any = getattr(module, attribute, None)
+    config = getattr(model, "config", None)
+    if not callable(model) or not isinstance(config, Mapping):
         classes = [n for n, v in vars(module).items() if isinstance(getattr(v, "config", None), Mapping)]
         hint = near(attribute, classes)
         raise DefinitionError(file=file, message=f"declares no model class {attribute} with a `config`{hint}")
-    raw = {**model.config, **_overrides(model.config, overrides)}
+    raw = {**config, **_overrides(config, overrides)}
     base = family_of(raw, printable(file))
     read = getattr(model, "read_config", base.config)
     tensors = getattr(model, "tensors", base.tensors)
