@@ -53,14 +53,6 @@ class Kernel:
     helpers: list[Kernel] = field(default_factory=list)  # kernels that this one calls
 
 
-@dataclass
-class KernelLibrary:
-    """Kernels of one artifact, each built once: equal specs share one function."""
-
-    machine: Machine
-    kernels: dict[str, Kernel] = field(default_factory=dict)
-
-
 def const(value: float | int, dtype: str = "int32") -> Any:
     """A TIR constant."""
     return tvm.tirx.const(value, dtype)
