@@ -26,7 +26,9 @@ def measure(threads: int) -> Limits:
     from moec.codegen.tvm.tir import Machine
     from moec.targets.detect import measure_read_bandwidth
 
-    return Limits(threads, measure_read_bandwidth(threads, rounds=6), 1e9 * fma_peak(Machine(cores=threads), rounds=5))
+    return Limits(
+        threads, measure_read_bandwidth(threads, rounds=6), 1e9 * fma_peak(Machine(cores=threads), rounds=200)
+    )
 
 
 if __name__ == "__main__":

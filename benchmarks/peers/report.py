@@ -16,7 +16,7 @@ from peers.worker import Measured
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens a second: median over rounds, every round, what the machine allows, and the first peer's rate over this.
+    """Tokens a second: median over rounds, every round, what the machine allows, the first peer's rate over this (median of pairs).
 
     `bound` of a decode step adds the read of its weights and the greater of its attention's bytes and operations;
     of a prompt it is operations alone.
@@ -72,7 +72,9 @@ def rows(c: Config, limits: Limits, measured: dict[str, list[Measured]]) -> dict
 
 def _rate(runs: list[float], bound: float, first: Rate | None) -> Rate:
     middle = median(runs)
-    return Rate(middle, runs, bound, middle / bound, first.median / middle if first else 1.0)
+    # Pairs of one round: what else the machine does changes between rounds, less within one.
+    ratio = median(a / b for a, b in zip(first.rounds, runs, strict=True)) if first else 1.0
+    return Rate(middle, runs, bound, middle / bound, ratio)
 
 
 def as_json(facts: dict[str, Any], limits: Limits, found: dict[str, Row]) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def table(limits: Limits, found: dict[str, Row]) -> str:
             f"{row.title:27} {row.load_s:9.2f} {row.first_token_s:14.2f} {row.peak_memory / 2**20:9,.0f} "
             f"{row.step_weight_bytes / 1e6:21,.0f}"
         )
-    return "\n".join([*lines, "", f"ratio: the rate of {first.title} over this one's"])
+    return "\n".join([*lines, "", f"ratio: the rate of {first.title} over this one's, median over rounds"])
 
 
 def plot(path: Path, found: dict[str, Row]) -> None:
