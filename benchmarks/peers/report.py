@@ -16,8 +16,9 @@ from peers.worker import Measured
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens a second: median over rounds, every round, what the machine allows, the first peer's rate over this (median of pairs).
+    """Tokens a second: median over rounds, every round, what the machine allows.
 
+    `first_over_this`: the first peer's rate over this one's, median over the pairs of a round.
     `bound` of a decode step adds the read of its weights and the greater of its attention's bytes and operations;
     of a prompt it is operations alone.
     """
