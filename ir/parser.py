@@ -442,7 +442,7 @@ class _Parser:
 
     def number(self, text: str, at: int) -> Attribute:
         if re.fullmatch(r"-?\d+", text):
-            if len(text) > MAX_DIGITS:
+            if len(text.removeprefix("-")) > MAX_DIGITS:
                 self.fail("integer has too many digits", at)
             return int(text)
         return float(text)

@@ -1,9 +1,16 @@
-"""Shared by all tests: kernels are cached in a folder of the session, threads are few."""
+"""Shared by all tests: kernels are cached in a folder of the session, threads are few, CI draws the same examples."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 
+from hypothesis import settings
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MOEC_CACHE_DIR", tempfile.mkdtemp(prefix="moec-test-cache-"))
+
+# A red run in CI must be reproducible; at a desk each run looks somewhere else. Shared machines stall: no deadlines.
+settings.register_profile("desk", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "desk")

@@ -71,3 +71,8 @@ def test_locations_of_oddly_named_files() -> None:
 
 def test_names_of_modules_may_begin_with_a_digit() -> None:
     check(Module("7b_chat"))
+
+
+def test_integers_of_nineteen_digits_keep_their_sign() -> None:
+    text = "module @m {version = 1, least = -4611686018427387904, greatest = 4611686018427387904} {\n}\n"
+    assert print_module(parse_module(text)) == text
