@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from moec.ir.module import Function, Module, Op, Operand, Value, Weight, WeightRef
 from moec.ir.optable import OPS, infer
-from moec.ir.types import Type
 
 
 def clone_function(function: Function, name: str | None = None) -> Function:
@@ -193,8 +192,3 @@ def derive_weight(name: str, source: Weight, steps: Sequence[tuple[str, dict[str
     for op, attrs in steps:
         append_to_program(weight, op, **attrs)
     return weight
-
-
-def result_type(op: str, operands: Sequence[Operand], attrs: dict[str, object], module: Module) -> list[Type]:
-    """Types that an op would have; raises TypeRuleError."""
-    return infer(OPS[op], operands, attrs, module)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from moec.ir import Function, Op, TensorType, Value
-from moec.ir.dims import bind
 
 ALIGN = 16
 """Elements (4 bytes each) to which buffers are rounded: one cache line."""
@@ -190,8 +189,3 @@ def symbol_bounds(max_tokens: int, max_rows: int, context: int, batch: int, page
     """Greatest value of every symbol of an entry function."""
     pages = -(-context // page)
     return {"T": max_tokens, "R": max_rows, "S": context, "C": context, "B": batch, "N": pages, "P": batch * pages}
-
-
-def elements(type_: TensorType, symbols: Mapping[str, int]) -> int:
-    """Elements of a tensor at the limits."""
-    return bind(type_.elements(), symbols)

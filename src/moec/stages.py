@@ -29,7 +29,7 @@ class NoWeights(InputError):
 class UnsupportedTarget(InputError):
     """A target for which no code can be generated."""
 
-    template: ClassVar[str] = "target {target} is a {kind} device: artifacts are for CPUs so far (--plan-only works)"
+    template: ClassVar[str] = "target {target} is a {kind} device: artifacts are for CPUs so far; see moec plan"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Traced:
         """Run the target's pipeline on a copy of the IR.
 
         `context` defaults to the model's own, at most 4096.
-        Raises UnknownTarget, PassError, PassFailure or StrictError.
+        Raises UnknownTarget, UnsupportedTarget, PassError, PassFailure or StrictError.
         """
         from moec import targets
         from moec.ir.rewrite import clone_module
@@ -64,6 +64,8 @@ class Traced:
         from moec.passes.pipeline import cpu_pipeline
 
         found = targets.load(target) if isinstance(target, str) else target
+        if found.kind != "cpu":
+            raise UnsupportedTarget(target=found.name, kind=found.kind)
         context = min(4096, self.source.config.max_position_embeddings) if context is None else context
         limits = Limits(batch=batch, context=context, chunk=min(chunk, context))
         module = clone_module(self.ir)
@@ -100,7 +102,7 @@ class Plan:
         """Compile the kernels, pack the weights and write the artifact folder `out`, whole or not at all.
 
         Weights come from `weights`, else from random numbers, else from the model's own folder.
-        Raises NoWeights, CheckpointError, TensorError, UnsupportedTarget, NoKernel, OutputExists or WriteFailed.
+        Raises NoWeights, CheckpointError, TensorError, NoKernel, OutputExists or WriteFailed.
         """
         from moec.codegen import artifact
         from moec.codegen.pack import pack_weights
@@ -109,8 +111,6 @@ class Plan:
 
         say = note or (lambda line: None)
         target, limits = self.context.target, self.context.limits
-        if target.kind != "cpu":
-            raise UnsupportedTarget(target=target.name, kind=target.kind)
         loader = None if no_weights else self._loader(weights, random_weights, say)
         sizes = {"batch": limits.batch, "context": limits.context, "chunk": limits.chunk}
         with artifact.artifact_folder(Path(out)) as work:
