@@ -6,10 +6,14 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
 from moec.errors import MoecError, printable
+
+UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]
+"""Typer names only this subclass; its parent stands for every wrong option, argument and command."""
 
 _COMMANDS: tuple[str, ...] = (
     "compile", "run", "bench", "eval", "ir", "models", "targets", "cost", "plan", "place", "overlap", "doctor",
@@ -38,7 +42,19 @@ def make_app(arguments: Sequence[str]) -> typer.Typer:
     return app
 
 
-def _group() -> None:
+def _version(wanted: bool) -> None:
+    if wanted:
+        from moec import __version__
+
+        typer.echo(f"moec {__version__}")
+        raise typer.Exit
+
+
+def _group(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
     """Compile, inspect, retarget and run Mixture-of-Experts language models."""
 
 
@@ -46,12 +62,30 @@ def main() -> None:
     """Entry point of the `moec` command: one line for a wrong input, exit codes 0, 1 and 2."""
     # A terminated command cleans up as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    raise SystemExit(_run(sys.argv[1:]))
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
-        make_app(sys.argv[1:])()
+        code = make_app(arguments)(standalone_mode=False, prog_name="moec")
+        return code if isinstance(code, int) else 0
+    except UsageError as error:
+        return _wrong_usage(error)
     except MoecError as error:
         print(f"moec: error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        return error.exit_code
     except OSError as error:
         where = f"{printable(error.filename)}: " if error.filename else ""
         print(f"moec: error: {where}{error.strerror or error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        return 1
+
+
+def _wrong_usage(error: typer.BadParameter) -> int:
+    """Print one line for options or arguments that the command does not take; a bare group shows its help instead."""
+    message = error.format_message()
+    if "\n" in message:
+        typer.echo(message)
+    else:
+        command = error.ctx.command_path if error.ctx else "moec"
+        print(f"moec: error: {printable(message).rstrip('.')} (see {command} --help)", file=sys.stderr)
+    return error.exit_code

@@ -1,0 +1,42 @@
+"""What the command line says to options, arguments and commands that it does not take."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from moec import __version__
+
+WRONG = {
+    "foo": "No such command 'foo' (see moec --help)",
+    "ir shw": "No such command 'shw'. Did you mean 'show'? (see moec ir --help)",
+    "compile --nope": "No such option: --nope (see moec compile --help)",
+    "overlap --trac x": "No such option: --trac (Possible options: --trace) (see moec overlap --help)",
+    "run": "Missing argument 'artifact' (see moec run --help)",
+    "compile tiny-deepseek-v3 --batch two": "Invalid value for '--batch'",
+}
+
+
+def moec(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "moec", *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_wrong_usage_is_one_line(arguments: str) -> None:
+    done = moec(*arguments.split())
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"moec: error: {WRONG[arguments]}")
+
+
+@pytest.mark.parametrize("group", ["", "ir", "targets"])
+def test_a_bare_group_shows_its_commands(group: str) -> None:
+    done = moec(*group.split())
+    assert done.returncode == 2 and not done.stderr
+    assert "Commands:" in done.stdout
+
+
+def test_version() -> None:
+    done = moec("--version")
+    assert (done.returncode, done.stdout) == (0, f"moec {__version__}\n")
