@@ -12,7 +12,7 @@ import typer
 
 from moec.errors import MoecError, printable
 
-UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]
+UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 """Typer names only this subclass; its parent stands for every wrong option, argument and command."""
 
 _COMMANDS: tuple[str, ...] = (
