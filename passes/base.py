@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from moec.errors import InputError
 from moec.ir import Function, Location, Module, Op, Value, WeightRef
 from moec.ir.module import Attribute, Operand
 from moec.ir.optable import OPS, infer
 from moec.targets import Target
+
+if TYPE_CHECKING:
+    from moec.passes.planning.layout import Layout
 
 
 class PassError(InputError):
@@ -34,6 +37,8 @@ class Context:
 
     target: Target
     limits: Limits = field(default_factory=Limits)
+    layout: Layout | None = None
+    """How the model lies on the devices; None where only one is meant."""
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from moec.errors import near
@@ -34,7 +34,7 @@ RECIPES = {
 
 def auto_recipe(ctx: Context) -> str:
     """The best recipe that the target supports, when the user names none."""
-    return "weight-only"
+    return "weight-only" if ctx.target.kind == "cpu" else "bf16"
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class Fp8Cast(Pass):
         if name not in RECIPES:
             raise PassError(name=self.name, message=f"unknown recipe {name!r}{near(name, list(RECIPES))}")
         recipe = RECIPES[name]
+        if ctx.target.kind != "cpu" and recipe.activations == "f32" and name != "fp32":
+            # Matrix units take 16-bit operands and accumulate in FP32.
+            recipe = replace(recipe, activations="bf16")
         out = Outcome()
         roles = weight_roles(module)
         for weight in module.weights.values():

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from moec.passes.base import Pass
-from moec.passes.bind_limits import BindLimits
-from moec.passes.canonicalise import Canonicalise
 from moec.passes.fp8_cast import Fp8Cast
-from moec.passes.fuse import Fuse
-from moec.passes.mla_absorb import MlaAbsorb
 from moec.passes.registry import parse_pass
-from moec.passes.select_kernels import SelectKernels
+
+if TYPE_CHECKING:
+    from moec.targets import Target
+
+CPU = (
+    "canonicalise",
+    "bind-limits",
+    "mla-absorb{decode=absorbed}",
+    "fp8-cast",
+    "fuse",
+    "select-kernels",
+    "canonicalise",
+)
+"""Decode is absorbed: the CPU has no kernel for the plain form over several sequences."""
+
+GPU = (
+    "canonicalise",
+    "bind-limits",
+    "mla-absorb",
+    "fp8-cast",
+    "fuse",
+    "select-kernels",
+    "canonicalise",
+)
+"""NVIDIA and AMD devices; both phases take the form of attention that costs less."""
+
+PIPELINES = {"cpu": CPU, "cuda": GPU, "rocm": GPU}
+"""Specs as `--pass` takes them, by the target's kind. A pass of another engine is one more line here."""
 
 
-def cpu_pipeline(recipe: str, given: Sequence[str] = ()) -> list[Pass]:
-    """Passes for a CPU. `given` specs replace the pass of the same name, or are added before kernel selection.
+def pipeline(target: Target, recipe: str = "auto", given: Sequence[str] = ()) -> list[Pass]:
+    """The passes for a target.
 
-    Decode is absorbed: the CPU has no kernel for the plain form over several sequences.
+    `given` specs replace the pass of the same name, or are added before kernel selection. Raises PassSpecError.
     """
-    steps: list[Pass] = [
-        Canonicalise(),
-        BindLimits(),
-        MlaAbsorb(decode="absorbed"),
-        Fp8Cast(recipe=recipe),
-        Fuse(),
-        SelectKernels(),
-        Canonicalise(),
-    ]
+    steps = [parse_pass(spec) for spec in PIPELINES[target.kind]]
+    steps = [replace(step, recipe=recipe) if isinstance(step, Fp8Cast) else step for step in steps]
     for spec in given:
         new = parse_pass(spec)
         same = [i for i, s in enumerate(steps) if s.name == new.name]

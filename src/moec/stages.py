@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moec.ir import Module
     from moec.passes.base import Context
     from moec.passes.manager import Record
+    from moec.passes.planning import Layout, LayoutRequest
     from moec.targets import Target
 
 
@@ -29,7 +30,20 @@ class NoWeights(InputError):
 class UnsupportedTarget(InputError):
     """A target for which no code can be generated."""
 
-    template: ClassVar[str] = "target {target} is a {kind} device: artifacts are for CPUs so far; see moec plan"
+    template: ClassVar[str] = (
+        "target {target} is a {kind} device: artifacts are for CPUs so far; pass --plan-only, or see moec plan"
+    )
+
+
+class WrongPhase(InputError):
+    """A phase that the model does not have, or that an artifact cannot do without."""
+
+    template: ClassVar[str] = "phase {phase}: {reason}"
+
+
+PHASES = ("both", "prefill", "decode")
+_DEFAULTS = {"cpu": (1, 256), "gpu": (128, 4096)}
+"""Sequences and tokens of a prefill chunk that an artifact is compiled for when the user names none."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +57,11 @@ class Traced:
         self,
         target: str | Target = "cpu",
         *,
-        batch: int = 1,
+        phase: str = "both",
+        batch: int | None = None,
         context: int | None = None,
-        chunk: int = 256,
+        chunk: int | None = None,
+        layout: LayoutRequest | None = None,
         recipe: str = "auto",
         passes: Sequence[str] = (),
         verify: str = "structure",
@@ -54,25 +70,37 @@ class Traced:
     ) -> Plan:
         """Run the target's pipeline on a copy of the IR.
 
-        `context` defaults to the model's own, at most 4096.
-        Raises UnknownTarget, UnsupportedTarget, PassError, PassFailure or StrictError.
+        `phase` keeps one of the two entry points. `context` defaults to the model's own, at most 4096; `batch` and
+        `chunk` to 1 and 256 on a CPU, 128 and 4096 elsewhere. `layout` asks for degrees of parallelism; None takes the
+        target's. Raises UnknownTarget, WrongPhase, WrongLayout, WrongRedundancy, CutBlock, WrongRanks, PassSpecError,
+        PassError, PassFailure or StrictError.
         """
         from moec import targets
         from moec.ir.rewrite import clone_module
         from moec.passes.base import Context, Limits
         from moec.passes.manager import Manager
-        from moec.passes.pipeline import cpu_pipeline
+        from moec.passes.pipeline import pipeline
 
         found = targets.load(target) if isinstance(target, str) else target
-        if found.kind != "cpu":
-            raise UnsupportedTarget(target=found.name, kind=found.kind)
+        few, short = _DEFAULTS["cpu" if found.kind == "cpu" else "gpu"]
         context = min(4096, self.source.config.max_position_embeddings) if context is None else context
-        limits = Limits(batch=batch, context=context, chunk=min(chunk, context))
+        limits = Limits(few if batch is None else batch, context, min(short if chunk is None else chunk, context))
         module = clone_module(self.ir)
-        module.attrs["target"] = found.name
-        manager = Manager(Context(found, limits), verify, strict, Path(dump) if dump else None)
-        manager.run(module, cpu_pipeline(recipe, passes))
+        if phase != "both":
+            _keep_phase(module, phase)
+        where, sized = self._layout(found, layout, recipe)
+        module.attrs["target"] = sized.name
+        manager = Manager(Context(sized, limits, where), verify, strict, Path(dump) if dump else None)
+        manager.run(module, pipeline(sized, recipe, passes))
         return Plan(self.source, module, manager.context, manager.records)
+
+    def _layout(self, target: Target, asked: LayoutRequest | None, recipe: str) -> tuple[Layout, Target]:
+        """How the model lies on the target's devices, and the target at that size."""
+        from moec.passes.planning.layout import LayoutRequest, resolve
+        from moec.passes.planning.precision import RECIPES, candidates
+
+        stored = candidates(recipe if recipe in RECIPES else "auto", target)[0]
+        return resolve(self.ir, target, stored, asked or LayoutRequest())
 
 
 @dataclass(frozen=True)
@@ -107,10 +135,13 @@ class Plan:
         from moec.codegen import artifact
         from moec.codegen.pack import pack_weights
         from moec.codegen.tvm.compile import compile_module
-        from moec.ir import print_module
 
         say = note or (lambda line: None)
         target, limits = self.context.target, self.context.limits
+        if target.kind != "cpu":
+            raise UnsupportedTarget(target=target.name, kind=target.kind)
+        if len(self.phases) < 2:
+            raise WrongPhase(phase=self.phases[0], reason="artifacts for CPUs hold both phases; leave --phase away")
         loader = None if no_weights else self._loader(weights, random_weights, say)
         sizes = {"batch": limits.batch, "context": limits.context, "chunk": limits.chunk}
         with artifact.artifact_folder(Path(out)) as work:
@@ -119,13 +150,12 @@ class Plan:
             (work / "kernels").mkdir()
             shutil.copyfile(compiled.library, work / "kernels" / "kernels.so")
             artifact.write_json(work / "kernels" / "kernels.json", compiled.kernels)
-            (work / "program.ir").write_text(print_module(self.ir))
-            artifact.write_json(work / "plan.json", self._plan_json(compiled.entries))
+            self._write_program(work, self._call_interface(compiled.entries))
             if loader is not None:
                 (work / "weights").mkdir()
                 pack_weights(self.ir, loader, work / "weights" / "rank-00000.safetensors", progress)
             artifact.copy_tokenizer(self.source.folder, work)
-            artifact.write_manifest(work, self._facts(sizes))
+            artifact.write_manifest(work, self._facts())
         return Artifact(Path(out))
 
     def _loader(
@@ -143,7 +173,31 @@ class Plan:
             say(line)
         return checkpoint.load
 
-    def _plan_json(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+    def save(self, out: str | Path) -> None:
+        """Write program.ir, plan.json and a manifest into the folder `out`: what was decided, nothing that runs.
+
+        Raises OutputExists, WrongOutput or WriteFailed.
+        """
+        from moec.codegen import artifact
+
+        with artifact.artifact_folder(Path(out)) as work:
+            self._write_program(work, {})
+            artifact.write_manifest(work, self._facts())
+
+    @property
+    def phases(self) -> list[str]:
+        """The entry points of the program."""
+        return [name for name in ("prefill", "decode") if name in self.ir.functions]
+
+    def _write_program(self, work: Path, interface: Mapping[str, Any]) -> None:
+        from moec.codegen.artifact import write_json
+        from moec.codegen.plan_json import plan_document
+        from moec.ir import print_module
+
+        (work / "program.ir").write_text(print_module(self.ir))
+        write_json(work / "plan.json", {**plan_document(self.ir, self.context, self.records), **interface})
+
+    def _call_interface(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         from moec.codegen.tvm.compile import PAGE
         from moec.ir import CacheType
 
@@ -154,9 +208,8 @@ class Plan:
         shape = [pages if str(d) == "P" else d for d in kv.shape]
         return {"entries": dict(entries), "page_size": PAGE, "cache": {"dtype": dtype, "shape": shape}}
 
-    def _facts(self, sizes: Mapping[str, int]) -> dict[str, Any]:
-        c, target = self.source.config, self.context.target
-        device = target.device
+    def _facts(self) -> dict[str, Any]:
+        c, target, limits = self.source.config, self.context.target, self.context.limits
         return {
             "moec_version": __version__,
             "model": {
@@ -167,12 +220,9 @@ class Plan:
             },
             "target": {
                 "name": target.name,
-                "triple": _triple(device.arch),
-                "mcpu": device.arch,
-                "features": list(device.isa),
-                "cores": int(device.cores),
+                **_needs(target),
             },
-            "limits": dict(sizes),
+            "limits": {"batch": limits.batch, "context": limits.context, "chunk": limits.chunk},
             "recipe": self.ir.attrs.get("recipe", ""),
         }
 
@@ -190,8 +240,22 @@ class Artifact:
         return load(self.path, **options)
 
 
-def _triple(arch: str) -> str:
-    return "aarch64-linux-gnu" if arch.startswith(("arm", "aarch64")) else "x86_64-linux-gnu"
+def _needs(target: Target) -> dict[str, Any]:
+    """What a machine must have to run code for the target."""
+    device = target.device
+    if target.kind != "cpu":
+        return {"kind": target.kind, "arch": device.arch, "cores": int(device.cores)}
+    triple = "aarch64-linux-gnu" if device.arch.startswith(("arm", "aarch64")) else "x86_64-linux-gnu"
+    return {"triple": triple, "mcpu": device.arch, "features": list(device.isa), "cores": int(device.cores)}
+
+
+def _keep_phase(module: Module, phase: str) -> None:
+    """Drop the other entry point; what only it calls is unused then. Raises WrongPhase."""
+    if phase not in PHASES or phase not in module.functions:
+        raise WrongPhase(phase=phase, reason=f"must be one of {', '.join(PHASES)}")
+    for other in PHASES[1:]:
+        if other != phase:
+            module.functions.pop(other, None)
 
 
 def trace(model: str, overrides: Mapping[str, str] | None = None) -> Traced:

@@ -28,7 +28,10 @@ Refused = Callable[..., str]
         (["--verify", "structur"], "did you mean structure"),
         (["--no-weights", "--random-weights", "1"], "exclude each other"),
         (["--weights", "x", "--random-weights", "1"], "exclude each other"),
-        (["--plan-only"], "leave --out away"),
+        (["--plan-only", "--random-weights", "1"], "packs no weights"),
+        (["--phase", "decod"], "did you mean decode"),
+        (["--phase", "decode"], "hold both phases"),
+        (["--target", "h800", "--ep", "3", "--ranks", "8"], "8 ranks do not divide by EP 3"),
     ],
 )
 def test_wrong_options(refused: Refused, model_folder: Path, tmp_path: Path, options: list[str], names: str) -> None:

@@ -13,7 +13,7 @@ from moec.ir.rewrite import clone_module
 from moec.model_defs.registry import preset_names
 from moec.passes.base import Context, Limits
 from moec.passes.manager import Manager
-from moec.passes.pipeline import cpu_pipeline
+from moec.passes.pipeline import pipeline
 from moec.targets import load
 
 
@@ -24,16 +24,17 @@ def check(module: Module) -> None:
     assert not diff(module, again)
 
 
+@pytest.mark.parametrize("target", ["cpu", "h800", "a100"])
 @pytest.mark.parametrize("preset", preset_names())
-def test_every_stage_of_every_preset(preset: str) -> None:
+def test_every_stage_of_every_preset(preset: str, target: str) -> None:
     """Imported, and after each pass of the pipeline; both phases stand in one module."""
     traced = moec.trace(preset)
     module = clone_module(traced.ir)
-    module.attrs["target"] = "cpu"
+    module.attrs["target"] = target
     context = min(4096, traced.source.config.max_position_embeddings)
-    manager = Manager(Context(load("cpu"), Limits(1, context, min(256, context))))
+    manager = Manager(Context(load(target), Limits(1, context, min(256, context))))
     check(module)
-    for step in cpu_pipeline("auto"):
+    for step in pipeline(load(target)):
         manager.run(module, [step])
         check(module)
     assert {"prefill", "decode"} <= set(module.functions)

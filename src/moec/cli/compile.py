@@ -19,16 +19,21 @@ def compile_model(
     model: Annotated[str, typer.Argument(help="Preset, Hugging Face folder, or FILE.py:Model.")],
     out: Annotated[Path | None, typer.Option(help="Artifact folder to write.")] = None,
     target: Annotated[str, typer.Option(help="Hardware description: a name or a YAML file.")] = "cpu",
-    batch: Annotated[int, typer.Option(min=1, help="Most sequences at once.")] = 1,
+    phase: Annotated[str, typer.Option(help="Entry points to keep: both, prefill or decode.")] = "both",
+    batch: Annotated[int | None, typer.Option(min=1, help="Most sequences at once [CPU: 1, else 128].")] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of a sequence (default: the model's, at most 4096).")
     ] = None,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prefill chunk.")] = 256,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Tokens of a prefill chunk [CPU: 256, else 4096].")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Devices [the target's].")] = None,
+    tp: Annotated[int, typer.Option(help="Devices of an attention replica.")] = 1,
+    dp: Annotated[int | None, typer.Option(help="Attention replicas [ranks / TP].")] = None,
+    ep: Annotated[int | None, typer.Option(help="Devices that share the routed experts [all].")] = None,
     recipe: Annotated[str, typer.Option(help="auto, weight-only, bf16 or fp32.")] = "auto",
     weights: Annotated[Path | None, typer.Option(help="Folder of safetensors.")] = None,
     random_weights: Annotated[int | None, typer.Option(metavar="SEED", help="Random weights from a seed.")] = None,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Compile the program only.")] = False,
-    plan_only: Annotated[bool, typer.Option("--plan-only", help="Run the passes and stop.")] = False,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Write program.ir and plan.json only.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a field of the configuration.")
     ] = None,
@@ -40,18 +45,20 @@ def compile_model(
     strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into errors.")] = False,
 ) -> None:
     """Compile a model for a target."""
-    from moec.cli.options import check_compile, check_recipe
+    from moec.cli.options import check_compile, check_phase, check_recipe
     from moec.cli.output import Progress, note
     from moec.codegen.artifact import check_output
+    from moec.passes.planning.layout import LayoutRequest
     from moec.stages import trace
 
+    check_phase(phase)
     check_compile(out, plan_only, verify, weights, random_weights, no_weights)
     check_recipe(recipe)
     if out is not None:
         check_output(out)
     plan = trace(model, parse_overrides(settings or [])).optimize(
-        target, batch=batch, context=context, chunk=chunk, recipe=recipe, passes=passes or [], verify=verify,
-        strict=strict, dump=dump_ir,
+        target, phase=phase, batch=batch, context=context, chunk=chunk, layout=LayoutRequest(ranks, tp, dp, ep),
+        recipe=recipe, passes=passes or [], verify=verify, strict=strict, dump=dump_ir,
     )  # fmt: skip
     waiting = [f"{record.name}: {line}" for record in plan.records for line in record.notes]
     waiting += [f"warning: {line}" for line in plan.warnings]
@@ -64,8 +71,12 @@ def compile_model(
             note(waiting.pop(0))
         note(line)
 
-    if plan_only or out is None:
-        say("planned only: no artifact written")
+    if out is None:
+        say("planned only: nothing written (name a folder with --out)")
+        return
+    if plan_only:
+        plan.save(out)
+        say(f"wrote {out}: program.ir and plan.json only")
         return
     with Progress("packing") as progress:
         artifact = plan.compile(

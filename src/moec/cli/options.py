@@ -34,10 +34,10 @@ def check_compile(
     """Raise UsageError for options of `moec compile` that contradict each other."""
     if out is None and not plan_only:
         raise UsageError(message="--out FOLDER is missing (or pass --plan-only)")
-    if out is not None and plan_only:
-        raise UsageError(message="--plan-only writes no artifact: leave --out away")
     check_verify(verify)
     given = [weights is not None, random_weights is not None, no_weights]
+    if plan_only and any(given[:2]):
+        raise UsageError(message="--plan-only packs no weights: leave --weights and --random-weights away")
     if sum(given) > 1:
         raise UsageError(message="--weights, --random-weights and --no-weights exclude each other")
 
@@ -48,6 +48,14 @@ def check_recipe(name: str) -> None:
 
     if name not in ("auto", *RECIPES):
         raise UsageError(message=f"--recipe {name!r} is not known{near(name, ['auto', *RECIPES])}")
+
+
+def check_phase(phase: str) -> None:
+    """Raise UsageError unless `phase` is one of the entry points, or both."""
+    from moec.stages import PHASES
+
+    if phase not in PHASES:
+        raise UsageError(message=f"--phase {phase!r} is not known{near(phase, list(PHASES))}")
 
 
 def check_verify(verify: str) -> None:
