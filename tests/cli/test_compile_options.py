@@ -48,7 +48,7 @@ def test_an_output_is_needed(refused: Refused, model_folder: Path) -> None:
 )
 def test_usage_errors_exit_with_2(moec: Any, model_folder: Path, tmp_path: Path, arguments: list[str]) -> None:
     done = moec("compile", model_folder, "--out", tmp_path / "x", *arguments)
-    assert done.code == 2 and "Error: " in done.err and not done.out
+    assert done.code == 2 and "error: " in done.err and not done.out
     assert not list(tmp_path.iterdir())
 
 
