@@ -223,3 +223,33 @@ def opt(
         for line in [*record.notes, *(f"warning: {w}" for w in record.warnings)]:
             print(f"moec: {record.name}: {line}", file=sys.stderr)
     sys.stdout.write(print_module(module))
+
+
+@ir.command()
+def reduce(
+    file: File,
+    run: Annotated[str, typer.Option(metavar="COMMAND", help="Shell command that fails; {} is the file to try.")],
+    match: Annotated[str | None, typer.Option(help="Text that the failing command's output must hold.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a run is ended.")] = 60.0,
+    out: Annotated[Path | None, typer.Option(help="File for the small module instead of stdout.")] = None,
+) -> None:
+    """Shrink a module that fails a command to a small one that fails in the same way.
+
+    The same way: with the same exit code (a run that is ended by the timeout counts as one), and with the text of
+    --match in its output. Without {} in the command the module is its standard input.
+    """
+    from moec.cli.failing import FailingCommand
+    from moec.ir import print_module
+    from moec.ir.reduce import reduce
+
+    module = read_module(file)
+    with FailingCommand(run, match, timeout) as command:
+        command.learn(print_module(module))
+        small = reduce(module, command.fails)
+    text = print_module(small)
+    before, after = (sum(1 for _ in m.ops()) for m in (module, small))
+    print(f"moec: {before} -> {after} ops in {len(small.functions)} functions, {command.runs} runs", file=sys.stderr)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        out.write_text(text)
