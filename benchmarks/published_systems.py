@@ -20,17 +20,20 @@ from typing import Any
 import moec
 from moec import targets
 from moec.ir import Module
-from moec.passes.planning import BALANCE, LayoutRequest, Options, make_plan
+from moec.passes.planning import LayoutRequest, Options, make_plan
 
 DAY6 = "DeepSeek open-infra-index, day 6"
 PROFILE = "deepseek-ai/profile-data, rates as compared by LMSYS, 2025-05-05"
 LMSYS = "LMSYS, 96 H100 with SGLang, 2025-05-05"
+KIMI = "LMSYS, Kimi K2 on 128 H200, 2025-07-20"
+GB200_1 = "LMSYS, DeepSeek on GB200 NVL72, part 1, 2025-06-16"
+GB200_2 = "LMSYS, DeepSeek on GB200 NVL72, part 2, 2025-09-25"
 PERFECT = 1.0
 
 
 @dataclass(frozen=True)
 class System:
-    """One published number: tokens/s of a node in one phase."""
+    """One published number: tokens/s of a node in one phase; of a device where `per` says so."""
 
     name: str
     kind: str
@@ -44,8 +47,10 @@ class System:
     prompt: int = 4096
     chunk: int = 16384
     redundant: int | None = None
-    balance: float = BALANCE
+    balance: float | None = None
     overlap: str = "auto"
+    model: str = "deepseek-v3"
+    per: str = "node"
 
 
 def _sglang(name: str, phase: str, published: float, **workload: Any) -> System:
@@ -55,7 +60,7 @@ def _sglang(name: str, phase: str, published: float, **workload: Any) -> System:
 
 SYSTEMS = (
     System("DeepSeek decode EP144", "service", "decode", "h800-ep144", 144, 14_800, DAY6, context=4989),
-    System("DeepSeek decode EP128", "profile", "decode", "h800", 128, 18_598, PROFILE),
+    System("DeepSeek decode EP128", "profile", "decode", "h800", 128, 18_598, PROFILE, balance=PERFECT),
     System("DeepSeek prefill EP32", "service", "prefill", "h800-ep32", 32, 32_207, DAY6, redundant=32),
     System(
         "DeepSeek prefill EP32", "profile", "prefill", "h800-ep32", 32, 62_713, PROFILE, redundant=32, balance=PERFECT
@@ -66,6 +71,60 @@ SYSTEMS = (
     _sglang("prefill 4K, perfect balance", "prefill", 59_337, prompt=4096, balance=PERFECT),
     _sglang("decode", "decode", 22_282, batch=256, context=2000),
     _sglang("decode without overlap", "decode", 22_310 / 1.255, batch=256, context=2000, overlap="off"),
+    System(
+        "Kimi K2 prefill", "benchmark", "prefill", "h200", 32, 56_000, KIMI, prompt=2000, redundant=0, model="kimi-k2"
+    ),
+    System(
+        "Kimi K2 decode",
+        "benchmark",
+        "decode",
+        "h200",
+        96,
+        24_000,
+        KIMI,
+        batch=480,
+        context=2050,
+        redundant=96,
+        model="kimi-k2",
+    ),
+    System(
+        "GB200 decode, BF16 + FP8, 2025-06",
+        "benchmark",
+        "decode",
+        "gb200-nvl72",
+        48,
+        7_583,
+        GB200_1,
+        batch=768,
+        context=2050,
+        redundant=32,
+        per="device",
+    ),
+    System(
+        "GB200 decode, BF16 + FP8, 2025-09",
+        "benchmark",
+        "decode",
+        "gb200-nvl72",
+        48,
+        9_087,
+        GB200_2,
+        batch=1408,
+        context=2050,
+        redundant=32,
+        per="device",
+    ),
+    System(
+        "GB200 prefill, BF16 + FP8, 2025-09",
+        "benchmark",
+        "prefill",
+        "gb200-nvl72",
+        4,
+        18_471,
+        GB200_2,
+        prompt=2000,
+        redundant=32,
+        per="device",
+    ),
 )
 
 
@@ -83,11 +142,12 @@ def predict(system: System, module: Module) -> dict[str, Any]:
     target = targets.load(system.target)
     phase = make_plan(module, target, options).phases[system.phase]
     serial = make_plan(module, target, replace(options, overlap="off")).phases[system.phase]
+    predicted, without = (p.per_node if system.per == "node" else p.per_device for p in (phase, serial))
     return {
         **asdict(system),
-        "predicted": phase.per_node,
-        "without_overlap": serial.per_node,
-        "ratio": phase.per_node / system.published,
+        "predicted": predicted,
+        "without_overlap": without,
+        "ratio": predicted / system.published,
         "overlapped": phase.overlapped,
         "bound": phase.bound,
         "step_ms": phase.step_us / 1e3,
@@ -99,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows as JSON")
     out: Path | None = parser.parse_args(arguments).json
-    module = moec.trace("deepseek-v3").ir
-    rows = [predict(system, module) for system in SYSTEMS]
+    modules = {name: moec.trace(name).ir for name in dict.fromkeys(system.model for system in SYSTEMS)}
+    rows = [predict(system, modules[system.model]) for system in SYSTEMS]
     heads = ("tokens/s of a node", "kind", "published", "predicted", "ratio", "no overlap")
     print("{:36} {:10} {:>9} {:>9} {:>6} {:>10}  bound".format(*heads))
     for row in rows:

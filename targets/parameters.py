@@ -38,7 +38,17 @@ PARAMETERS: Final[dict[str, ParameterField]] = {
     p.path: p
     for p in (
         *_family("tile", ("rows", "count", 1, 256, "rows of the smallest tile of the matrix units")),
-        *_family("power", ("after", "time", 1e-5, 1, "time at full rate after which half of the loss of clock shows")),
+        *_family(
+            "power",
+            ("after", "time", 1e-5, 1, "time at full rate after which half of the loss of clock shows"),
+            (
+                "sustained",
+                "ratio",
+                0.3,
+                1,
+                "share of the clock that the power limit leaves to matrix units always busy",
+            ),
+        ),
         *_family(
             "gemm_bf16",
             *_GEMM,

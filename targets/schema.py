@@ -126,6 +126,8 @@ class Target:
     calibration: Mapping[str, Parameter] = field(default_factory=dict, repr=False)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Where each number comes from, by its path in the file (`device.memory.bandwidth`)."""
+    load: float = 0.0
+    """Share of the time around a call in which matrix units are busy: 0 for a call alone, set for calls of a step."""
 
     @cached_property
     def families(self) -> Mapping[str, Mapping[str, float]]:
@@ -155,6 +157,15 @@ class Target:
         if reason:
             raise WrongRanks(name=self.name, ranks=ranks, devices=per_node, reason=reason)
         return replace(self, cluster=replace(self.cluster, ranks=ranks))
+
+    def without_cores(self, taken: int) -> Target:
+        """The target as kernels see it while others keep `taken` of its cores: less compute, the same memory."""
+        device = self.device
+        left = max(1, device.cores - taken)
+        share = left / device.cores
+        rates = {name: rate * share for name, rate in device.matrix_rates.items()}
+        fewer = replace(device, cores=left, matrix_rates=rates, vector_rate=device.vector_rate * share)
+        return replace(self, device=fewer)
 
     def scale_up(self) -> Link:
         """The link inside a node; NoLink when the target has none."""

@@ -3,12 +3,11 @@
 from moec.passes.planning.errors import CutBlock, WrongLayout, WrongPlan, WrongRedundancy, WrongWhatIf
 from moec.passes.planning.layout import Layout, LayoutRequest
 from moec.passes.planning.memory import Memory
-from moec.passes.planning.plan import BALANCE, Options, PhasePlan, Plan, make_plan
+from moec.passes.planning.plan import Options, PhasePlan, Plan, make_plan
 from moec.passes.planning.report import as_json
 from moec.passes.planning.whatif import KNOBS, changed
 
 __all__ = [
-    "BALANCE",
     "KNOBS",
     "CutBlock",
     "Layout",

@@ -14,15 +14,11 @@ from moec.passes.planning.layout import Layout, LayoutRequest, expert_count, res
 from moec.passes.planning.memory import Memory
 from moec.passes.planning.precision import Recipe, candidates, substitution
 from moec.passes.planning.rows import Step
-from moec.passes.planning.timing import OpCost, Setting, StepCost, step_cost
+from moec.passes.planning.timing import OpCost, Setting, StepCost, paired_us, routed_to, step_cost
 from moec.passes.planning.whatif import TRIED, doubled
 from moec.targets import NoLink, Target
 
 PHASES = ("prefill", "decode")
-BALANCE = 0.9
-"""Default mean over maximum of the rows that devices receive, after load balancing: NVIDIA's TensorRT-LLM wide-EP
-report (part 1, Table 1) measured (max - mean) / mean of 0.109 with 9 slots at EP 32, and 1.564 without balancing."""
-
 OVERLAP = ("auto", "on", "off")
 _CHUNKS_WALKED = 16
 _MOST = 1 << 20
@@ -34,7 +30,7 @@ class Options:
 
     batch: requests of an attention replica in a decode step. context: tokens that each attends to. prompt: tokens of a
     prompt that arrives with nothing cached. chunk: new tokens that a replica computes in one prefill step. balance:
-    mean over maximum of the rows that devices receive.
+    mean over maximum of the rows that devices receive, None for what `moec.passes.planning.balance` expects.
     """
 
     batch: int = 128
@@ -43,7 +39,7 @@ class Options:
     chunk: int = 16384
     layout: LayoutRequest = field(default_factory=LayoutRequest)
     recipe: str = "auto"
-    balance: float = BALANCE
+    balance: float | None = None
     overlap: str = "auto"
 
 
@@ -52,7 +48,8 @@ class PhasePlan:
     """One phase. Times in microseconds, rates in tokens/s.
 
     serial_us: ops one after the other. paired_us: as two micro-batches that hide each other's exchanges; None where
-    there is nothing to hide or to halve. step_us: the one taken. tokens: of a replica in the step.
+    there is nothing to hide or to halve. step_us: the one taken. tokens: of a replica in the step. balance: mean over
+    maximum of the rows that devices receive, in the step as a whole.
     """
 
     phase: str
@@ -65,6 +62,7 @@ class PhasePlan:
     layout: Layout
     target: Target
     peak: float
+    balance: float
 
     @property
     def overlapped(self) -> bool:
@@ -161,8 +159,7 @@ def make_plan(module: Module, target: Target, options: Options) -> Plan:
 
 def _with_recipe(module: Module, target: Target, recipe: Recipe, options: Options, limit: int) -> Plan:
     layout, sized = resolve(module, target, recipe, options.layout)
-    balance = options.balance if layout.ep > 1 else 1.0
-    setting = Setting(layout, recipe, sized, balance)
+    setting = Setting(layout, recipe, sized, options.balance)
     built = variants(module, setting)
     phases = {phase: _phase(module, built, phase, options, limit, setting) for phase in PHASES}
     notes = [note for note in (substitution(recipe, sized), _slots_note(layout, options)) if note]
@@ -178,7 +175,7 @@ def _check(options: Options, limit: int) -> None:
     for name in ("context", "prompt"):
         if getattr(options, name) > limit:
             raise WrongPlan(message=f"{name} {getattr(options, name)} exceeds the model's {limit} positions")
-    if not 0 < options.balance <= 1:
+    if options.balance is not None and not 0 < options.balance <= 1:
         raise WrongPlan(message=f"balance is mean over maximum, above 0 and at most 1, got {options.balance:g}")
     if options.overlap not in OVERLAP:
         raise WrongPlan(message=f"overlap must be one of {', '.join(OVERLAP)}, got {options.overlap!r}")
@@ -223,7 +220,10 @@ def _phase(module: Module, built: Variants, phase: str, options: Options, limit:
     tokens = step.tokens if phase == "decode" or step.sequences > 1 else options.prompt
     peak = setting.target.device.matrix_rate("fp8" if setting.recipe.blocks else "bf16")
     memory = _memory(module, form, step, setting)
-    return PhasePlan(phase, choice, tokens, serial, paired, taken, memory, setting.layout, setting.target, peak)
+    balance = setting.balance_of(step, routed_to(module))
+    return PhasePlan(
+        phase, choice, tokens, serial, paired, taken, memory, setting.layout, setting.target, peak, balance
+    )
 
 
 def _whole(form: Module, step: Step, options: Options, setting: Setting) -> StepCost:
@@ -241,7 +241,7 @@ def _paired(form: Module, step: Step, options: Options, setting: Setting) -> flo
     if (setting.layout.ep == 1 and setting.layout.tp == 1) or step.sequences < 2:
         return None
     half = replace(step, sequences=-(-step.sequences // 2))
-    return _whole(form, half, options, setting).paired_us(setting.target.device.cores)
+    return paired_us(form, half, setting)
 
 
 def _memory(module: Module, form: Module, step: Step, setting: Setting) -> Memory:

@@ -81,16 +81,12 @@ class Rows:
     @property
     def expert_rows(self) -> int:
         """Token-expert pairs at the busiest device."""
-        return ceil(self.own_tokens * self.top_k / self._even)
-
-    @property
-    def _even(self) -> float:
-        return self.balance if self.layout.ep > 1 else 1.0
+        return ceil(self.own_tokens * self.top_k / self.balance)
 
     @property
     def exchanged(self) -> int:
         """Tokens of an exchange that lasts as long as the one of the busiest device."""
-        return ceil(self.own_tokens / self._even)
+        return ceil(self.own_tokens / self.balance)
 
 
 def bind_fast(size: Dim, values: Mapping[str, int]) -> int:

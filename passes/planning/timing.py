@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moec.ir import Function, Module, Op, WeightRef
+from moec.passes.planning.balance import expected_balance
 from moec.passes.planning.layout import Layout
 from moec.passes.planning.precision import Recipe
 from moec.passes.planning.rows import COMMUNICATION, Rows, Step
@@ -16,12 +17,24 @@ from moec.targets.cost import Cost, op_time
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that the cost of a step depends on besides the step."""
+    """Everything that the cost of a step depends on besides the step.
+
+    balance: mean over maximum of the rows that devices receive; None for what is expected of the step.
+    """
 
     layout: Layout
     recipe: Recipe
     target: Target
-    balance: float
+    balance: float | None = None
+
+    def balance_of(self, step: Step, top_k: int) -> float:
+        """The balance of a step: as set, or as expected of its requests and rows; 1 without an expert group."""
+        if self.layout.ep == 1:
+            return 1.0
+        if self.balance is not None:
+            return self.balance
+        rows = step.tokens / self.layout.tp * top_k
+        return expected_balance(self.layout, step.sequences * self.layout.ep / self.layout.tp, rows)
 
 
 @dataclass(frozen=True)
@@ -64,12 +77,22 @@ class StepCost:
         """The exchanges between devices, added up."""
         return sum(op.cost.time_us for op in self.ops if op.communication)
 
-    def paired_us(self, cores: int) -> float:
+    @property
+    def reserved_cores(self) -> int:
+        """Cores that the kernels of exchanges keep to themselves while others compute."""
+        return max((op.cost.sms for op in self.ops if op.communication and not op.cost.busy_us), default=0)
+
+    @property
+    def matrix_us(self) -> float:
+        """Time in which the matrix units are busy."""
+        return sum(min(o.cost.parts.get("compute", 0.0), o.cost.time_us) for o in self.ops if not o.communication)
+
+    def paired_us(self, bandwidth: float) -> float:
         """Two micro-batches of this step that take turns: one computes while the exchange of the other is under way.
 
-        See `paired`. Segments follow each other.
+        See `paired`. Segments follow each other. bandwidth: of the device memory, bytes/s.
         """
-        return sum(paired(stages(ops), cores) for ops in self.segments.values())
+        return sum(paired(stages(ops, bandwidth)) for ops in self.segments.values())
 
     def __add__(self, other: StepCost) -> StepCost:
         """One step after the other, line by line; both are of the same functions."""
@@ -91,52 +114,60 @@ class StepCost:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
-    """Computation up to an exchange, then the exchange: microseconds, and core-microseconds that the exchange takes."""
+    """Computation up to an exchange, then the exchange, in microseconds.
 
-    compute_us: float
+    memory_us: the part of the computation that is bound by memory. busy_us: the part of the exchange that takes all
+    cores. traffic_us: what the exchange's own memory traffic takes of the bandwidth.
+    """
+
+    compute_us: float = 0.0
     exchange_us: float = 0.0
-    core_us: float = 0.0
+    memory_us: float = 0.0
+    busy_us: float = 0.0
+    traffic_us: float = 0.0
+
+    def beside(self, other: Stage) -> float:
+        """This exchange and the computation of `other` at the same time."""
+        share = other.memory_us / other.compute_us if other.compute_us else 0.0
+        return max(self.exchange_us, other.compute_us + self.busy_us + self.traffic_us * share)
 
 
-def stages(ops: list[OpCost]) -> list[Stage]:
-    """The ops of a layer, over all layers, cut behind each exchange; what follows the last goes to the next layer."""
-    found: list[Stage] = []
-    compute = exchange = core = 0.0
+def stages(ops: list[OpCost], bandwidth: float) -> list[Stage]:
+    """The ops of a layer, over all layers, cut behind each exchange; what follows the last goes to the next layer.
+
+    bandwidth: of the device memory, bytes/s.
+    """
+    found = [Stage()]
     for op in ops:
+        time = op.cost.time_us
         if op.communication:
-            exchange += op.cost.time_us
-            core += op.cost.time_us * op.cost.sms
+            found[-1].exchange_us += time
+            found[-1].busy_us += op.cost.busy_us
+            found[-1].traffic_us += op.cost.bytes / bandwidth * 1e6
             continue
-        if exchange:
-            found.append(Stage(compute, exchange, core))
-            compute = exchange = core = 0.0
-        compute += op.cost.time_us
-    if exchange:
-        found.append(Stage(compute, exchange, core))
-    elif found:
-        first = found[0]
-        found[0] = Stage(first.compute_us + compute, first.exchange_us, first.core_us)
-    else:
-        found.append(Stage(compute))
+        if found[-1].exchange_us:
+            found.append(Stage())
+        found[-1].compute_us += time
+        found[-1].memory_us += time if op.cost.bound == "memory" else 0.0
+    if len(found) > 1 and not found[-1].exchange_us:
+        rest = found.pop()
+        found[0].compute_us += rest.compute_us
+        found[0].memory_us += rest.memory_us
     return found
 
 
-def paired(of_one: list[Stage], cores: int) -> float:
+def paired(of_one: list[Stage]) -> float:
     """Microseconds of two micro-batches, one stage apart: computation of one lies beside an exchange of the other.
 
     Each exchange meets the computation before it (of the other micro-batch) and the one behind it, and the longer of
     each pair sets the pace, as in the two-micro-batch overlap of the DeepSeek-V3 technical report (arXiv 2412.19437,
-    sec. 3.4). An exchange whose kernel occupies cores slows the computation beside it by their share. Never below
-    `max(compute, exchanges)` of both, which finer stages could approach.
+    sec. 3.4). Issuing and receiving an exchange takes all cores for a while, which nothing hides, and its traffic slows
+    computation that is bound by memory. Never below `max(compute, exchanges)` of both, which finer stages could reach.
     """
-    total = 0.0
-    for index, stage in enumerate(of_one):
-        behind = of_one[(index + 1) % len(of_one)]
-        for compute in (stage.compute_us, behind.compute_us):
-            total += max(stage.exchange_us, compute + stage.core_us / cores)
-    return total
+    following = of_one[1:] + of_one[:1]
+    return sum(stage.beside(stage) + stage.beside(behind) for stage, behind in zip(of_one, following, strict=True))
 
 
 def _joined(a: OpCost, b: OpCost) -> OpCost:
@@ -144,6 +175,30 @@ def _joined(a: OpCost, b: OpCost) -> OpCost:
 
 
 def step_cost(module: Module, step: Step, setting: Setting) -> StepCost:
+    """The ops of a step one after the other, at the clock that its own load on the matrix units leaves."""
+    alone = walk(module, step, setting)
+    return walk(module, step, under_load(setting, alone.matrix_us / alone.serial_us))
+
+
+def paired_us(module: Module, step: Step, setting: Setting) -> float:
+    """Microseconds of two such steps as micro-batches that hide each other's exchanges (see `paired`).
+
+    Kernels of exchanges that keep cores to themselves take them from all computation, as the libraries' kernels are
+    launched on the rest (DeepGEMM's `set_num_sms`, DeepEP's `num_sms`).
+    """
+    bandwidth = setting.target.device.memory_bandwidth
+    alone = walk(module, step, setting)
+    setting = replace(setting, target=setting.target.without_cores(alone.reserved_cores))
+    load = 2 * alone.matrix_us / alone.paired_us(bandwidth)
+    return walk(module, step, under_load(setting, load)).paired_us(bandwidth)
+
+
+def under_load(setting: Setting, load: float) -> Setting:
+    """The setting with the target's matrix units busy for that share of the time."""
+    return replace(setting, target=replace(setting.target, load=min(load, 1.0)))
+
+
+def walk(module: Module, step: Step, setting: Setting) -> StepCost:
     """Walk the phase's entry function and the layer functions that it repeats."""
     segments: dict[str, list[OpCost]] = {}
     for function, calls in functions_of(module, step.phase):
@@ -164,15 +219,9 @@ def functions_of(module: Module, phase: str) -> Iterator[tuple[Function, int]]:
 
 def _function(module: Module, function: Function, calls: int, step: Step, setting: Setting) -> list[OpCost]:
     route = next((op for op in function.ops if op.name == "moe.route"), None)
-    rows = Rows(
-        step,
-        setting.layout,
-        setting.recipe,
-        setting.target,
-        setting.balance,
-        top_k=int(route.attrs["top_k"]) if route else 1,  # type: ignore[arg-type]
-        top_groups=_top_groups(route),
-    )
+    top_k = int(route.attrs["top_k"]) if route else 1  # type: ignore[arg-type]
+    balance = setting.balance_of(step, top_k)
+    rows = Rows(step, setting.layout, setting.recipe, setting.target, balance, top_k, _top_groups(route))
     out = []
     kinds = roles(function)
     for op in function.ops:
@@ -180,9 +229,14 @@ def _function(module: Module, function: Function, calls: int, step: Step, settin
             continue
         for row in rows.of(op, kinds[id(op)]):
             cost = op_time(row, setting.target) * calls
-            busy = setting.balance if row["op"] == "moe_experts" and setting.layout.ep > 1 else 1.0
-            out.append(OpCost(row["op"], _label(function, op), calls, cost, cost.flops * busy))
+            mean = balance if row["op"] == "moe_experts" else 1.0
+            out.append(OpCost(row["op"], _label(function, op), calls, cost, cost.flops * mean))
     return out
+
+
+def routed_to(module: Module) -> int:
+    """Experts that a token is sent to; 1 for a dense model."""
+    return next((int(op.attrs["top_k"]) for _, op in module.ops() if op.name == "moe.route"), 1)  # type: ignore[arg-type]
 
 
 def _top_groups(route: Op | None) -> int | None:

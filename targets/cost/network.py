@@ -50,14 +50,17 @@ def low_latency(
     cores = target.device.cores
     used = ceildiv(experts, ceildiv(experts, cores))
     fed = ceildiv(tokens, used) * numbers[f"{direction}_token"] * hidden / 4096
-    floor = numbers[f"{direction}_floor"] + experts * numbers["expert"]
+    issue = numbers[f"{direction}_floor"] + experts * numbers["expert"]
+    floor = issue
     if across:
         floor += numbers[f"{direction}_hop"] + (ep - local_ranks) * numbers["peer"]
     busy = soft_max(soft_max(up, out, numbers["norm"]), fed, numbers["norm"])
     parts = {"latency": floor * 1e6, "network": max(up, out) * 1e6, "compute": fed * 1e6}
-    # Between nodes the adapters move the data and a hook receives it later: no core waits meanwhile.
-    sms = 0 if across else used
-    return Cost((floor + busy) * 1e6, 0.0, 2.0 * copies * size, inside + across, parts, sms)
+    # Between nodes the adapters move the data and a hook receives it later: cores only issue and receive. Inside a node
+    # the cores copy all the time.
+    time = (floor + busy) * 1e6
+    sms, cores_us = (0, (issue + fed) * 1e6) if across else (used, time)
+    return Cost(time, 0.0, 2.0 * copies * size, inside + across, parts, sms, cores_us)
 
 
 def normal(target: Target, tokens: int, hidden: int, top_k: int, ep: int, dtype: str, max_nodes: int) -> Cost:

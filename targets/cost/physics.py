@@ -37,9 +37,13 @@ def fitted(target: Target, family: str) -> Mapping[str, float]:
 
 
 def throttled(target: Target, busy: float, sustained: float) -> float:
-    """Seconds that `busy` seconds at the full matrix rate take when the power limit lowers the clock meanwhile."""
-    hot = busy / (busy + fitted(target, "power")["after"])
-    return busy * (1 + hot * (1 / sustained - 1))
+    """Seconds that `busy` seconds at the full matrix rate take when the power limit lowers the clock meanwhile.
+
+    A call lowers it by its own length; one amid others also by their load (`Target.load`).
+    """
+    power = fitted(target, "power")
+    alone = busy / (busy + power["after"]) * (1 / sustained - 1)
+    return busy * (1 + max(alone, target.load * (1 / power["sustained"] - 1)))
 
 
 def least_rows(target: Target) -> int:

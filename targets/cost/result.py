@@ -15,7 +15,8 @@ class Cost:
 
     time_us: wall time. flops: useful floating-point operations. bytes: device memory traffic. sent_bytes: sent to
     other devices. parts: microseconds that compute, memory, network and latency would each take alone (they overlap,
-    so they do not add up to the time). sms: cores that a communication kernel keeps busy.
+    so they do not add up to the time). sms: cores that a communication kernel keeps busy. busy_us: the part of its
+    time in which it takes all of them, before and after the data are under way.
     """
 
     time_us: float
@@ -24,6 +25,7 @@ class Cost:
     sent_bytes: float = 0.0
     parts: Mapping[str, float] = field(default_factory=dict)
     sms: int = 0
+    busy_us: float = 0.0
 
     @property
     def bound(self) -> Bound:
@@ -40,6 +42,7 @@ class Cost:
             self.sent_bytes + other.sent_bytes,
             {key: self.parts.get(key, 0.0) + other.parts.get(key, 0.0) for key in keys},
             max(self.sms, other.sms),
+            self.busy_us + other.busy_us,
         )
 
     def __mul__(self, times: float) -> Cost:
@@ -51,6 +54,7 @@ class Cost:
             self.sent_bytes * times,
             {key: value * times for key, value in self.parts.items()},
             self.sms,
+            self.busy_us * times,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -62,5 +66,6 @@ class Cost:
             "bytes": self.bytes,
             "sent_bytes": self.sent_bytes,
             "sms": self.sms,
+            "busy_us": self.busy_us,
             "parts": dict(self.parts),
         }

@@ -160,12 +160,14 @@ def test_overlap_is_declined_where_it_loses() -> None:
 
 
 def test_two_micro_batches_against_hand_arithmetic() -> None:
-    # Attention 10 and experts 6 between a dispatch of 4 and a combine of 8, no cores taken:
+    # Attention 10 and experts 6 between a dispatch of 4 and a combine of 8:
     # max(4, 10) + max(4, 6) + max(8, 6) + max(8, 10).
-    assert paired([Stage(10, 4), Stage(6, 8)], 132) == 10 + 6 + 8 + 10
-    assert paired([Stage(10)], 132) == 20
-    # 66 of 132 cores for 4 us slow the 10 us beside by 2 us, twice, and hide nothing of them.
-    assert paired([Stage(10, 4, 4 * 66)], 132) == 24
+    assert paired([Stage(10, 4), Stage(6, 8)]) == 10 + 6 + 8 + 10
+    assert paired([Stage(10)]) == 20
+    # Two of the four microseconds take all cores: nothing hides them.
+    assert paired([Stage(10, 4, busy_us=2)]) == 24
+    # Half of the computation waits for memory, which the exchange uses for 4 us in all.
+    assert paired([Stage(10, 8, memory_us=5, traffic_us=4)]) == 24
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

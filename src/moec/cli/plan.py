@@ -42,7 +42,7 @@ def plan(
     ep: Annotated[int | None, typer.Option(help="Devices that share the routed experts [all].")] = None,
     redundant: Annotated[int | None, typer.Option(help="Extra expert slots [fewest that divide].")] = None,
     balance: Annotated[
-        float | None, typer.Option(help="Mean over maximum of the devices' expert rows [0.9, with load balancing].")
+        float | None, typer.Option(help="Mean over maximum of the devices' expert rows [expected of the step].")
     ] = None,
     overlap: Annotated[str, typer.Option(help="Two micro-batches hide communication: auto, on, off.")] = "auto",
     recipe: Annotated[str, typer.Option(help="auto, deepseek-v3, weight-only or bf16.")] = "auto",
@@ -61,7 +61,7 @@ def plan(
     import moec
     from moec import targets
     from moec.cli.options import UsageError, parse_overrides
-    from moec.passes.planning import BALANCE, LayoutRequest, Options
+    from moec.passes.planning import LayoutRequest, Options
 
     names = target.split(",")
     if len(set(names)) < len(names):
@@ -80,7 +80,7 @@ def plan(
             chunk=work["chunk"] if chunk is None else chunk,
             layout=layout,
             recipe=recipe,
-            balance=BALANCE if balance is None else balance,
+            balance=balance,
             overlap=overlap,
         )
         answers.append(_plans(traced.ir, one, options, what_if))
@@ -128,8 +128,9 @@ def _details(model: str, plan: Plan) -> None:
         if phase.phase == "prefill":
             work = f"{phase.tokens} tokens in prompts of {options.prompt}"
         print(f"\n{phase.phase}: {work} per replica; {_rates(phase)}")
-        for line in (_times(phase), _form(phase), _bounds(phase, plan), _memory(phase)):
-            print(f"  {line}")
+        for line in (_times(phase), _balance(phase), _form(phase), _bounds(phase, plan), _memory(phase)):
+            if line:
+                print(f"  {line}")
         _ops(phase)
     print(f"\nfirst token after {plan.first_token_ms:.4g} ms, then one every {plan.time_per_token_ms:.4g} ms")
 
@@ -139,7 +140,7 @@ def _layout(plan: Plan) -> str:
     text = f"{layout.ranks} {'rank' if layout.ranks == 1 else 'ranks'}, TP {layout.tp}, DP {layout.dp}"
     if layout.experts:
         text += f", EP {layout.ep} ({layout.slots_per_device} of {layout.slots} experts a device)"
-    return text + (f", balance {plan.options.balance:g}" if layout.ep > 1 else "")
+    return text
 
 
 def _rates(phase: PhasePlan) -> str:
@@ -155,6 +156,12 @@ def _times(phase: PhasePlan) -> str:
         verdict = "taken" if phase.overlapped else "not taken"
         text += f", two overlapping micro-batches {phase.paired_us / 1e3:.4g} ms ({verdict})"
     return text
+
+
+def _balance(phase: PhasePlan) -> str:
+    if phase.layout.ep == 1:
+        return ""
+    return f"the busiest device receives {1 / phase.balance:.2f} times the mean (balance {phase.balance:.2f})"
 
 
 def _form(phase: PhasePlan) -> str:
