@@ -12,6 +12,7 @@ from moec.ir.parser import ParseError, parse_module
 from moec.ir.printer import print_function, print_module, print_op
 from moec.ir.types import CacheType, IndexType, Quant, TensorType, Type
 from moec.ir.verify import VerifyError, verify
+from moec.plugins import plugins
 
 __all__ = [
     "OPS",
@@ -42,3 +43,7 @@ __all__ = [
     "print_op",
     "verify",
 ]
+
+# A package declares ops by importing `moec.ir.optable` in the module that its entry point names.
+for _ in plugins("moec.ops"):
+    pass

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
 from moec.errors import InputError, near
+from moec.plugins import plugins
 
 PRESETS = Path(__file__).parent / "presets"
 DATA = Path(__file__).parent / "presets_data"
@@ -53,7 +53,7 @@ def families() -> list[Family]:
 
     types = ("deepseek_v3", "deepseek_v2", "kimi_k2")
     built_in = [Family("deepseek_v3", types, config.from_hf, model, checkpoint.TENSORS)]
-    return built_in + [e.load() for e in entry_points(group="moec.models")]
+    return built_in + [family for _, family in plugins("moec.models", [f.name for f in built_in])]
 
 
 def preset_names() -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from importlib.metadata import entry_points
 from typing import ClassVar
 
 from moec.errors import InputError, near
@@ -15,6 +14,7 @@ from moec.passes.fp8_cast import Fp8Cast
 from moec.passes.fuse import Fuse
 from moec.passes.mla_absorb import MlaAbsorb
 from moec.passes.select_kernels import SelectKernels
+from moec.plugins import plugins
 
 BUILT_IN: tuple[type[Pass], ...] = (Canonicalise, BindLimits, MlaAbsorb, Fp8Cast, Fuse, SelectKernels)
 
@@ -28,7 +28,7 @@ class PassSpecError(InputError):
 def passes() -> dict[str, type[Pass]]:
     """All passes by name: built in, then those of installed packages (entry points `moec.passes`)."""
     found = {p.name: p for p in BUILT_IN}
-    found.update({e.name: e.load() for e in entry_points(group="moec.passes")})
+    found.update(plugins("moec.passes", found))
     return found
 
 

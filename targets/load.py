@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final, cast
 
 from moec.errors import near
+from moec.plugins import plugins
 from moec.targets.document import Document, Leaf, Problem, borrowed, read
 from moec.targets.errors import TargetFileError, UnknownTarget
 from moec.targets.fields import ELEMENT_TYPES, FIELDS, TOGETHER
@@ -23,8 +23,7 @@ _THIS_MACHINE: Final = "this-machine"
 def _files() -> dict[str, Path]:
     """Target files by name: the shipped ones, and those of installed packages (entry points `moec.targets`)."""
     found = {path.stem: path for path in _FOLDER.glob("*.yaml")}
-    for entry in entry_points(group="moec.targets"):
-        found.setdefault(entry.name, Path(entry.load()))
+    found.update((name, Path(file)) for name, file in plugins("moec.targets", found))
     return found
 
 

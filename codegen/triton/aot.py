@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import queue
@@ -103,10 +104,19 @@ def aligned(instance: Instance) -> set[str]:
     return pointers | {name for name in instance.spec.aligned if name in instance.signature}
 
 
+def path_of(module: str) -> Path:
+    """The source of a kernel module: one of this package, or with its full name one of another."""
+    if "." not in module:
+        return KERNELS / f"{module}.py"
+    found = importlib.util.find_spec(module)
+    assert found is not None and found.origin is not None
+    return Path(found.origin)
+
+
 @lru_cache(maxsize=64)
 def modules_of(module: str) -> tuple[str, ...]:
     """A kernel module and those that it imports, directly or not, each once."""
-    text = (KERNELS / f"{module}.py").read_text()
+    text = path_of(module).read_text()
     used = re.findall(r"^from moec\.codegen\.triton\.kernels\.(\w+) import", text, re.MULTILINE)
     return tuple(dict.fromkeys([module, *(m for name in sorted(set(used)) for m in modules_of(name))]))
 
@@ -114,7 +124,7 @@ def modules_of(module: str) -> tuple[str, ...]:
 @lru_cache(maxsize=64)
 def source_of(module: str) -> str:
     """The text that a kernel of `module` is compiled from."""
-    return "".join((KERNELS / f"{name}.py").read_text() for name in modules_of(module))
+    return "".join(path_of(name).read_text() for name in modules_of(module))
 
 
 def header(users: Sequence[Instance]) -> str:
@@ -261,7 +271,7 @@ def write(compiled: Sequence[Compiled], folder: Path) -> list[dict[str, Any]]:
     for module in sorted({k.instance.spec.function.partition(":")[0] for k in compiled}):
         for name in modules_of(module):
             users = [k.instance for k in compiled if k.instance.spec.function.startswith(f"{name}:")]
-            (folder / f"{name}.py").write_text(header(users) + (KERNELS / f"{name}.py").read_text())
+            (folder / f"{name}.py").write_text(header(users) + path_of(name).read_text())
     beside = folder / ".kernels.json.new"
     beside.write_text(json.dumps(records, indent=1) + "\n")
     os.replace(beside, folder / "kernels.json")

@@ -18,6 +18,7 @@ from moec.codegen.triton.arch import architecture
 from moec.codegen.triton.errors import UnknownKernel, UnknownShapeClass, UnmetRequirement, UnsupportedKernel
 from moec.codegen.triton.expr import evaluate
 from moec.errors import near
+from moec.plugins import plugins
 
 if TYPE_CHECKING:
     from moec.codegen.triton.problem import Expected, Problem
@@ -91,7 +92,8 @@ class KernelSpec:
     def jit(self) -> Any:
         """The decorated Triton function. Imports Triton."""
         module, _, function = self.function.partition(":")
-        return getattr(importlib.import_module(f"moec.codegen.triton.kernels.{module}"), function)
+        inside = "" if "." in module else "moec.codegen.triton.kernels."
+        return getattr(importlib.import_module(inside + module), function)
 
     def shapes(self, arch: str) -> Mapping[str, Tile]:
         """The tiles for `arch` by shape class. Raises UnknownArchitecture, UnsupportedKernel with the fallback."""
@@ -164,7 +166,7 @@ class Instance:
 
 @lru_cache(maxsize=1)
 def registry() -> Mapping[str, KernelSpec]:
-    """Every kernel by name."""
+    """Every kernel by name: built in, then those of installed packages (entry points `moec.gpu_kernels`)."""
     from moec.codegen.triton.specs import ALL
 
     kernels: dict[str, KernelSpec] = {}
@@ -172,6 +174,7 @@ def registry() -> Mapping[str, KernelSpec]:
         if spec.name in kernels:
             raise ValueError(f"two kernels are named {spec.name}")
         kernels[spec.name] = spec
+    kernels.update(plugins("moec.gpu_kernels", kernels))
     return MappingProxyType(kernels)
 
 

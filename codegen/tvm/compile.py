@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from moec.codegen.tvm.library_cache import find_or_build
 from moec.errors import InputError, MoecError
 from moec.ir import Module, print_module
 from moec.ir.rewrite import clone_module
+from moec.plugins import plugins
 from moec.targets import Target
 
 if TYPE_CHECKING:
@@ -117,6 +119,8 @@ def _key(module: Module, target: Target, limits: Mapping[str, int]) -> str:
     here = Path(__file__).resolve().parent
     for source in sorted([*here.glob("*.py"), here.parent / "storage.py"]):
         digest.update(source.read_bytes())
+    for name, emitter in plugins("moec.cpu_kernels"):
+        digest.update(name.encode() + Path(inspect.getfile(emitter)).read_bytes())
     return digest.hexdigest()[:32]
 
 

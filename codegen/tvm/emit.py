@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -19,6 +20,7 @@ from moec.codegen.tvm.memory import Layout, Place, Slot
 from moec.codegen.tvm.tir import Kernel, Machine, call, const
 from moec.ir import CacheType, Dim, Function, Module, Op, TensorType, Value, WeightRef
 from moec.ir.module import Operand
+from moec.plugins import plugins
 
 DTYPES = {"f32": "float32", "bf16": "uint16", "i32": "int32"}
 
@@ -68,7 +70,7 @@ class FunctionEmitter:
         """Emit all ops in order."""
         for op in self.function.ops:
             self.op = op
-            EMITTERS[op.name](self, op)
+            emitter(op.name)(self, op)
 
     def finish(self, returned: Value, argument: Value) -> None:
         """Leave the result of a layer where its input stood, for the next layer."""
@@ -409,9 +411,20 @@ EMITTERS: dict[str, Callable[[FunctionEmitter, Op], None]] = {
 }
 
 
+@cache
+def _plugged() -> dict[str, Callable[[FunctionEmitter, Op], None]]:
+    """Emitters of installed packages (entry points `moec.cpu_kernels`, named as their ops), found at the first use."""
+    return dict(plugins("moec.cpu_kernels", EMITTERS))
+
+
+def emitter(op: str) -> Callable[[FunctionEmitter, Op], None]:
+    """What emits an op; `missing_ops` has been asked before."""
+    return EMITTERS[op] if op in EMITTERS else _plugged()[op]
+
+
 def missing_ops(module: Module) -> list[str]:
     """Ops of the module that have no CPU kernel."""
-    return sorted({op.name for _, op in module.ops()} - set(EMITTERS))
+    return sorted({op.name for _, op in module.ops()} - {*EMITTERS, *_plugged()})
 
 
 def extra_sizes(ops: Iterable[Op], symbols: Mapping[str, int]) -> dict[Op, list[int]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.tvm.emit import EMITTERS, FunctionEmitter, Program
+from moec.codegen.tvm.emit import FunctionEmitter, Program, emitter
 from moec.codegen.tvm.memory import Layout
 from moec.codegen.tvm.tir import const
 from moec.ir import Dim, Function, Module, Op, TensorType, Value
@@ -107,7 +107,7 @@ class TracingEmitter(FunctionEmitter):
         """Emit all ops in order, each with the copy of its results."""
         for op in self.function.ops:
             self.op = op
-            EMITTERS[op.name](self, op)
+            emitter(op.name)(self, op)
             for value in computed(op):
                 self._keep(value)
 

@@ -189,13 +189,7 @@ def test_packages_can_add_targets(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     file = tmp_path / "theirs.yaml"
     file.write_text("name: theirs\nextends: h20\n", encoding="utf-8")
 
-    class Entry:
-        name = "theirs"
-
-        def load(self) -> str:
-            return str(file)
-
-    monkeypatch.setattr(load, "entry_points", lambda group: [Entry()] if group == "moec.targets" else [])
+    monkeypatch.setattr(load, "plugins", lambda group, taken: [("theirs", str(file))])
     load._files.cache_clear()
     try:
         assert "theirs" in targets.names()
