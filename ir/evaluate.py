@@ -12,7 +12,7 @@ import torch
 
 from moec.errors import MoecError
 from moec.ir.module import Function, Module, Op, Value, WeightRef
-from moec.ir.numeric import TORCH, logical
+from moec.ir.numeric import TORCH, Quantised, logical
 from moec.ir.optable import OPS
 from moec.ir.printer import print_op
 from moec.ir.types import CacheType, TensorType
@@ -116,11 +116,22 @@ class Evaluator:
                 raise EvaluationError(function=function.name, op=print_op(op), reason=error) from error
             env.update(zip(op.results, results, strict=True))
             if self._trace is not None:
-                self._trace(function, op, results)
-        return [env[v] for v in function.returns]
+                self._trace(function, op, [self._logical(r) for r in results])
+        return [self._logical(env[v]) for v in function.returns]
+
+    def product(self, x: Any, w: torch.Tensor) -> torch.Tensor:
+        """`x · wᵀ` in the compute type."""
+        return logical(x, self.compute) @ w.T
 
     def _run(self, op: Op, inputs: list[Any]) -> list[Any]:
-        return OPS[op.name].evaluate(inputs, op.attrs, self)
+        rule = OPS[op.name]
+        if not rule.takes_quantised:
+            inputs = [self._logical(x) for x in inputs]
+        return rule.evaluate(inputs, op.attrs, self)
+
+    def _logical(self, x: Any) -> Any:
+        """The tensor that a quantised value stands for; anything else as it is."""
+        return x.dequantise(self.compute) if isinstance(x, Quantised) else x
 
     def _store(self, x: Any, type: Any) -> Any:
         if isinstance(type, TensorType) and type.quant is None and isinstance(x, torch.Tensor):

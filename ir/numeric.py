@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,21 @@ class Quantised:
     scale: torch.Tensor
     dtype: str
     block: tuple[int, ...]
+    format: str = "f32"
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the data."""
+        return self.data.shape
+
+    def rows(self, index: torch.Tensor | slice) -> Quantised:
+        """Chosen rows of a matrix whose rows have scales of their own, or whose scale spans all rows."""
+        scale = self.scale if self.block[-2] == 0 else self.scale[index]
+        return Quantised(self.data[index], scale, self.dtype, self.block, self.format)
+
+    def like(self, x: torch.Tensor) -> Quantised:
+        """`x` quantised in the same way."""
+        return quantise(x, self.dtype, self.block, self.format)
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """`data * scale` in `dtype`, computed in at least FP32."""
@@ -88,11 +103,13 @@ def quantise(x: torch.Tensor, dtype: str, block: tuple[int, ...], scale_format: 
     amax = blocked.amax(dim=[lead + 2 * i + 1 for i in range(len(block))])
     scale = amax / LARGEST[dtype]
     if scale_format == "ue8m0":
-        scale = torch.exp2(torch.ceil(torch.log2(scale)).clamp(-127, 127))
+        # Exact, where the rounding of a logarithm would not be: scale = mantissa * 2^exponent with mantissa >= 1/2.
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
     scale = torch.where(amax > 0, scale, torch.ones_like(scale))
     # A block of tiny values may have a subnormal scale; dividing by it would overflow the format.
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-    out = Quantised(wide, scale, dtype, block)
+    out = Quantised(wide, scale, dtype, block, scale_format)
     out.data = _encode(wide / out.scale_per_element(), dtype)
     return out
 
@@ -121,7 +138,7 @@ def concat_quantised(parts: list[Quantised], axis: int) -> Quantised:
     raw = [p.data.view(torch.uint8) if p.data.itemsize == 1 else p.data for p in parts]
     data = torch.cat(raw, axis).view(first.data.dtype)
     if axis < lead:
-        return Quantised(data, torch.cat([p.scale for p in parts], axis), first.dtype, first.block)
+        return replace(first, data=data, scale=torch.cat([p.scale for p in parts], axis))
     size = first.block[axis - lead]
     finer = math.gcd(size, *(p.data.shape[axis] for p in parts[:-1]))
     scales = []
@@ -130,7 +147,7 @@ def concat_quantised(parts: list[Quantised], axis: int) -> Quantised:
         scales.append(p.scale.repeat_interleave(size // finer, dim=axis).narrow(axis, 0, rows))
     block = list(first.block)
     block[axis - lead] = finer
-    return Quantised(data, torch.cat(scales, axis), first.dtype, tuple(block))
+    return replace(first, data=data, scale=torch.cat(scales, axis), block=tuple(block))
 
 
 @dataclass

@@ -62,6 +62,8 @@ class OpDef:
     results: ClassVar[str] = "y"
     effect: ClassVar[str] = ""
     """"" (pure), "read" or "write" of the cache operand: such ops keep their order."""
+    takes_quantised: ClassVar[bool] = False
+    """Whether `evaluate` wants quantised operands as `numeric.Quantised`; else it gets what they stand for."""
 
     def __init_subclass__(cls) -> None:
         if cls.name in OPS:

@@ -1,55 +1,41 @@
-"""fp8-cast: give weights, activations and cache the element types of a recipe."""
+"""fp8-cast: give weights, inputs of products, activations and cache the element types of a recipe."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import near
-from moec.ir import CacheType, Module, TensorType, Weight, WeightRef
-from moec.ir.rewrite import append_to_program, retype
+from moec.ir import CacheType, Function, Module, Op, TensorType, Value, Weight, WeightRef
+from moec.ir.rewrite import append_to_program, fresh_names, retype
 from moec.ir.types import SCALE_BITS
-from moec.passes.base import Context, Outcome, Pass, PassError
+from moec.passes import recipe as recipes
+from moec.passes.base import Context, Edit, Outcome, Pass, PassError
+from moec.passes.recipe import Element, Recipe
+from moec.targets import Target
 
-BLOCK = "128x128"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Element types: of matrices, of the embedding, of activations, of the cache; vectors and the gate stay f32."""
-
-    matrices: str
-    embedding: str
-    activations: str
-    cache: str
-
-
-RECIPES = {
-    "fp32": Recipe("f32", "f32", "f32", "f32"),
-    "bf16": Recipe("bf16", "bf16", "f32", "bf16"),
-    "weight-only": Recipe("fp8_e4m3", "bf16", "f32", "bf16"),
-}
-"""Recipes for devices that widen weights in registers and compute in FP32."""
-
-
-def auto_recipe(ctx: Context) -> str:
-    """The best recipe that the target supports, when the user names none."""
-    return "weight-only" if ctx.target.kind == "cpu" else "bf16"
+PRODUCTS = ("linear", "linear.heads", "moe.experts")
+EXACT = ("norm.rms", "norm.add_rms", "bias", "moe.route")
+"""Kinds of use whose weights are small and that CPU kernels read in FP32."""
+TABLES = ("repeat", "rope")
+"""Ops whose weights are tables that no recipe touches."""
 
 
 @dataclass(frozen=True)
 class Fp8Cast(Pass):
     """Apply a precision recipe.
 
-    Consumes a module whose weights and activations have the checkpoint's types; produces one whose matrices are stored
-    as the recipe says (FP8: E4M3 with one `scale` per 128x128 block, output head included), whose norms, biases and
-    gate are f32, and whose activations and cache have the recipe's types. Results change by the formats' rounding.
+    Consumes a module whose weights and activations have the checkpoint's types; produces one whose weights, activations
+    and cache have the recipe's types, with a `quant.cast` before every product (through the dispatch for experts) whose
+    input the recipe quantises. `scale` names another scale format than the recipe's: it is chosen before quantising.
+    Results change by the formats' rounding.
     """
 
     name: ClassVar[str] = "fp8-cast"
     tolerance: ClassVar[float] = 0.2
     recipe: str = "auto"
-    scale: str = "f32"
+    scale: str = "auto"
 
     def requires(self, module: Module) -> str:
         for weight in module.weights.values():
@@ -58,65 +44,171 @@ class Fp8Cast(Pass):
         return ""
 
     def run(self, module: Module, ctx: Context) -> Outcome:
-        if self.scale not in SCALE_BITS:
+        out = Outcome()
+        recipe = self._recipe(ctx.target, out)
+        kinds = dict(weight_kinds(module))
+        fitted: dict[str, int] = {}
+        for weight in module.weights.values():
+            kind = kinds.get(weight.name, "")
+            rule = recipe.rule(kind, weight.name) if kind else None
+            if rule is None:
+                continue
+            fitted[str(rule)] = fitted.get(str(rule), 0) + 1
+            before = weight.type
+            cast(weight, _for_kernels(rule.weight, kind, ctx.target))
+            out.matched += before != weight.type
+        self._check(recipe, fitted, list(kinds), out)
+        activations = "f32" if ctx.target.kind == "cpu" else recipe.activations
+        casts = sum(_cast_inputs(module, function, recipe, activations) for function in module.functions.values())
+        _set_activations(module, activations, recipe.cache)
+        retype(module)
+        out.matched += casts
+        if not out.matched:
+            out.warnings.append(f"every weight has the types of recipe {recipe.name} already")
+        module.attrs["recipe"] = recipe.name
+        out.notes.append(_summary(recipe, kinds, activations, casts))
+        return out
+
+    def _recipe(self, target: Target, out: Outcome) -> Recipe:
+        """The recipe as the target can run it; what differs from the one asked for is noted."""
+        if self.scale not in ("auto", *SCALE_BITS):
             raise PassError(
                 name=self.name, message=f"unknown scale format {self.scale!r}{near(self.scale, list(SCALE_BITS))}"
             )
-        name = auto_recipe(ctx) if self.recipe == "auto" else self.recipe
-        if name not in RECIPES:
-            raise PassError(name=self.name, message=f"unknown recipe {name!r}{near(name, list(RECIPES))}")
-        recipe = RECIPES[name]
-        if ctx.target.kind != "cpu" and recipe.activations == "f32" and name != "fp32":
-            # Matrix units take 16-bit operands and accumulate in FP32.
-            recipe = replace(recipe, activations="bf16")
-        out = Outcome()
-        roles = weight_roles(module)
-        for weight in module.weights.values():
-            before = weight.type
-            role = roles.get(weight.name, "matrix")
-            self._cast(weight, {"matrix": recipe.matrices, "embedding": recipe.embedding}.get(role, "f32"))
-            out.matched += before != weight.type
-        if not recipe.matrices.startswith("fp8") and self.scale != "f32":
-            out.warnings.append(f"scale={self.scale} has no effect: recipe {name} stores no scaled matrices")
-        if not out.matched:
-            out.warnings.append(f"every weight has the types of recipe {name} already")
-        _set_activations(module, recipe)
-        retype(module)
-        module.attrs["recipe"] = name
-        out.notes.append(
-            f"recipe {name}: matrices {recipe.matrices}, activations {recipe.activations}, cache {recipe.cache}"
-        )
-        return out
+        recipe = recipes.load(auto_recipe(target) if self.recipe == "auto" else self.recipe)
+        fp8 = target.device.fp8
+        if self.scale != "auto":
+            if not any(r.weight.quant for r in recipe.rules):
+                out.warnings.append(f"scale={self.scale} has no effect: recipe {recipe.name} stores no scaled matrices")
+            recipe = recipe.scaled_by(self.scale)
+        elif fp8.matrix and recipe.scale_formats - set(fp8.scale_formats):
+            wanted = fp8.scale_formats[0]
+            out.notes.append(f"scales are {wanted}: {target.name} multiplies no {', '.join(recipe.scale_formats)}")
+            recipe = recipe.scaled_by(wanted)
+        if recipe.scale_formats and not fp8.matrix and target.kind != "cpu":
+            out.notes.append(
+                f"{target.name} has no FP8 matrix units: weights stay in FP8 and are widened, activations are "
+                f"{recipe.activations} (recipe {recipe.name} would quantise them)"
+            )
+            recipe = recipe.without_inputs()
+        return recipe
 
-    def _cast(self, weight: Weight, dtype: str) -> None:
-        assert isinstance(weight.type, TensorType)
-        if dtype.startswith("fp8"):
-            append_to_program(weight, "weight.quantise", dtype=dtype, granularity=BLOCK, scale=self.scale)
-        elif weight.type.dtype != dtype:
-            append_to_program(weight, "weight.cast", dtype=dtype)
+    def _check(self, recipe: Recipe, fitted: dict[str, int], weights: list[str], out: Outcome) -> None:
+        """Refuse a recipe without any effect; name rules without one."""
+        if weights and not fitted:
+            rules = "; ".join(map(str, recipe.rules))
+            message = f"recipe {recipe.name} names no weight of {len(weights)} (rules: {rules}); for example "
+            raise PassError(name=self.name, message=message + ", ".join(sorted(weights)[:4]))
+        if self.recipe.endswith((".yaml", ".yml")):
+            idle = [str(r) for r in recipe.rules if str(r) not in fitted]
+            out.warnings += [f"recipe {recipe.name}: rule {r} decides no weight" for r in idle]
+
+
+def auto_recipe(target: Target) -> str:
+    """The best recipe that a target supports: FP8 products where it has units for them."""
+    return "deepseek-v3" if target.device.fp8.matrix else "weight-only"
+
+
+def cast(weight: Weight, to: Element) -> None:
+    """Append to a weight's program what gives it type `to`."""
+    assert isinstance(weight.type, TensorType)
+    if to.quant is not None:
+        append_to_program(weight, "weight.quantise", dtype=to.dtype, granularity=to.granularity, scale=to.quant.scale)
+    elif weight.type.dtype != to.dtype:
+        append_to_program(weight, "weight.cast", dtype=to.dtype)
+
+
+def _for_kernels(element: Element, kind: str, target: Target) -> Element:
+    """CPU kernels read gate, norms and biases in FP32."""
+    return Element("f32") if kind in EXACT and target.kind == "cpu" else element
+
+
+def weight_kinds(module: Module) -> Iterator[tuple[str, str]]:
+    """Each weight with the kind of its first use: op name, `head` (the product that an entry returns) or `bias`."""
+    seen: set[str] = set()
+    for function, op in module.ops():
+        for position, operand in enumerate(op.operands):
+            if isinstance(operand, WeightRef) and operand.name not in seen and op.name not in TABLES:
+                seen.add(operand.name)
+                yield operand.name, _kind(function, op, position)
+
+
+def _kind(function: Function, op: Op, position: int) -> str:
+    if (op.name, position) in (("linear", 2), ("moe.route", 2)):
+        return "bias"
+    if op.name == "linear" and op.result in function.returns and str(function.attrs.get("phase")) == function.name:
+        return "head"
+    return op.name
 
 
 def weight_roles(module: Module) -> dict[str, str]:
     """What each weight is to the ops that use it: `matrix`, `embedding`, or `exact` (norm, bias, gate, table)."""
-    roles: dict[str, str] = {}
-    for _, op in module.ops():
-        for position, operand in enumerate(op.operands):
-            if not isinstance(operand, WeightRef):
-                continue
-            role = "exact"
-            if op.name == "embed":
-                role = "embedding"
-            elif (op.name in ("linear", "linear.heads") and position == 1) or op.name == "moe.experts":
-                role = "matrix"
-            roles[operand.name] = role
-    return roles
+    roles = {"embed": "embedding", "head": "matrix", **dict.fromkeys(PRODUCTS, "matrix")}
+    return {name: roles.get(kind, "exact") for name, kind in weight_kinds(module)}
 
 
-def _set_activations(module: Module, recipe: Recipe) -> None:
+def _cast_inputs(module: Module, function: Function, recipe: Recipe, activations: str) -> int:
+    """Quantise what products read, once for each value; returns how many casts were inserted.
+
+    A product of quantised rows gives bf16 unless it says otherwise.
+    """
+    edit = Edit(module, function, Fp8Cast.name)
+    made: dict[tuple[Value, str], Value] = {}
+    producer = function.producer()
+    kinds = dict(weight_kinds(module))
+    for op in list(function.ops):
+        ref = next((o for o in op.operands if isinstance(o, WeightRef)), None) if op.name in PRODUCTS else None
+        rule = recipe.rule(kinds[ref.name], ref.name) if ref is not None else None
+        if rule is None or rule.input is None or rule.input.quant is None:
+            continue
+        source, reader = op.operands[0], op
+        while isinstance(source, Value) and source in producer and producer[source].name == "moe.dispatch":
+            reader = producer[source]
+            source = reader.operands[0]
+        if not isinstance(source, Value):
+            continue
+        key = (source, str(rule.input))
+        if key not in made:
+            attrs = {
+                "dtype": rule.input.dtype,
+                "granularity": rule.input.granularity,
+                "scale": rule.input.quant.scale,
+            }
+            (made[key],) = edit.insert(_first_reader(function, source), "quant.cast", source, attrs=attrs)
+        reader.operands[0] = made[key]
+        if activations != "bf16":
+            op.attrs.setdefault("out", activations)
+    fresh_names(function)
+    return len(made)
+
+
+def _first_reader(function: Function, value: Value) -> Op:
+    return next(op for op in function.ops if value in op.values())
+
+
+def _set_activations(module: Module, dtype: str, cache: Element) -> None:
     for function in module.functions.values():
         for arg in function.args:
             if isinstance(arg.type, CacheType):
-                arg.type = CacheType(arg.type.kind, arg.type.shape, recipe.cache)
+                arg.type = CacheType(arg.type.kind, arg.type.shape, cache.dtype)
     for _, op in module.ops():
         if op.name in ("embed", "cache.read"):
-            op.attrs["dtype"] = recipe.activations
+            op.attrs["dtype"] = dtype
+        elif op.name == "repeat":
+            # Layers are typed before their callers: the residual stream's type must stand.
+            x = module.functions[str(op.attrs["func"])].args[1]
+            assert isinstance(x.type, TensorType)
+            x.type = x.type.with_dtype(dtype)
+
+
+def _summary(recipe: Recipe, kinds: dict[str, str], activations: str, casts: int) -> str:
+    stored: dict[str, None] = {}
+    for name, kind in kinds.items():
+        rule = recipe.rule(kind, name)
+        if rule is not None and kind in PRODUCTS:
+            stored[str(rule.weight)] = None
+    inputs = f", {casts} inputs of products quantised" if casts else ""
+    return (
+        f"recipe {recipe.name}: matrices {' and '.join(stored) or 'as they are'}, activations {activations}{inputs}, "
+        f"cache {recipe.cache}"
+    )

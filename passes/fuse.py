@@ -59,12 +59,12 @@ def _add_norm(module: Module, function: Function, norm: Op) -> bool:
 
 
 def _join_linears(module: Module, function: Function, out: Outcome) -> int:
-    by_input: dict[Value, list[Op]] = {}
+    by_input: dict[tuple[Value, object], list[Op]] = {}
     for op in function.ops:
-        if op.name == "linear" and len(op.operands) == 2 and isinstance(op.operands[0], Value) and not op.attrs:
-            by_input.setdefault(op.operands[0], []).append(op)
+        if op.name == "linear" and len(op.operands) == 2 and isinstance(op.operands[0], Value):
+            by_input.setdefault((op.operands[0], op.attrs.get("out")), []).append(op)
     count = 0
-    for x, ops in by_input.items():
+    for (x, _), ops in by_input.items():
         refs = [op.operands[1] for op in ops]
         if len(ops) < 2 or not all(isinstance(r, WeightRef) for r in refs):
             continue
@@ -82,7 +82,7 @@ def _join_linears(module: Module, function: Function, out: Outcome) -> int:
         first = refs[0]
         assert isinstance(first, WeightRef)
         edit = Edit(module, function, Fuse.name)
-        (wide,) = edit.insert(ops[0], "linear", x, weight_ref(module.weights[name], first.indices))
+        (wide,) = edit.insert(ops[0], "linear", x, weight_ref(module.weights[name], first.indices), attrs=ops[0].attrs)
         sizes = tuple(int(w.type.shape[0]) for w in weights if isinstance(w.type, TensorType))  # type: ignore[arg-type]
         parts = edit.insert(ops[0], "split", wide, attrs={"sizes": sizes})
         for op in ops:

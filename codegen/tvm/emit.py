@@ -13,11 +13,24 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.tvm import elementwise, embed, grouped, linear, mla_decode, mla_prefill, moe, norm, rope, router
+from moec.codegen.tvm import (
+    elementwise,
+    embed,
+    grouped,
+    linear,
+    mla_decode,
+    mla_prefill,
+    moe,
+    norm,
+    quantise,
+    rope,
+    router,
+)
 from moec.codegen.tvm.cache import CacheAppendSpec, CacheGatherSpec, CacheLayout, build_cache_append, build_cache_gather
 from moec.codegen.tvm.formats import FORMATS, Format
 from moec.codegen.tvm.memory import Layout, Place, Slot
 from moec.codegen.tvm.tir import Kernel, Machine, call, const
+from moec.codegen.tvm.vector import KernelSpecError
 from moec.ir import CacheType, Dim, Function, Module, Op, TensorType, Value, WeightRef
 from moec.ir.module import Operand
 from moec.plugins import plugins
@@ -345,6 +358,22 @@ def _route(e: FunctionEmitter, op: Op) -> None:
     e.run(router.build_moe_route, spec, logits, *bias, e.at(ids), e.at(weights), scratch, e.count(x))
 
 
+def _quant_cast(e: FunctionEmitter, op: Op) -> None:
+    x, y = op.operands[0], e.place(op.result)
+    assert isinstance(op.result.type, TensorType)
+    spec = _quantise_spec(op.result.type, y.shape[1], y.shape[0], e.place(x).ld, y.ld)
+    e.run(quantise.build_quantise_rows, spec, e.at(x), e.at(op.result), e.count(op.result))
+
+
+def _quantise_spec(t: TensorType, width: int, most: int, ldx: int, ldy: int) -> quantise.QuantiseSpec:
+    """Rounding of `width` columns as type `t` says."""
+    assert t.quant is not None
+    rows, columns = t.quant.block[-2:]
+    if t.dtype != "fp8_e4m3" or rows > 1:
+        raise KernelSpecError(kernel="quantise", problem=f"activations of {t}, can round to fp8_e4m3 by row or whole")
+    return quantise.QuantiseSpec(width, columns, rows == 0, t.quant.scale == "ue8m0", most, ldx, ldy)
+
+
 def _dispatch(e: FunctionEmitter, op: Op) -> None:
     ids = op.operands[1]
     _, offsets, order = op.results
@@ -367,6 +396,9 @@ def _experts(e: FunctionEmitter, op: Op) -> None:
     e.run(grouped.build_grouped, first, e.at(rows), index, e.at(offsets), *e.weight(up), e.temporary(0), scratch)
     act = elementwise.SwigluSpec(inter, y.shape[0], wide, inter)
     e.run(elementwise.build_swiglu, act, e.temporary(0), e.temporary(1), e.count(op.result))
+    if isinstance(rows.type, TensorType) and rows.type.quant:
+        rounding = _quantise_spec(rows.type, inter, y.shape[0], inter, inter)
+        e.run(quantise.build_quantise_rows, rounding, e.temporary(1), e.temporary(1), e.count(op.result))
     e.run(grouped.build_grouped, second, e.temporary(1), e.at(offsets), *e.weight(down), e.at(op.result), scratch)
 
 
@@ -390,6 +422,7 @@ EMITTERS: dict[str, Callable[[FunctionEmitter, Op], None]] = {
     "embed": _embed,
     "norm.rms": _norm,
     "norm.add_rms": _add_norm,
+    "quant.cast": _quant_cast,
     "linear": _linear,
     "linear.heads": _linear_heads,
     "add": _add,

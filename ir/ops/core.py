@@ -110,6 +110,7 @@ class Linear(OpDef):
     name = "linear"
     operands = "x w bias?"
     attrs = {"out": OUT}
+    takes_quantised = True
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
         x, w = tensor(t[0], "x", 2), tensor(t[1], "w", 2)
@@ -119,7 +120,7 @@ class Linear(OpDef):
         return [TensorType(product_dtype(x, w, a), (x.shape[0], w.shape[0]))]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        y = x[0] @ x[1].T
+        y = ctx.product(x[0], x[1])
         return [y + x[2] if len(x) == 3 else y]
 
     def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:

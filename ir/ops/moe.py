@@ -76,6 +76,7 @@ class MoeDispatch(OpDef):
     name = "moe.dispatch"
     operands = "x ids"
     attrs = {"experts": INT}
+    takes_quantised = True
     results = "rows offsets order"
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
@@ -94,15 +95,21 @@ class MoeDispatch(OpDef):
         offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
         order = torch.empty_like(by_expert)
         order[by_expert] = torch.arange(len(flat))
-        return [x[0][by_expert // x[1].shape[1]], offsets.int(), order.reshape(x[1].shape).int()]
+        source = by_expert // x[1].shape[1]
+        rows = x[0][source] if isinstance(x[0], torch.Tensor) else x[0].rows(source)
+        return [rows, offsets.int(), order.reshape(x[1].shape).int()]
 
 
 class MoeExperts(OpDef):
-    """The experts' feed-forward on sorted rows: `down[e] · swiglu(gate_up[e] · x)` for the rows of each expert e."""
+    """The experts' feed-forward on sorted rows: `down[e] · swiglu(gate_up[e] · x)` for the rows of each expert e.
+
+    Quantised rows make both products quantised: the inner activation is quantised as the rows are.
+    """
 
     name = "moe.experts"
     operands = "rows offsets gate_up down"
     attrs = {"out": OUT}
+    takes_quantised = True
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
         rows, offsets = tensor(t[0], "rows", 2), tensor(t[1], "offsets", 1, ("i32",))
@@ -115,11 +122,10 @@ class MoeExperts(OpDef):
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
         rows, offsets, up, down = x
-        out = rows.new_zeros(rows.shape[0], down.shape[1])
-        for e in range(down.shape[0]):
-            part = slice(int(offsets[e]), int(offsets[e + 1]))
-            out[part] = swiglu(rows[part] @ up[e].T, ctx.torch) @ down[e].T
-        return [out]
+        inner = swiglu(_by_expert(rows, offsets, up, ctx), ctx.torch)
+        if not isinstance(rows, ctx.torch.Tensor):
+            inner = rows.like(inner)
+        return [_by_expert(inner, offsets, down, ctx)]
 
     def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
         rows, down = tensor(t[0], "rows"), tensor(t[3], "down")
@@ -131,6 +137,15 @@ class MoeExperts(OpDef):
         experts, n = up.shape[0], rows.shape[0]
         active = (_min(n, experts)) if isinstance(n, Dim) else min(n, known(experts, "experts"))
         return rows.nbytes() + ceildiv((up.nbytes() + down.nbytes()) * active, experts)
+
+
+def _by_expert(rows: Any, offsets: Any, weights: Any, ctx: Any) -> Any:
+    """Rows of each expert times its weight `[experts, out, in]`."""
+    out = weights.new_zeros(rows.shape[0], weights.shape[1])
+    for e in range(weights.shape[0]):
+        part = slice(int(offsets[e]), int(offsets[e + 1]))
+        out[part] = ctx.product(rows[part] if isinstance(rows, ctx.torch.Tensor) else rows.rows(part), weights[e])
+    return out
 
 
 def _min(a: Size, b: Size) -> Size:

@@ -48,9 +48,7 @@ class QuantCast(OpDef):
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
         from moec.ir.numeric import quantise
 
-        return [
-            quantise(x[0], str(a["dtype"]), parse_block(str(a["granularity"])), str(a["scale"])).dequantise(x[0].dtype)
-        ]
+        return [quantise(x[0], str(a["dtype"]), parse_block(str(a["granularity"])), str(a["scale"]))]
 
     def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
         return tensor(t[0], "x").elements() * 3

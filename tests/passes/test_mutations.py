@@ -487,7 +487,13 @@ def test_the_first_op_that_departs_is_named(traced: Any, monkeypatch: Patch) -> 
     """By function, call, distance, text and location chain."""
     MUTATIONS["softmax_scale_dropped"][1](monkeypatch)
     with pytest.raises(PassFailure) as caught:
-        traced.optimize("cpu", context=64, chunk=16, verify="numerics")
+        traced.optimize(
+            "cpu",
+            context=64,
+            chunk=16,
+            verify="numerics",
+            passes=["mla-absorb{prefill=absorbed,decode=absorbed}"],
+        )
     message = str(caught.value)
     assert "first in @dense_layers.prefill, call 1, by " in message
     assert "linear.heads" in message

@@ -29,7 +29,9 @@ def compile_model(
     tp: Annotated[int, typer.Option(help="Devices of an attention replica.")] = 1,
     dp: Annotated[int | None, typer.Option(help="Attention replicas [ranks / TP].")] = None,
     ep: Annotated[int | None, typer.Option(help="Devices that share the routed experts [all].")] = None,
-    recipe: Annotated[str, typer.Option(help="auto, weight-only, bf16 or fp32.")] = "auto",
+    recipe: Annotated[
+        str, typer.Option(help="auto, deepseek-v3, weight-only, per-tensor, per-channel, bf16, fp32, or FILE.yaml.")
+    ] = "auto",
     weights: Annotated[Path | None, typer.Option(help="Folder of safetensors.")] = None,
     random_weights: Annotated[int | None, typer.Option(metavar="SEED", help="Random weights from a seed.")] = None,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Compile the program only.")] = False,

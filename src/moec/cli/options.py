@@ -43,11 +43,11 @@ def check_compile(
 
 
 def check_recipe(name: str) -> None:
-    """Raise UsageError for a recipe that no pass knows, before anything is traced or dumped."""
-    from moec.passes.fp8_cast import RECIPES
+    """Raise UnknownRecipe or RecipeError, before anything is traced or dumped."""
+    from moec.passes import recipe
 
-    if name not in ("auto", *RECIPES):
-        raise UsageError(message=f"--recipe {name!r} is not known{near(name, ['auto', *RECIPES])}")
+    if name != "auto":
+        recipe.load(name)
 
 
 def check_phase(phase: str) -> None:
