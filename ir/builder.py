@@ -49,6 +49,15 @@ class Builder:
 def weight_ref(weight: Weight, indices: Sequence[Value] = ()) -> WeightRef:
     """A reference to `weight` at `indices`; index ranges left open become leading dims of the type."""
     assert isinstance(weight.type, TensorType)
-    lead = tuple(stop - start for _, start, stop in weight.indices[len(indices) :])
+    open_indices = weight.indices[len(indices) :]
+    lead = tuple(stop - start for _, start, stop in open_indices)
     t = weight.type
-    return WeightRef(weight.name, tuple(indices), TensorType(t.dtype, lead + t.shape, t.quant, t.layout, t.sharding))
+    axes = (*_index_axes(weight, open_indices), *(t.sharding or [None] * len(t.shape)))
+    sharding = axes if any(axes) else None
+    return WeightRef(weight.name, tuple(indices), TensorType(t.dtype, lead + t.shape, t.quant, t.layout, sharding))
+
+
+def _index_axes(weight: Weight, indices: Sequence[tuple[str, int, int]]) -> list[str | None]:
+    """The mesh axis that cuts each index range: experts are cut where the program maps slots to them."""
+    axis = next((str(op.attrs["axis"]) for op in weight.program.ops if op.name == "weight.slot"), None)
+    return [axis if name == "e" else None for name, _, _ in indices]

@@ -11,10 +11,13 @@ from typing import Any, ClassVar
 import torch
 
 from moec.errors import MoecError
+from moec.ir.mesh import mesh_of
 from moec.ir.module import Function, Module, Op, Value, WeightRef
 from moec.ir.numeric import TORCH, Quantised, logical
 from moec.ir.optable import OPS
 from moec.ir.printer import print_op
+from moec.ir.replicas import Replicas, replicas_of
+from moec.ir.spmd import Group, Peers
 from moec.ir.types import CacheType, TensorType
 
 Loader = Callable[[str, tuple[int, ...], str], torch.Tensor]
@@ -28,10 +31,14 @@ class EvaluationError(MoecError):
 
 
 class WeightPrograms:
-    """Runs weight programs: `value` is one point as stored, `tensor` the logical tensor with open indices stacked."""
+    """Runs weight programs: `value` is one point as stored, `tensor` the logical tensor with open indices stacked.
 
-    def __init__(self, module: Module, loader: Loader) -> None:
+    Of a sharded module they are the weights of one `rank` of its mesh.
+    """
+
+    def __init__(self, module: Module, loader: Loader, rank: int = 0) -> None:
         self.module = module
+        self.rank = rank
         self.torch = torch
         self._loader = loader
         self._point: dict[str, int] = {}
@@ -42,6 +49,18 @@ class WeightPrograms:
         for index, value in self._point.items():
             name = name.replace("{" + index + "}", str(value))
         return self._loader(name, shape, dtype)
+
+    def stand_for(self, index: str, value: int) -> None:
+        """From here on `{index}` in names of the current program is `value`."""
+        self._point[index] = value
+
+    def coordinate(self, axis: str) -> int:
+        """Where this rank stands on a mesh axis."""
+        return mesh_of(self.module).index(self.rank, axis)
+
+    def replicas(self, layer: int, experts: int, slots: int) -> Replicas:
+        """The slots of a layer, counted from the first that has experts."""
+        return replicas_of(self.module, layer, experts, slots)
 
     def value(self, name: str, point: Sequence[int]) -> Any:
         """The stored form (tensor, Quantised or Packed) of one index point."""
@@ -74,7 +93,8 @@ class Evaluator:
     """Evaluates functions of a module.
 
     `compute` is the torch type of all arithmetic; with `rounding` every result is rounded to its stated element type,
-    as a machine that stores it would. `trace` is called with each op and its results.
+    as a machine that stores it would. `trace` is called with each op and its results. A sharded module is evaluated by
+    one evaluator a rank, all at once: `peers` joins them (see `spmd.run_ranks`).
     """
 
     def __init__(
@@ -84,8 +104,10 @@ class Evaluator:
         compute: torch.dtype = torch.float32,
         rounding: bool = True,
         trace: Callable[[Function, Op, list[Any]], None] | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.module = module
+        self._peers = peers
         self.torch = torch
         self.weights = weights
         self.compute = compute
@@ -104,6 +126,16 @@ class Evaluator:
         if not self.rounding or not x.is_floating_point() or dtype not in TORCH:
             return x
         return x.to(TORCH[dtype]).to(self.compute)
+
+    def group(self, axis: str) -> Group:
+        """The ranks along a mesh axis; raises ValueError without peers."""
+        if self._peers is None:
+            raise ValueError("the module is sharded: its ranks are evaluated together (spmd.run_ranks)")
+        return self._peers.group(axis)
+
+    def replicas(self, layer: int, experts: int, slots: int) -> Replicas:
+        """The slots of a layer, counted from the first that has experts."""
+        return replicas_of(self.module, layer, experts, slots)
 
     def call(self, function: Function, args: Sequence[Any]) -> list[Any]:
         """Results of one function for tensors, caches (tensors, changed in place) and layer indices."""

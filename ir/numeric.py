@@ -150,6 +150,19 @@ def concat_quantised(parts: list[Quantised], axis: int) -> Quantised:
     return replace(first, data=data, scale=torch.cat(scales, axis), block=tuple(block))
 
 
+def shard(x: torch.Tensor | Quantised, dim: int, ranks: int, parts: int, index: int) -> torch.Tensor | Quantised:
+    """Part `index` of `ranks` of dim `dim`, of each of `parts` joined tensors; whole scale blocks of quantised ones."""
+
+    def cut(t: torch.Tensor) -> torch.Tensor:
+        # torch does not join float8 tensors on every axis: join their bytes.
+        raw = t.view(torch.uint8) if t.itemsize == 1 else t
+        return torch.cat([p.chunk(ranks, dim)[index] for p in raw.chunk(parts, dim)], dim).view(t.dtype)
+
+    if isinstance(x, Quantised):
+        return Quantised(cut(x.data), cut(x.scale), x.dtype, x.block)
+    return cut(x)
+
+
 @dataclass
 class Packed:
     """A matrix (or stack of matrices) `[..., N, K]` to be stored in the `lane16` layout."""

@@ -197,4 +197,4 @@ def known(size: Size, what: str) -> int:
 
 
 # Declarations register themselves on import.
-from moec.ir.ops import attention, control, core, moe, quant, weights  # noqa: E402, F401
+from moec.ir.ops import attention, collective, control, core, moe, quant, sharding, weights  # noqa: E402, F401

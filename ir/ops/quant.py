@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from moec.ir.dims import Size
@@ -32,7 +33,7 @@ def quantised(x: TensorType, a: Attrs) -> TensorType:
     block = parse_block(str(a["granularity"]))
     if len(block) > len(x.shape):
         raise TypeRuleError(f"granularity {a['granularity']} has more dims than {x}")
-    return TensorType(str(a["dtype"]), x.shape, Quant(str(a["scale"]), block))
+    return replace(x, dtype=str(a["dtype"]), quant=Quant(str(a["scale"]), block))
 
 
 class QuantCast(OpDef):
