@@ -14,9 +14,10 @@ from moec.passes.fp8_cast import Fp8Cast
 from moec.passes.fuse import Fuse
 from moec.passes.mla_absorb import MlaAbsorb
 from moec.passes.select_kernels import SelectKernels
+from moec.passes.shard import Shard
 from moec.plugins import plugins
 
-BUILT_IN: tuple[type[Pass], ...] = (Canonicalise, BindLimits, MlaAbsorb, Fp8Cast, Fuse, SelectKernels)
+BUILT_IN: tuple[type[Pass], ...] = (Canonicalise, BindLimits, Shard, MlaAbsorb, Fp8Cast, Fuse, SelectKernels)
 
 
 class PassSpecError(InputError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moec.ir import Module, TensorType
 from moec.passes.planning.errors import CutBlock, WrongLayout, WrongRedundancy
@@ -26,11 +26,12 @@ class Layout:
     ep: int
     experts: int
     slots: int
+    pp: int = 1
 
     @property
     def ranks(self) -> int:
         """Devices in use."""
-        return self.tp * self.dp
+        return self.tp * self.dp * self.pp
 
     @property
     def slots_per_device(self) -> int:
@@ -47,6 +48,7 @@ class LayoutRequest:
     dp: int | None = None
     ep: int | None = None
     redundant: int | None = None
+    pp: int = 1
 
 
 def resolve(module: Module, target: Target, recipe: Recipe, asked: LayoutRequest) -> tuple[Layout, Target]:
@@ -55,14 +57,19 @@ def resolve(module: Module, target: Target, recipe: Recipe, asked: LayoutRequest
     Ranks default to the target's, or to as many as the degrees need; `ep` to all ranks; redundant experts to the fewest
     that divide. Raises WrongLayout, WrongRedundancy, CutBlock, WrongRanks or NoLink.
     """
-    for name in ("ranks", "tp", "dp", "ep"):
+    for name in ("ranks", "tp", "dp", "ep", "pp"):
         value = getattr(asked, name)
         if value is not None and not 1 <= value <= _MOST:
             raise WrongLayout(message=f"{name} must lie in 1..{_MOST}, got {value}")
     if asked.redundant is not None and not 0 <= asked.redundant <= _MOST:
         raise WrongLayout(message=f"redundant experts must lie in 0..{_MOST}, got {asked.redundant}")
     tp, experts = asked.tp, expert_count(module)
-    ranks = asked.ranks or (tp * asked.dp if asked.dp else max(target.cluster.ranks, tp, asked.ep or 1))
+    most = max(target.cluster.ranks, asked.pp * max(tp, asked.ep or 1))
+    ranks = asked.ranks or (asked.pp * tp * asked.dp if asked.dp else most)
+    if ranks % asked.pp:
+        raise WrongLayout(message=f"{ranks} ranks do not divide by PP {asked.pp}; try PP {_divisor(ranks, asked.pp)}")
+    sized = _sized(target, ranks)
+    ranks //= asked.pp
     if ranks % tp:
         raise WrongLayout(message=f"{ranks} ranks do not divide by TP {tp}; try TP {_divisor(ranks, tp)}")
     dp = ranks // tp
@@ -75,10 +82,17 @@ def resolve(module: Module, target: Target, recipe: Recipe, asked: LayoutRequest
         raise WrongLayout(message=f"EP {ep}, but the model has no routed experts")
     slots = _slots(experts, ep, asked.redundant)
     _check_tp(module, tp, recipe)
-    sized = target.with_ranks(ranks)
     if tp > sized.node.devices:
         raise WrongLayout(message=f"TP {tp} exceeds the {sized.node.devices} devices of a {target.name} node")
-    return Layout(tp, dp, ep, experts, slots), sized
+    return Layout(tp, dp, ep, experts, slots, asked.pp), sized
+
+
+def _sized(target: Target, ranks: int) -> Target:
+    """The target with so many ranks; on a CPU they are processes, which one machine holds in any number."""
+    if target.kind == "cpu":
+        node = replace(target.node, devices=max(target.node.devices, ranks))
+        target = replace(target, node=node)
+    return target.with_ranks(ranks)
 
 
 def expert_count(module: Module) -> int:

@@ -1,0 +1,1 @@
+"""What the pass shard does to a module, one way of dividing a file."""

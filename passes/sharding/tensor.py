@@ -1,0 +1,171 @@
+"""Tensor parallelism: heads, widths and vocabulary cut over the ranks of `tp` (arXiv 1909.08053)."""
+
+from __future__ import annotations
+
+from moec.ir import Function, Module, Op, TensorType, Value
+from moec.ir.mesh import Mesh
+from moec.ir.rewrite import append_to_program
+from moec.passes.base import Outcome
+from moec.passes.planning.sharding import ATTENTION, roles
+from moec.passes.sharding.edit import behind, cut_weight, insert, use_instead, weight_at
+
+
+def cut_layers(module: Module, function: Function, mesh: Mesh, out: Outcome) -> int:
+    """Cut attention and feed-forwards of a layer function; returns how many products were cut."""
+    if mesh.tp == 1:
+        return 0
+    found = roles(function)
+    routed = any(op.name == "moe.dispatch" for op in function.ops)
+    if routed and mesh.ep == 1:
+        _feed_forwards(function, found)
+    count = 0
+    for op in list(function.ops):
+        match found[id(op)]:
+            case "column" if op.name == "linear":
+                count += _column(module, function, op, mesh)
+            case "row" if op.name == "linear":
+                count += _row(module, function, op, mesh)
+            case "heads" if op.name == "unflatten":
+                heads, *rest = op.attrs["sizes"]  # type: ignore[misc]
+                op.attrs["sizes"] = (int(heads) // mesh.tp, *rest)  # type: ignore[call-overload]
+            case "heads" if op.name == "linear.heads":
+                weight = weight_at(module, op, 1)
+                if weight is not None:
+                    cut_weight(weight, mesh, "tp", 0)
+                    count += 1
+    if any(op.name.startswith("attn.") and op.name not in ATTENTION for op in function.ops):
+        out.notes.append(f"@{function.name}: attention is whole on every rank of a tensor-parallel group")
+    if routed:
+        count += _cut_experts(module, function, mesh) if mesh.ep == 1 else _divide_tokens(module, function, mesh)
+    _join_sums(module, function, mesh)
+    return count
+
+
+def _feed_forwards(function: Function, found: dict[int, str]) -> None:
+    """Roles of shared experts, as those of dense feed-forwards."""
+    made, users = function.producer(), function.uses()
+    for op in function.ops:
+        up = made.get(op.operands[0]) if op.name == "swiglu" and isinstance(op.operands[0], Value) else None
+        down = [u for u in users.get(op.result, []) if u.name == "linear"] if op.name == "swiglu" else []
+        if up is not None and up.name == "linear" and len(down) == 1:
+            found[id(up)], found[id(down[0])] = "column", "row"
+
+
+def _column(module: Module, function: Function, op: Op, mesh: Mesh) -> bool:
+    """Cut the output columns of a product; of gate and up, which lie in one weight, each."""
+    weight = weight_at(module, op, 1)
+    if weight is None:
+        return False
+    joined = any(user.name == "swiglu" for user in function.uses().get(op.result, []))
+    cut_weight(weight, mesh, "tp", 0, 2 if joined else 1)
+    bias = weight_at(module, op, 2)
+    if bias is not None:
+        cut_weight(bias, mesh, "tp", 0, 2 if joined else 1)
+    return True
+
+
+def _row(module: Module, function: Function, op: Op, mesh: Mesh) -> bool:
+    """Cut the summed width of a product, and sum over the ranks."""
+    weight = weight_at(module, op, 1)
+    if weight is None:
+        return False
+    cut_weight(weight, mesh, "tp", 1)
+    bias = weight_at(module, op, 2)
+    if bias is not None and not any(o.name == "weight.once" for o in bias.program.ops):
+        append_to_program(bias, "weight.once", axis="tp")
+    behind(module, function, op.result, "comm.all_reduce", {"axis": "tp", "ranks": mesh.tp})
+    return True
+
+
+def _cut_experts(module: Module, function: Function, mesh: Mesh) -> int:
+    """Every rank computes a part of every expert's width; the sum follows the combination."""
+    count = 0
+    for op in [o for o in function.ops if o.name == "moe.experts"]:
+        up, down = weight_at(module, op, 2), weight_at(module, op, 3)
+        if up is not None and down is not None:
+            cut_weight(up, mesh, "tp", 0, 2)
+            cut_weight(down, mesh, "tp", 1)
+            count += 1
+    for op in [o for o in function.ops if o.name == "moe.combine"]:
+        behind(module, function, op.result, "comm.all_reduce", {"axis": "tp", "ranks": mesh.tp})
+    return count
+
+
+def _divide_tokens(module: Module, function: Function, mesh: Mesh) -> int:
+    """Each rank of a group routes and dispatches its part of the tokens; the results of all are gathered behind."""
+    attrs = {"axis": "tp", "ranks": mesh.tp}
+    count = 0
+    for dispatch in [o for o in function.ops if o.name == "moe.dispatch"]:
+        x = dispatch.operands[0]
+        assert isinstance(x, Value)
+        region = _region(function, x)
+        position = min(i for i, op in enumerate(function.ops) if op in region)
+        rows = insert(module, function, position, "comm.rows", [x], {**attrs, "rows": "U"})
+        for op in region:
+            op.operands = [rows.result if o is x else o for o in op.operands]
+        inside = {r for op in region for r in op.results}
+        outside = [op for op in function.ops if op not in region]
+        leaving = [v for v in inside if v in function.returns or any(v in op.operands for op in outside)]
+        for value in leaving:
+            producer = function.producer()[value]
+            gather = insert(
+                module, function, function.ops.index(producer) + 1, "comm.all_gather", [value],
+                {**attrs, "dim": 0, "rows": "T"},
+            )  # fmt: skip
+            for op in outside:
+                op.operands = [gather.result if o is value else o for o in op.operands]
+            function.returns = [gather.result if v is value else v for v in function.returns]
+        count += 1
+    return count
+
+
+def _region(function: Function, x: Value) -> list[Op]:
+    """The ops that depend on `x` and on nothing else that is computed: routing, experts, and what runs beside them."""
+    inside: set[Value] = {x}
+    region = []
+    for op in function.ops:
+        values = [o for o in op.operands if isinstance(o, Value) and isinstance(o.type, TensorType)]
+        if values and all(v in inside for v in values) and any(v in inside for v in values):
+            region.append(op)
+            inside.update(op.results)
+    return region
+
+
+def _join_sums(module: Module, function: Function, mesh: Mesh) -> None:
+    """`all_reduce(a) + all_reduce(b)` becomes `all_reduce(a + b)`: one message instead of two."""
+    for op in [o for o in function.ops if o.name == "add"]:
+        made, users = function.producer(), function.uses()
+        sums = [made.get(o) if isinstance(o, Value) else None for o in op.operands]
+        if all(s is not None and s.name == "comm.all_reduce" and len(users[s.result]) == 1 for s in sums):
+            op.operands = [s.operands[0] for s in sums if s is not None]
+            function.ops = [o for o in function.ops if o not in sums]
+            behind(module, function, op.result, "comm.all_reduce", {"axis": "tp", "ranks": mesh.tp})
+
+
+def cut_head(module: Module, mesh: Mesh, out: Outcome) -> int:
+    """Cut the output head by vocabulary where it divides; every rank then gets all logits."""
+    if mesh.tp == 1:
+        return 0
+    called = {str(op.attrs["func"]) for _, op in module.ops() if op.name == "repeat"}
+    count = 0
+    for function in [f for f in module.functions.values() if f.name not in called]:
+        made = function.producer()
+        for value in function.returns:
+            op = made.get(value)
+            weight = weight_at(module, op, 1) if op is not None and op.name == "linear" else None
+            if op is None or weight is None or len(op.operands) > 2:
+                continue
+            assert isinstance(weight.type, TensorType)
+            cut = any(o.name == "weight.shard" for o in weight.program.ops)
+            vocabulary = int(weight.type.shape[0])  # type: ignore[arg-type]
+            if not cut and vocabulary % mesh.tp:
+                out.notes.append(f"@{weight.name} is whole on every rank: {vocabulary} rows do not divide by TP {mesh.tp}")
+                continue
+            cut_weight(weight, mesh, "tp", 0)
+            # The result's type follows when the module is typed again.
+            gathered = behind(
+                module, function, value, "comm.all_gather", {"axis": "tp", "ranks": mesh.tp, "dim": 1}
+            )
+            use_instead(function, value, gathered, except_for=function.producer()[gathered])
+            count += 1
+    return count
