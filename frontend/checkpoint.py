@@ -105,7 +105,10 @@ def bind(module: Module, checkpoint: Checkpoint) -> list[str]:
 def tensor_names(weight: Weight, op: Op) -> Iterator[str]:
     """The checkpoint names that one load stands for, over all index points."""
     name = str(op.attrs["tensor"])
-    ranges = [(n, range(a, b)) for n, a, b in weight.indices if "{" + n + "}" in name]
+    slots = next((o for o in weight.program.ops if o.name == "weight.slot"), None)
+    # Which experts a rank holds is known at packing: all of them must be there.
+    experts = {} if slots is None else {"e": range(int(slots.attrs["experts"]))}  # type: ignore[arg-type]
+    ranges = [(n, experts.get(n, range(a, b))) for n, a, b in weight.indices if "{" + n + "}" in name]
     for point in product(*(r for _, r in ranges)):
         out = name
         for (index, _), value in zip(ranges, point, strict=True):

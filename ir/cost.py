@@ -17,10 +17,12 @@ class OpCost:
     flops: int
     bytes_read: int
     bytes_written: int
+    bytes_sent: int = 0
 
     def __str__(self) -> str:
         moved = f"{amount(self.bytes_read, 'B')} read, {amount(self.bytes_written, 'B')} written"
-        return f"{amount(self.flops, 'FLOP')}, {moved}"
+        sent = f", {amount(self.bytes_sent, 'B')} sent" if self.bytes_sent else ""
+        return f"{amount(self.flops, 'FLOP')}, {moved}{sent}"
 
 
 def phase_sizes(phase: str, batch: int, context: int, chunk: int) -> dict[str, int]:
@@ -44,7 +46,8 @@ def op_cost(op: Op, sizes: Mapping[str, int]) -> OpCost:
 
     read = value(rule.bytes_read(types, results, op.attrs))
     written = value(rule.bytes_written(types, results, op.attrs))
-    return OpCost(value(rule.flops(types, results, op.attrs)), read, written)
+    sent = value(rule.bytes_sent(types, results, op.attrs))
+    return OpCost(value(rule.flops(types, results, op.attrs)), read, written, sent)
 
 
 def amount(count: float, unit: str) -> str:

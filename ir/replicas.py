@@ -62,7 +62,8 @@ class Replicas:
         number[order] = np.arange(len(flat)) - starts
         # Below 1 by more than a rounding, so that the sum stays within the expert.
         where = flat + np.minimum(np.mod((number + 0.5 + source * 7) * GOLDEN, 1.0), 1 - 1e-9)
-        return by_expert[np.searchsorted(ends, where, side="right")].reshape(np.shape(ids))
+        chosen: NDArray[np.int64] = by_expert[np.searchsorted(ends, where, side="right")]
+        return chosen.reshape(np.shape(ids))
 
 
 def replicas_of(module: Module, layer: int, experts: int, slots: int) -> Replicas:

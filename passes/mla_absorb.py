@@ -80,7 +80,8 @@ class MlaAbsorb(Pass):
 
 def predicted_time(function: Function, tokens: int, context: int, batch: int, target: Target) -> float:
     """Seconds of one layer: for each op the larger of compute and memory time; weights are read once for the batch."""
-    symbols = {"T": tokens, "S": context, "C": context, "B": 1, "N": 1, "P": 1, "R": 1}
+    rows = {s: tokens for op in function.ops for r in op.results for s in r.type.symbols()}
+    symbols = {**rows, "T": tokens, "S": context, "C": context, "B": 1, "N": 1, "P": 1, "R": 1}
     total = 0.0
     for op in function.ops:
         types = [operand_type(o) for o in op.operands]

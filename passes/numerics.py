@@ -19,7 +19,9 @@ import torch
 from moec.errors import InputError
 from moec.ir import CacheType, Function, IndexType, Module, Op, TensorType, print_op
 from moec.ir.evaluate import EvaluationError, Evaluator, WeightPrograms
+from moec.ir.mesh import Mesh, mesh_of
 from moec.ir.numeric import TORCH
+from moec.ir.spmd import Peers, run_ranks
 from moec.ir.stats import parameters
 
 LEAST = 1e-9
@@ -27,6 +29,7 @@ LEAST = 1e-9
 ROUNDING = 1e-3
 """Tolerances from here on admit rounded weights, which may change the choice of a token's experts."""
 MOST_PARAMETERS = 40_000_000
+MOST_RANKS = 16
 PAGE = 4
 CHUNKS = ((5, 3), (2, 4), (1, 1), (2, 2))
 """Tokens of each of two sequences in each call: a prompt, a further chunk, one token each, several tokens each."""
@@ -38,6 +41,15 @@ class TooLarge(InputError):
     template: ClassVar[str] = (
         "--verify numerics evaluates the whole model in float64 and takes at most {limit} M parameters, {model} has "
         "{count} M: shrink it, for example --set num_hidden_layers=2 --set hidden_size=256 --set n_routed_experts=8"
+    )
+
+
+class TooManyRanks(InputError):
+    """A mesh of which not every rank can be evaluated."""
+
+    template: ClassVar[str] = (
+        "--verify numerics evaluates every rank and takes at most {limit}, the mesh has {ranks}: "
+        "choose --ranks {limit} or fewer"
     )
 
 
@@ -78,21 +90,58 @@ class Numerics:
         return Departure(worst, _first(before, after, bound))
 
     def _trace(self, module: Module) -> _Run:
+        mesh = mesh_of(module)
+        if mesh.ranks == 1:
+            return self._rank(module, mesh, 0, None)
+        if mesh.ranks > MOST_RANKS:
+            raise TooManyRanks(ranks=mesh.ranks, limit=MOST_RANKS)
+        return _assemble(mesh, run_ranks(mesh, lambda rank, peers: self._rank(module, mesh, rank, peers)))
+
+    def _rank(self, module: Module, mesh: Mesh, rank: int, peers: Peers | None) -> _Run:
+        """Evaluate every entry that the rank runs, with its data-parallel share of the sequences."""
         run = _Run()
-        weights = WeightPrograms(module, self._loader)
+        weights = WeightPrograms(module, self._loader, rank)
         called = {str(op.attrs["func"]) for _, op in module.ops() if op.name == "repeat"}
+        stage, share = mesh.index(rank, "pp"), (mesh.index(rank, "dp"), mesh.dp)
         for function in module.functions.values():
-            if function.name in called:
+            if function.name in called or function.attrs.get("stage", stage) != stage:
                 continue
-            inputs = _Inputs(function)
-            evaluator = Evaluator(module, weights, torch.float64, rounding=False, trace=run.note)
+            name = function.name.removesuffix(f".{function.attrs.get('stage')}")
+            inputs = _Inputs(function, share)
+            evaluator = Evaluator(module, weights, torch.float64, rounding=False, trace=run.note, peers=peers)
             for number, tokens in enumerate(self._chunks):
                 outputs = evaluator.call(function, inputs.chunk(tokens))
                 for i, y in enumerate(outputs):
-                    run.results[function.name, number, i] = y
+                    run.results[name, number, i] = y
+                    run.rows[name, number, i] = inputs.taken
             for i, cache in enumerate(inputs.caches.values()):
-                run.results[function.name, len(self._chunks), i] = cache
+                run.results[name, len(self._chunks), i] = cache
         return run
+
+
+def _assemble(mesh: Mesh, ranks: list[_Run]) -> _Run:
+    """The run of the whole mesh: rows of all replicas, cache pages of all replicas and stages; steps of rank 0.
+
+    Raises EvaluationError where ranks that must agree do not.
+    """
+    out = _Run()
+    out.steps = ranks[0].steps
+    firsts = [rank for rank in range(mesh.ranks) if mesh.index(rank, "tp") == 0]
+    for key, first in ranks[0].results.items():
+        if key not in ranks[0].rows:
+            out.results[key] = torch.stack([ranks[rank].results[key] for rank in firsts]).sum(0)
+            continue
+        total = sum(len(ranks[r].rows[key]) for r in firsts if mesh.index(r, "pp") == 0)
+        whole = torch.full((total, *first.shape[1:]), float("nan"), dtype=first.dtype)
+        for rank, run in enumerate(ranks):
+            rows, y = run.rows[key], run.results[key]
+            if mesh.index(rank, "tp") == 0 and mesh.index(rank, "pp") == 0:
+                whole[rows] = y
+            elif _distance(whole[rows], y) > LEAST:
+                where = f"rank {rank} of {mesh.ranks}"
+                raise EvaluationError(function=key[0], op=where, reason="its results differ from its group's")
+        out.results[key] = whole
+    return out
 
 
 class _Loader:
@@ -126,8 +175,12 @@ def _chunks(context: int) -> Iterator[tuple[int, ...]]:
 class _Inputs:
     """Arguments of an entry function, call by call; caches stay and fill."""
 
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function: Function, share: tuple[int, int] = (0, 1)) -> None:
+        """`share` is (replica, replicas): sequence b belongs to replica b mod replicas."""
         self.function = function
+        self.share = share
+        self.taken: list[int] = []
+        """Tokens of the whole chunk that the last one of this replica holds."""
         self.caches: dict[str, torch.Tensor] = {}
         self.used = (0, 0)
         self._random = torch.Generator().manual_seed(0)
@@ -162,7 +215,25 @@ class _Inputs:
             "rows": torch.arange(count),
         }
         self.used = (ends[0], ends[1])
+        known["rows"] = known["rows"][: len(self._take(known, ends))]
+        count = len(self.taken)
         return [self._argument(arg.name, arg.type, known, count) for arg in self.function.args]
+
+    def _take(self, known: dict[str, torch.Tensor], ends: list[int]) -> list[int]:
+        """Leave this replica's sequences in the arguments of a chunk; returns its tokens."""
+        replica, replicas = self.share
+        mine = [b for b in range(len(ends)) if b % replicas == replica]
+        seq = known["seq"].tolist()
+        self.taken = [t for t, b in enumerate(seq) if b in mine]
+        for name in ("ids", "pos"):
+            known[name] = known[name][self.taken]
+        known["seq"] = torch.tensor([mine.index(seq[t]) for t in self.taken], dtype=torch.int64)
+        known["pages"] = known["pages"][mine]
+        starts = [0]
+        for b in mine:
+            starts.append(starts[-1] + ends[b])
+        known["starts"] = torch.tensor(starts)
+        return self.taken
 
     def _argument(self, name: str, type: Any, known: dict[str, torch.Tensor], count: int) -> Any:
         if isinstance(type, IndexType):
@@ -195,6 +266,8 @@ class _Run:
 
     def __init__(self) -> None:
         self.results: dict[tuple[str, int, int], torch.Tensor] = {}
+        self.rows: dict[tuple[str, int, int], list[int]] = {}
+        """Tokens of the chunk whose rows a result holds."""
         self.steps: list[_Step] = []
         self._calls: Counter[str] = Counter()
 
@@ -202,9 +275,9 @@ class _Run:
         """Record an op of a call; a call begins with the function's first op."""
         if op is function.ops[0]:
             self._calls[function.name] += 1
-        if not any(isinstance(r, torch.Tensor) for r in results):
-            return
-        self.steps.append(_Step(function.name, self._calls[function.name], op, results))
+        tensors = [r for r in results if isinstance(r, torch.Tensor)]
+        if tensors:
+            self.steps.append(_Step(function.name, self._calls[function.name], op, tensors))
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor | None) -> float:

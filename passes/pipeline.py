@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 CPU = (
     "canonicalise",
     "bind-limits",
+    "shard",
     "mla-absorb{decode=absorbed}",
     "fp8-cast",
     "fuse",
@@ -27,6 +28,7 @@ CPU = (
 GPU = (
     "canonicalise",
     "bind-limits",
+    "shard",
     "mla-absorb",
     "fp8-cast",
     "fuse",
@@ -39,12 +41,12 @@ PIPELINES = {"cpu": CPU, "cuda": GPU, "rocm": GPU}
 """Specs as `--pass` takes them, by the target's kind. A pass of another engine is one more line here."""
 
 
-def pipeline(target: Target, recipe: str = "auto", given: Sequence[str] = ()) -> list[Pass]:
-    """The passes for a target.
+def pipeline(target: Target, recipe: str = "auto", given: Sequence[str] = (), ranks: int = 1) -> list[Pass]:
+    """The passes for a target; the model is sharded when it lies on several ranks.
 
     `given` specs replace the pass of the same name, or are added before kernel selection. Raises PassSpecError.
     """
-    steps = [parse_pass(spec) for spec in PIPELINES[target.kind]]
+    steps = [parse_pass(spec) for spec in PIPELINES[target.kind] if ranks > 1 or spec != "shard"]
     steps = [replace(step, recipe=recipe) if isinstance(step, Fp8Cast) else step for step in steps]
     for spec in given:
         new = parse_pass(spec)

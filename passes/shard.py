@@ -19,7 +19,7 @@ VIA = ("auto", "direct", "node")
 
 @dataclass(frozen=True)
 class Shard(Pass):
-    """Lay a model over the mesh of the compilation's layout: pipeline stages, attention replicas, tensor parts, experts.
+    """Lay a model over the mesh of the layout: pipeline stages, attention replicas, tensor parts, experts.
 
     Consumes a module before precision recipes, with `moe.dispatch` and `moe.combine` inside one rank. Produces the
     program of every rank: attention and dense feed-forwards cut by heads and widths over `tp` with an all-reduce behind
@@ -50,11 +50,17 @@ class Shard(Pass):
         if mesh.ep % per_node and per_node < mesh.ep:
             message = f"EP {mesh.ep} does not divide over nodes of {per_node}; choose per_node among its divisors"
             raise PassError(name=self.name, message=message)
+        if mesh.ep > 1 and mesh.ep % mesh.tp:
+            message = (
+                f"EP {mesh.ep} cuts a tensor-parallel group of {mesh.tp}; choose --ep 1 or a multiple of {mesh.tp}"
+            )
+            raise PassError(name=self.name, message=message)
         set_mesh(module, mesh)
-        for function in list(module.functions.values()):
+        for function in module.functions.values():
             out.matched += cut_layers(module, function, mesh, out)
-            if mesh.tp > 1:
-                retype(module)
+        # Both phases share their weights: types follow once all are cut.
+        retype(module)
+        for function in module.functions.values():
             route = Dispatching(layout.experts, layout.slots, self._via(function.attrs, mesh, per_node), per_node)
             out.matched += shard_experts(module, function, mesh, route)
             fresh_names(function)

@@ -79,7 +79,7 @@ class CacheRead(OpDef):
         for b in range(pages.shape[0]):
             p = ctx.torch.arange(int(starts[b + 1] - starts[b]))
             rows.append(kv[layer, pages[b, p // size].long(), p % size])
-        flat = ctx.torch.cat(rows)
+        flat = ctx.torch.cat(rows) if rows else kv.new_zeros(0, kv.shape[3])
         return [flat[:, : a["rank"]], flat[:, a["rank"] :]]
 
     def bytes_read(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:

@@ -207,7 +207,7 @@ the sender's place on its node, which forwards it over the node's own links (Dee
 def _expert_ranks(a: Attrs) -> int:
     n, slots, node = _ranks(a), int(a["slots"]), int(a["per_node"])
     require(slots >= n and slots % n == 0, f"{slots} expert slots do not divide over {n} ranks")
-    require(1 <= node and (node >= n or n % node == 0), f"{n} ranks do not divide over nodes of {node}")
+    require(node >= 1 and (node >= n or n % node == 0), f"{n} ranks do not divide over nodes of {node}")
     return n
 
 
@@ -254,9 +254,7 @@ class Dispatch(OpDef):
         slots = torch.from_numpy(replicas.choose(ids.numpy(), group.index)).flatten()
         order = slots.argsort(stable=True)
         to = slots[order] // local
-        sent = [
-            (rows[order[to == r] // ids.shape[1]], slots[order[to == r]] % local) for r in range(group.size)
-        ]
+        sent = [(rows[order[to == r] // ids.shape[1]], slots[order[to == r]] % local) for r in range(group.size)]
         got = [parts[group.index] for parts in group.exchange(sent)]
         arrived, slot = torch.cat([g[0] for g in got]), torch.cat([g[1] for g in got])
         by_slot = slot.argsort(stable=True)

@@ -19,18 +19,14 @@ def insert(
     """Insert an op before position `at`, with the location of the op that stood there or before."""
     given = dict(attrs)
     number = max((int(r.name[1:]) for o in function.ops for r in o.results if r.name.startswith("s")), default=0)
-    results = [
-        Value(f"s{number + i + 1}", t) for i, t in enumerate(infer(OPS[name], operands, given, module))
-    ]
+    results = [Value(f"s{number + i + 1}", t) for i, t in enumerate(infer(OPS[name], operands, given, module))]
     near = function.ops[min(at, len(function.ops) - 1)].loc if function.ops else None
     op = Op(name, operands, given, results, near.through(PASS) if near else None)
     function.ops.insert(at, op)
     return op
 
 
-def behind(
-    module: Module, function: Function, value: Value, name: str, attrs: Mapping[str, Attribute]
-) -> Value:
+def behind(module: Module, function: Function, value: Value, name: str, attrs: Mapping[str, Attribute]) -> Value:
     """Insert an op of one operand behind the op that makes `value`; every later use takes its result."""
     position = next(i for i, op in enumerate(function.ops) if value in op.results)
     op = insert(module, function, position + 1, name, [value], attrs)

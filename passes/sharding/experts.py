@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moec.ir import Function, Module, Op, Value, Weight
 from moec.ir.builder import weight_ref
 from moec.ir.mesh import Mesh
-from moec.ir.module import WeightRef
+from moec.ir.module import Attribute, WeightRef
 from moec.ir.optable import OPS, infer
 from moec.passes.base import PassError
 from moec.passes.sharding.edit import PASS, insert, weight_at
@@ -35,7 +35,7 @@ def shard_experts(module: Module, function: Function, mesh: Mesh, route: Dispatc
 
 def _dispatch(module: Module, function: Function, old: Op, mesh: Mesh, route: Dispatching) -> None:
     x, ids = old.operands
-    rows, offsets, order = old.results
+    _, offsets, order = old.results
     users = function.uses()
     (combine,) = [u for u in users[order] if u.name == "moe.combine"]
     (experts,) = [u for u in users[offsets] if u.name == "moe.experts"]
@@ -51,7 +51,7 @@ def _dispatch(module: Module, function: Function, old: Op, mesh: Mesh, route: Di
             raise PassError(name=PASS, message=f"@{function.name}: operand {position} of moe.experts is no weight")
         hold_slots(weight, mesh, route, first)
         experts.operands[position] = weight_ref(weight, _indices(experts, position))
-    common = {
+    common: dict[str, Attribute] = {
         "axis": "ep", "ranks": mesh.ep, "slots": route.slots, "rows": "D", "via": route.via, "per_node": route.per_node,
     }  # fmt: skip
     limit = node_limit(router, mesh, route)
@@ -99,7 +99,9 @@ def hold_slots(weight: Weight, mesh: Mesh, route: Dispatching, first: int) -> No
         raise PassError(name=PASS, message=f"@{weight.name} is no stack of experts by layer and expert")
     each = route.slots // mesh.ep
     weight.indices = (weight.indices[0], ("e", 0, each))
-    attrs = {"axis": "ep", "ranks": mesh.ep, "slots": route.slots, "experts": route.experts, "first": first}
+    attrs: dict[str, Attribute] = {
+        "axis": "ep", "ranks": mesh.ep, "slots": route.slots, "experts": route.experts, "first": first,
+    }  # fmt: skip
     (type_,) = infer(OPS["weight.slot"], program.args, attrs, None)
     program.ops.insert(0, Op("weight.slot", list(program.args), dict(attrs), [Value("slot", type_)]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from moec.ir import Function, Module, Op, TensorType, Value
 from moec.ir.mesh import Mesh
@@ -32,12 +33,13 @@ def split_stages(module: Module, mesh: Mesh, out: Outcome) -> int:
 def _layers(entry: Function, stages: int) -> list[range]:
     """The layers of each stage, as even as they go; raises PassError when there are too few."""
     repeats = [op for op in entry.ops if op.name == "repeat"]
-    total = sum(int(op.attrs["last"]) - int(op.attrs["first"]) + 1 for op in repeats)  # type: ignore[arg-type]
+    bounds = [(op.attrs["first"], op.attrs["last"]) for op in repeats]
+    total = sum(b - a + 1 for a, b in bounds if isinstance(a, int) and isinstance(b, int))
     if total < stages:
         raise PassError(name=PASS, message=f"PP {stages} for {total} layers; choose at most PP {max(1, total)}")
     start = min(int(op.attrs["first"]) for op in repeats)  # type: ignore[arg-type]
     cuts = [start + total * s // stages for s in range(stages + 1)]
-    return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(cuts)]
 
 
 def _stage(module: Module, entry: Function, name: str, stage: int, mesh: Mesh, layers: range) -> Function:
@@ -101,5 +103,3 @@ def _receive(module: Module, like: object, mesh: Mesh, source: int, carries: str
 def _op(module: Module, name: str, operands: Sequence[Value], attrs: dict[str, str | int], near: Op) -> Op:
     results = [Value(f"{name}.{i}", t) for i, t in enumerate(infer(OPS[name], operands, attrs, module))]
     return Op(name, list(operands), dict(attrs), results, near.loc.through(PASS) if near.loc else None)
-
-

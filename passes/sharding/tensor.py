@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moec.ir import Function, Module, Op, TensorType, Value
 from moec.ir.mesh import Mesh
+from moec.ir.module import Attribute
 from moec.ir.rewrite import append_to_program
 from moec.passes.base import Outcome
 from moec.passes.planning.sharding import ATTENTION, roles
@@ -14,7 +15,7 @@ def cut_layers(module: Module, function: Function, mesh: Mesh, out: Outcome) -> 
     """Cut attention and feed-forwards of a layer function; returns how many products were cut."""
     if mesh.tp == 1:
         return 0
-    found = roles(function)
+    found: dict[int, str] = dict(roles(function))
     routed = any(op.name == "moe.dispatch" for op in function.ops)
     if routed and mesh.ep == 1:
         _feed_forwards(function, found)
@@ -26,8 +27,9 @@ def cut_layers(module: Module, function: Function, mesh: Mesh, out: Outcome) -> 
             case "row" if op.name == "linear":
                 count += _row(module, function, op, mesh)
             case "heads" if op.name == "unflatten":
-                heads, *rest = op.attrs["sizes"]  # type: ignore[misc]
-                op.attrs["sizes"] = (int(heads) // mesh.tp, *rest)  # type: ignore[call-overload]
+                sizes = op.attrs["sizes"]
+                assert isinstance(sizes, tuple) and isinstance(sizes[0], int)
+                op.attrs["sizes"] = (sizes[0] // mesh.tp, *sizes[1:])
             case "heads" if op.name == "linear.heads":
                 weight = weight_at(module, op, 1)
                 if weight is not None:
@@ -93,7 +95,7 @@ def _cut_experts(module: Module, function: Function, mesh: Mesh) -> int:
 
 def _divide_tokens(module: Module, function: Function, mesh: Mesh) -> int:
     """Each rank of a group routes and dispatches its part of the tokens; the results of all are gathered behind."""
-    attrs = {"axis": "tp", "ranks": mesh.tp}
+    attrs: dict[str, Attribute] = {"axis": "tp", "ranks": mesh.tp}
     count = 0
     for dispatch in [o for o in function.ops if o.name == "moe.dispatch"]:
         x = dispatch.operands[0]
@@ -159,13 +161,13 @@ def cut_head(module: Module, mesh: Mesh, out: Outcome) -> int:
             cut = any(o.name == "weight.shard" for o in weight.program.ops)
             vocabulary = int(weight.type.shape[0])  # type: ignore[arg-type]
             if not cut and vocabulary % mesh.tp:
-                out.notes.append(f"@{weight.name} is whole on every rank: {vocabulary} rows do not divide by TP {mesh.tp}")
+                out.notes.append(
+                    f"@{weight.name} is whole on every rank: {vocabulary} rows do not divide by TP {mesh.tp}"
+                )
                 continue
             cut_weight(weight, mesh, "tp", 0)
             # The result's type follows when the module is typed again.
-            gathered = behind(
-                module, function, value, "comm.all_gather", {"axis": "tp", "ranks": mesh.tp, "dim": 1}
-            )
+            gathered = behind(module, function, value, "comm.all_gather", {"axis": "tp", "ranks": mesh.tp, "dim": 1})
             use_instead(function, value, gathered, except_for=function.producer()[gathered])
             count += 1
     return count

@@ -91,7 +91,7 @@ class Traced:
         where, sized = self._layout(found, layout, recipe)
         module.attrs["target"] = sized.name
         manager = Manager(Context(sized, limits, where), verify, strict, Path(dump) if dump else None)
-        manager.run(module, pipeline(sized, recipe, passes))
+        manager.run(module, pipeline(sized, recipe, passes, where.ranks))
         return Plan(self.source, module, manager.context, manager.records)
 
     def _layout(self, target: Target, asked: LayoutRequest | None, recipe: str) -> tuple[Layout, Target]:
@@ -99,7 +99,9 @@ class Traced:
         from moec.passes.planning.layout import LayoutRequest, resolve
         from moec.passes.planning.precision import RECIPES, candidates
 
-        stored = candidates(recipe if recipe in RECIPES else "auto", target)[0]
+        # FP32 has no scale blocks that a cut could meet, as BF16.
+        name = "bf16" if recipe == "fp32" else recipe
+        stored = candidates(name if name in RECIPES else "auto", target)[0]
         return resolve(self.ir, target, stored, asked or LayoutRequest())
 
 

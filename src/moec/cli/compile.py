@@ -29,6 +29,7 @@ def compile_model(
     tp: Annotated[int, typer.Option(help="Devices of an attention replica.")] = 1,
     dp: Annotated[int | None, typer.Option(help="Attention replicas [ranks / TP].")] = None,
     ep: Annotated[int | None, typer.Option(help="Devices that share the routed experts [all].")] = None,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
     recipe: Annotated[
         str, typer.Option(help="auto, deepseek-v3, weight-only, per-tensor, per-channel, bf16, fp32, or FILE.yaml.")
     ] = "auto",
@@ -59,7 +60,7 @@ def compile_model(
     if out is not None:
         check_output(out)
     plan = trace(model, parse_overrides(settings or [])).optimize(
-        target, phase=phase, batch=batch, context=context, chunk=chunk, layout=LayoutRequest(ranks, tp, dp, ep),
+        target, phase=phase, batch=batch, context=context, chunk=chunk, layout=LayoutRequest(ranks, tp, dp, ep, pp=pp),
         recipe=recipe, passes=passes or [], verify=verify, strict=strict, dump=dump_ir,
     )  # fmt: skip
     waiting = [f"{record.name}: {line}" for record in plan.records for line in record.notes]

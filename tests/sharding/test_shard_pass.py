@@ -1,0 +1,156 @@
+"""The shard pass: every rank's program together equals the unsharded one, and wrong programs are caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+import moec
+from moec.errors import MoecError
+from moec.ir import Module, Value, parse_module, print_module
+from moec.ir.mesh import Mesh, part
+from moec.ir.ops.collective import Dispatch
+from moec.passes.base import Context, Limits, PassError
+from moec.passes.numerics import Numerics, TooManyRanks
+from moec.passes.planning.errors import CutBlock, WrongLayout
+from moec.passes.planning.layout import Layout, LayoutRequest, resolve
+from moec.passes.planning.precision import RECIPES
+from moec.passes.shard import Shard
+from moec.targets import load
+
+SMALL = {"num_hidden_layers": "3", "first_k_dense_replace": "1"}
+LAYOUTS = {
+    "ep2": Layout(1, 2, 2, 16, 16),
+    "ep3-redundant": Layout(1, 3, 3, 16, 18),
+    "tp2": Layout(2, 1, 1, 16, 16),
+    "tp2-ep2": Layout(2, 1, 2, 16, 16),
+    "dp2-tp2-ep4": Layout(2, 2, 4, 16, 16),
+    "two-expert-groups": Layout(1, 4, 2, 16, 16),
+    "pp2": Layout(1, 1, 1, 16, 16, 2),
+    "pp3-ep2": Layout(1, 2, 2, 16, 16, 3),
+}
+
+
+def sharded(layout: Layout, **options: str | int) -> tuple[Module, Numerics]:
+    """The tiny model with three layers after the pass, and the numbers of the same model before it."""
+    module = moec.trace("tiny-deepseek-v3", SMALL).ir
+    before = Numerics(module, 1024)
+    Shard(**options).run(module, Context(load("cpu"), Limits(), layout))  # type: ignore[arg-type]
+    return module, before
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_all_ranks_together_equal_one(name: str) -> None:
+    """In float64 to 1e-9, over several chunks, uneven shares of tokens and ranks without any."""
+    module, before = sharded(LAYOUTS[name])
+    assert before.check(module, 0.0) is None
+    text = print_module(module)
+    assert print_module(parse_module(text)) == text
+
+
+def _lose_a_sum(module: Module) -> None:
+    for function in module.functions.values():
+        for op in [o for o in function.ops if o.name == "comm.all_reduce"][:1]:
+            new, old = op.operands[0], op.result
+            assert isinstance(new, Value)
+            for user in function.ops:
+                user.operands = [new if o is old else o for o in user.operands]
+            function.ops.remove(op)
+
+
+def _shift_experts(module: Module) -> None:
+    """Weights take the placement's row of the layer behind."""
+    module.attrs["placement"] = (tuple(range(16)), *[tuple((s + 1) % 16 for s in range(16))] * 2)
+    for op in (o for w in module.weights.values() for o in w.program.ops if o.name == "weight.slot"):
+        op.attrs["first"] = int(op.attrs["first"]) - 1  # type: ignore[arg-type]
+
+
+def _wrong_part(module: Module) -> None:
+    for weight in module.weights.values():
+        for op in weight.program.ops:
+            if op.name == "weight.shard" and op.attrs.get("parts") == 2:
+                del op.attrs["parts"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "damage"),
+    [("tp2", _lose_a_sum), ("ep2", _shift_experts), ("tp2", _wrong_part)],
+)
+def test_wrong_programs_are_caught(layout: str, damage: Callable[[Module], None]) -> None:
+    module, before = sharded(LAYOUTS[layout])
+    damage(module)
+    assert before.check(module, 0.0) is not None
+
+
+@pytest.mark.parametrize("shares", [None, (0.7, 0.3)])
+def test_placement_never_changes_results(shares: tuple[float, float] | None) -> None:
+    """Any assignment of experts to slots, with copies of the same experts on several ranks, gives the same numbers."""
+    module, before = sharded(Layout(1, 2, 2, 16, 20))
+    rows = [[(s * 7 + 3) % 16 for s in range(16)] + [5, 5, 9, 0], [15 - s for s in range(16)] + [1, 2, 3, 4]]
+    module.attrs["placement"] = tuple(map(tuple, rows))
+    if shares is not None:
+        module.attrs["replica_shares"] = tuple(
+            tuple(shares[0] if row.index(e) == s else shares[1] for s, e in enumerate(row)) for row in rows
+        )
+    assert before.check(module, 0.0) is None
+
+
+def test_too_many_ranks_for_numbers() -> None:
+    module, before = sharded(Layout(1, 32, 16, 16, 16))
+    with pytest.raises(TooManyRanks, match="--ranks 16"):
+        before.check(module, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "words"),
+    [
+        (LayoutRequest(ranks=3, tp=2), WrongLayout, "try TP 1"),
+        (LayoutRequest(ranks=3, pp=2), WrongLayout, "try PP 1"),
+        (LayoutRequest(ranks=4, dp=4, tp=2), WrongLayout, "makes 8 ranks, not 4"),
+        (LayoutRequest(ranks=4, ep=3), WrongLayout, "try EP 2"),
+        (LayoutRequest(ranks=2, tp=2), CutBlock, "192 over 2 devices is 96, not a multiple of its 128-wide"),
+    ],
+)
+def test_layouts_that_do_not_fit(request_: LayoutRequest, error: type[MoecError], words: str) -> None:
+    module = moec.trace("tiny-deepseek-v3").ir
+    with pytest.raises(error, match=words):
+        resolve(module, load("cpu"), RECIPES["weight-only"], request_)
+
+
+def test_more_stages_than_layers() -> None:
+    with pytest.raises(PassError, match="PP 4 for 3 layers; choose at most PP 3"):
+        sharded(Layout(1, 1, 1, 16, 16, 4))
+
+
+def test_experts_that_cut_a_tensor_group() -> None:
+    with pytest.raises(PassError, match="choose --ep 1 or a multiple of 4"):
+        sharded(Layout(4, 1, 2, 16, 16))
+
+
+def test_groups_of_a_mesh() -> None:
+    mesh = Mesh(pp=2, dp=2, tp=2, ep=4)
+    assert [mesh.group(5, axis) for axis in ("pp", "dp", "tp", "ep")] == [(1, 5), (5, 7), (4, 5), (4, 5, 6, 7)]
+    for rank in range(mesh.ranks):
+        for axis in ("pp", "dp", "tp", "ep"):
+            assert mesh.group(rank, axis)[mesh.index(rank, axis)] == rank
+    assert [part(7, 3, i) for i in range(3)] == [(0, 3), (3, 6), (6, 7)]
+    assert [part(1, 3, i) for i in range(3)] == [(0, 1), (1, 1), (1, 1)]
+
+
+def test_v3_sends_eight_rows_a_token_or_four_with_forwarding() -> None:
+    """DeepSeek-V3 on 8 nodes of 8: 8 copies of a token without forwarding, at most 4 between nodes with it."""
+    plans = {}
+    for via in ("direct", "node"):
+        plan = moec.trace("deepseek-v3").optimize(
+            "h800", batch=32, context=4096, layout=LayoutRequest(ranks=64), passes=[f"shard{{via={via}}}"]
+        )
+        (op,) = [o for o in plan.ir.functions["moe_layers.decode"].ops if o.name == "comm.dispatch"]
+        types = [o.type for o in op.operands]
+        sent = Dispatch().bytes_sent(types, [r.type for r in op.results], op.attrs)  # type: ignore[arg-type]
+        row = 7168 * 2
+        plans[via] = sent.bind({"T": 64}) / row / 64  # type: ignore[union-attr]
+        if via == "node":
+            assert op.attrs["node_limit"] == 4
+    assert plans["direct"] == 8 * 63 / 64
+    assert plans["node"] == 4 * 7 / 8 + 8 * 7 / 8
