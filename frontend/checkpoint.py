@@ -20,6 +20,7 @@ from moec.errors import InputError, near, printable
 from moec.frontend.safetensors_header import CheckpointError, TensorEntry, read_header
 from moec.ir import Module, Op, Weight
 from moec.ir.numeric import TORCH
+from moec.ir.ops.weights import name_indices, tensor_name
 from moec.ir.rewrite import retype
 
 READABLE = ("f32", "bf16", "f16", "f64")
@@ -108,12 +109,9 @@ def tensor_names(weight: Weight, op: Op) -> Iterator[str]:
     slots = next((o for o in weight.program.ops if o.name == "weight.slot"), None)
     # Which experts a rank holds is known at packing: all of them must be there.
     experts = {} if slots is None else {"e": range(int(slots.attrs["experts"]))}  # type: ignore[arg-type]
-    ranges = [(n, experts.get(n, range(a, b))) for n, a, b in weight.indices if "{" + n + "}" in name]
+    ranges = [(n, experts.get(n, range(a, b))) for n, a, b in weight.indices if n in name_indices(name)]
     for point in product(*(r for _, r in ranges)):
-        out = name
-        for (index, _), value in zip(ranges, point, strict=True):
-            out = out.replace("{" + index + "}", str(value))
-        yield out
+        yield tensor_name(name, {index: value for (index, _), value in zip(ranges, point, strict=True)})
 
 
 def _entry(checkpoint: Checkpoint, name: str, op: Op) -> TensorEntry:

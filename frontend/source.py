@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from moec.errors import InputError, near, printable
-from moec.model_defs.registry import Family, family_of, preset_config, preset_folder
+from moec.model_defs.family import Family
+from moec.model_defs.registry import family_of, preset_config, preset_folder
 
 
 class FolderError(InputError):
@@ -87,7 +88,7 @@ def _from_definition(file: Path, attribute: str, overrides: Mapping[str, str]) -
     base = family_of(raw, printable(file))
     read = getattr(model, "read_config", base.config)
     tensors = getattr(model, "tensors", base.tensors)
-    family = Family(attribute, base.model_types, read, model, tensors)
+    family = Family(attribute, base.model_types, read, tensors, model)
     return ModelSource(attribute, family, read(raw, attribute), raw)
 
 

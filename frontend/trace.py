@@ -6,6 +6,7 @@ import operator
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from moec.ir.builder import weight_ref
 from moec.ir.dims import symbol
 from moec.ir.module import Operand
 from moec.model_defs import functional
-from moec.model_defs.layers import Layers
+from moec.model_defs.layers import Computed, Layers, Turn
+from moec.model_defs.names import Stored
+from moec.model_defs.rope import table_attrs
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = (str(Path(torch.fx.__file__).parent), functional.__file__, __file__)
@@ -86,7 +89,7 @@ class _Importer:
         """Add the entry function of a phase and, before it, its layer functions."""
         c = self.source.config
         tokens, batch, pages = symbol("T"), symbol("B"), symbol("P")
-        width = c.kv_lora_rank + c.qk_rope_head_dim
+        kind, width = c.cache
         args: list[tuple[str, Type]] = [
             ("ids", TensorType("i32", (tokens,))),
             ("seq", TensorType("i32", (tokens,))),
@@ -94,7 +97,7 @@ class _Importer:
             ("pages", TensorType("i32", (batch, symbol("N")))),
             ("starts", TensorType("i32", (batch + 1,))),
             ("rows", TensorType("i32", (symbol("R"),))),
-            ("kv", CacheType("kv.latent", (c.num_hidden_layers, pages, PAGE, width), "bf16")),
+            ("kv", CacheType(kind, (c.num_hidden_layers, pages, PAGE, width), "bf16")),
         ]
         self.function(phase, phase, self.root, args, "", None)
 
@@ -155,36 +158,81 @@ class _Importer:
     def weight(self, path: str, stack: Layers | None, layer: Value | None) -> WeightRef:
         """The weight symbol of a parameter, declared with its program on first use."""
         relative = path.split(".", 1)[1] if stack else path
+        parameter = (stack.body if stack else self.root).get_parameter(relative)
+        if isinstance(parameter, Computed):
+            path, stack = parameter.symbol, None
         if path not in self.module.weights:
-            parameter = (stack.body if stack else self.root).get_parameter(relative)
-            self.module.weights[path] = self.declare(path, relative, tuple(parameter.shape), stack)
+            self.module.weights[path] = self.declare(path, relative, parameter, stack)
         return weight_ref(self.module.weights[path], [layer] if stack and layer else [])
 
-    def declare(self, path: str, relative: str, shape: tuple[int, ...], stack: Layers | None) -> Weight:
-        """The weight and its program: load the tensors that the family's table names and join them by rows."""
+    def declare(self, path: str, relative: str, parameter: nn.Parameter, stack: Layers | None) -> Weight:
+        """The weight and its program: made by an op, or of the tensors that the family's table names."""
         indices: list[tuple[str, int, int]] = [("l", stack.first, stack.last + 1)] if stack else []
         program = Builder(Module(""), path)
-        if relative == "rope_table":
+        shape = tuple(parameter.shape)
+        if isinstance(parameter, Computed):
+            out = program.emit(parameter.made_by, **parameter.attrs)
+        elif relative == "rope_table":
             out = program.emit("weight.rope_table", **_rope_attrs(self.source.config))
         else:
-            tensors = self.tensors(relative)
-            if any("{e}" in t for t in tensors):
+            stored = self.stored(relative, stack)
+            if stored.stacked or any("{e}" in t for t in stored.names):
                 indices.append(("e", 0, shape[0]))
                 shape = shape[1:]
-            part = (shape[0] // len(tensors), *shape[1:])
-            loads = [program.emit("weight.load", tensor=t, shape=part, dtype="bf16") for t in tensors]
-            out = loads[0] if len(loads) == 1 else program.emit("weight.concat", *loads, axis=0)  # type: ignore[arg-type]
+            args = {name: program.arg(name, IndexType()) for name, _, _ in indices}
+            experts = indices[-1][2] if stored.stacked else 0
+            out = load_program(program, stored, shape, experts, args.get("e"))
         assert isinstance(out, Value)
-        for name, _, _ in indices:
-            program.arg(name, IndexType())
         program.function.returns = [out]
         return Weight(path, out.type, tuple(indices), program.function)
 
-    def tensors(self, relative: str) -> tuple[str, ...]:
+    def stored(self, relative: str, stack: Layers | None) -> Stored:
+        """The checkpoint's tensors of a parameter, with the number of its layer where several make up a turn."""
         table = self.source.family.tensors
+        turn = stack.body if stack else None
+        numbering = ""
+        if isinstance(turn, Turn):
+            _, part, relative = relative.split(".", 2)
+            scale, offset = turn.numbering(int(part))
+            numbering = f"{{l*{scale}+{offset}}}"
         if relative == "head" and self.source.config.tie_word_embeddings:
-            return table["embed"]
-        return table[relative]
+            relative = "embed"
+        given = table[relative]
+        stored = given if isinstance(given, Stored) else Stored(given)
+        names = tuple(n.replace("{l}", numbering) if numbering else n for n in stored.names)
+        return replace(stored, names=names)
+
+
+def load_program(program: Builder, stored: Stored, shape: tuple[int, ...], experts: int, expert: Value | None) -> Value:
+    """Load the tensors of one point of a weight of `shape`, bring them into the definition's order, and join them.
+
+    `experts`: entries of a tensor that holds all of them, of which the weight takes `expert`.
+    """
+    parts = []
+    part = (shape[0] // len(stored.names), *shape[1:])
+    lying = part[::-1] if stored.transposed else part
+    for name in stored.names:
+        lead = (experts,) if stored.stacked else (1,) if stored.row else ()
+        x = _one(program.emit("weight.load", tensor=name, shape=(*lead, *lying), dtype="bf16"))
+        if stored.stacked:
+            assert expert is not None
+            x = _one(program.emit("weight.select", x, expert))
+        if stored.transposed:
+            x = _one(program.emit("weight.transpose", x, perm=(1, 0)))
+        if stored.row:
+            x = _one(program.emit("weight.reshape", x, shape=part))
+        if stored.interleaved:
+            pairs = _one(program.emit("weight.reshape", x, shape=(part[0] // 2, 2, *part[1:])))
+            order = (1, 0, *range(2, len(part) + 1))
+            x = _one(program.emit("weight.transpose", pairs, perm=order))
+            x = _one(program.emit("weight.reshape", x, shape=part))
+        parts.append(x)
+    return parts[0] if len(parts) == 1 else _one(program.emit("weight.concat", *parts, axis=0))
+
+
+def _one(result: Value | tuple[Value, ...]) -> Value:
+    assert isinstance(result, Value)
+    return result
 
 
 def _type(operand: Operand) -> Type:
@@ -193,15 +241,4 @@ def _type(operand: Operand) -> Type:
 
 
 def _rope_attrs(c: Any) -> dict[str, Any]:
-    r = c.rope
-    return {
-        "positions": c.max_position_embeddings,
-        "dims": c.qk_rope_head_dim,
-        "theta": r.theta,
-        "factor": r.factor,
-        "original": r.original,
-        "beta_fast": r.beta_fast,
-        "beta_slow": r.beta_slow,
-        "attention": r.attention,
-        "truncate": r.truncate,
-    }
+    return table_attrs(c.rope, c.max_position_embeddings, c.qk_rope_head_dim)

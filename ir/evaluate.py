@@ -14,6 +14,7 @@ from moec.errors import MoecError
 from moec.ir.mesh import mesh_of
 from moec.ir.module import Function, Module, Op, Value, WeightRef
 from moec.ir.numeric import TORCH, Quantised, logical
+from moec.ir.ops.weights import tensor_name
 from moec.ir.optable import OPS
 from moec.ir.printer import print_op
 from moec.ir.replicas import Replicas, replicas_of
@@ -46,9 +47,7 @@ class WeightPrograms:
 
     def load(self, name: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         """A checkpoint tensor; `{l}` and `{e}` in its name stand for the current indices."""
-        for index, value in self._point.items():
-            name = name.replace("{" + index + "}", str(value))
-        return self._loader(name, shape, dtype)
+        return self._loader(tensor_name(name, self._point), shape, dtype)
 
     def stand_for(self, index: str, value: int) -> None:
         """From here on `{index}` in names of the current program is `value`."""

@@ -215,10 +215,24 @@ def rope_table(
     beta_slow: float,
     attention: float,
     truncate: bool,
+    method: str = "yarn",
+    factors: tuple[float, ...] = (),
+    short_factors: tuple[float, ...] = (),
+    short_attention: float = 1.0,
 ) -> torch.Tensor:
     """`[positions, cos(dims/2) | sin(dims/2)]` in FP32; see `weight.rope_table` for the arguments."""
     freq = 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
-    if factor > 1.0:
+    if method == "linear":
+        freq = freq / factor
+    elif method == "factors":
+        if positions <= original:
+            factors, attention = short_factors, short_attention
+        freq = 1.0 / (torch.tensor(factors) * theta ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims))
+    elif method == "llama3":
+        turns = original / (2 * math.pi / freq)
+        kept = ((turns - beta_slow) / (beta_fast - beta_slow)).clamp(0, 1)
+        freq = (1 - kept) * freq / factor + kept * freq
+    elif factor > 1.0:
 
         def turns_at(turns: float) -> float:
             return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))

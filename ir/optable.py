@@ -23,7 +23,7 @@ class TypeRuleError(ValueError):
 
 @dataclass(frozen=True)
 class Attr:
-    """Schema of an attribute: its kind (int, float, bool, str, ints), whether it may be absent, allowed values."""
+    """Schema of an attribute: its kind (int, float, bool, str, ints, floats), whether it may be absent, its choices."""
 
     kind: str
     optional: bool = False
@@ -42,6 +42,8 @@ class Attr:
                 return isinstance(value, str) and (not self.choices or value in self.choices)
             case "ints":
                 return isinstance(value, tuple) and all(type(v) is int for v in value)
+            case "floats":
+                return isinstance(value, tuple) and all(type(v) is float for v in value)
         raise AssertionError(self.kind)
 
     def __str__(self) -> str:
@@ -197,4 +199,4 @@ def known(size: Size, what: str) -> int:
 
 
 # Declarations register themselves on import.
-from moec.ir.ops import attention, collective, control, core, moe, quant, sharding, weights  # noqa: E402, F401
+from moec.ir.ops import attention, collective, control, core, heads, moe, quant, sharding, weights  # noqa: E402, F401

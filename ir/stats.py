@@ -17,7 +17,7 @@ def weight_elements(weight: Weight) -> int:
 
 def _is_table(weight: Weight) -> bool:
     """Whether a weight is computed rather than learned."""
-    return any(op.name == "weight.rope_table" for op in weight.program.ops)
+    return not any(op.name.startswith("weight.load") for op in weight.program.ops)
 
 
 def parameters(module: Module) -> int:
@@ -40,20 +40,20 @@ def active_parameters(module: Module) -> int:
     compare.
     """
     total = parameters(module)
-    for _, op in module.ops():
-        if op.name == "moe.experts":
-            top_k = _top_k(module)
-            for operand in op.operands:
-                if isinstance(operand, WeightRef):
-                    weight = module.weights[operand.name]
-                    experts = next(stop - start for name, start, stop in weight.indices if name == "e")
-                    total -= weight_elements(weight) * (experts - top_k) // experts
-            break
+    seen: set[str] = set()
+    for function in module.functions.values():
+        top_k = 0
+        for op in function.ops:
+            if op.name == "moe.route":
+                top_k = int(op.attrs["top_k"])  # type: ignore[arg-type]
+            for operand in op.operands if op.name == "moe.experts" else ():
+                if not isinstance(operand, WeightRef) or operand.name in seen:
+                    continue
+                seen.add(operand.name)
+                weight = module.weights[operand.name]
+                experts = next(stop - start for name, start, stop in weight.indices if name == "e")
+                total -= weight_elements(weight) * (experts - top_k) // experts
     return total
-
-
-def _top_k(module: Module) -> int:
-    return next(int(op.attrs["top_k"]) for _, op in module.ops() if op.name == "moe.route")  # type: ignore[arg-type]
 
 
 def weight_bytes(weight: Weight) -> int:

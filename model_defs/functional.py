@@ -38,9 +38,34 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, out: str | None = N
     return apply("linear", *operands, **({"out": out} if out else {}))
 
 
-def swiglu(x: Tensor) -> Tensor:
+def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
+    """`norm.layer`."""
+    return apply("norm.layer", x, w, b, eps=float(eps))
+
+
+def swiglu(x: Tensor, **attrs: float) -> Tensor:
     """`swiglu`."""
-    return apply("swiglu", x)
+    return apply("swiglu", x, **attrs)
+
+
+def scale(x: Tensor, factor: float) -> Tensor:
+    """`scale`; a factor of 1 records nothing."""
+    return x if factor == 1.0 else apply("scale", x, factor=float(factor))
+
+
+def clamp(x: Tensor, limit: float) -> Tensor:
+    """`clamp`."""
+    return apply("clamp", x, limit=float(limit))
+
+
+def gate_rows(x: Tensor, g: Tensor) -> Tensor:
+    """`gate.rows`."""
+    return apply("gate.rows", x, g)
+
+
+def layer_number(layer: Tensor, scale: int, offset: int) -> Tensor:
+    """`index.affine`; the layer itself where that is what it computes."""
+    return layer if (scale, offset) == (1, 0) else apply("index.affine", layer, scale=scale, offset=offset)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
@@ -94,14 +119,47 @@ def mla(
     return apply("attn.mla", q, kv, key_rope, seq, pos, starts, scale=float(scale), nope=nope, v=v)
 
 
+def append_heads(kv: Tensor, layer: Tensor, k: Tensor, v: Tensor, seq: Tensor, pos: Tensor, pages: Tensor) -> None:
+    """`cache.append_heads`."""
+    apply("cache.append_heads", kv, layer, k, v, seq, pos, pages)
+
+
+def attention(
+    q: Tensor,
+    kv: Tensor,
+    layer: Tensor,
+    seq: Tensor,
+    pos: Tensor,
+    pages: Tensor,
+    sinks: Tensor | None,
+    **attrs: Any,
+) -> Tensor:
+    """`attn.heads`: [T, h, v]."""
+    operands = (q, kv, layer, seq, pos, pages) if sinks is None else (q, kv, layer, seq, pos, pages, sinks)
+    return apply("attn.heads", *operands, context="C", **attrs)
+
+
 def route(x: Tensor, gate: Tensor, bias: Tensor | None, **attrs: Any) -> tuple[Tensor, Tensor]:
     """`moe.route`: ids and weights `[T, k]`."""
     both = apply("moe.route", *((x, gate) if bias is None else (x, gate, bias)), **attrs)
     return both[0], both[1]
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, count: int) -> Tensor:
-    """`moe.dispatch`, `moe.experts` and `moe.combine`."""
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    count: int,
+    biases: tuple[Tensor, ...] = (),
+    weigh_input: bool = False,
+    **attrs: float,
+) -> Tensor:
+    """`moe.dispatch`, `moe.experts` and `moe.combine`; with `weigh_input` the weights go in before the experts."""
     sent = apply("moe.dispatch", x, ids, experts=count)
-    done = apply("moe.experts", sent[0], sent[1], gate_up, down)
-    return apply("moe.combine", done, sent[2], weights)
+    rows, order = sent[0], sent[2]
+    if weigh_input:
+        rows = apply("moe.weigh", rows, order, weights)
+    done = apply("moe.experts", rows, sent[1], gate_up, down, *biases, **attrs)
+    return apply("moe.combine", done, order) if weigh_input else apply("moe.combine", done, order, weights)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 from moec.errors import InputError, near
+from moec.model_defs.family import Family
 from moec.plugins import plugins
 
 PRESETS = Path(__file__).parent / "presets"
@@ -27,19 +28,11 @@ class UnknownArchitecture(InputError):
     template: ClassVar[str] = "{where}: model_type {found!r} is not supported{hint}"
 
 
-@dataclass(frozen=True)
-class Family:
-    """A model family.
-
-    `config(raw, name)` reads a `config.json`, `model(config)` is the definition on the meta device, `tensors` names the
-    checkpoint's tensors of each parameter.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    config: Callable[[Mapping[str, Any], str], Any]
-    model: Callable[[Any], Any]
-    tensors: Mapping[str, tuple[str, ...]]
+BUILT_IN = (
+    "ernie4_5_moe", "gpt_oss", "granitemoe", "hunyuan_v1_moe", "llama", "llama4", "minimax_m2", "mixtral", "noaux",
+    "olmoe", "phimoe", "qwen_moe",
+)  # fmt: skip
+"""Modules of `families`."""
 
 
 def families() -> list[Family]:
@@ -52,8 +45,10 @@ def families() -> list[Family]:
         return Model(c)
 
     types = ("deepseek_v3", "deepseek_v2", "kimi_k2")
-    built_in = [Family("deepseek_v3", types, config.from_hf, model, checkpoint.TENSORS)]
-    return built_in + [family for _, family in plugins("moec.models", [f.name for f in built_in])]
+    found = [Family("deepseek_v3", types, config.from_hf, checkpoint.TENSORS, model)]
+    for name in BUILT_IN:
+        found += import_module(f"moec.model_defs.families.{name}").FAMILIES
+    return found + [family for _, family in plugins("moec.models", [f.name for f in found])]
 
 
 def preset_names() -> list[str]:

@@ -24,7 +24,7 @@ class BindLimits(Pass):
         out = Outcome()
         for weight in module.weights.values():
             for op in weight.program.ops:
-                if op.name != "weight.rope_table":
+                if op.name not in ("weight.rope_table", "weight.temperature_table"):
                     continue
                 known = op.attrs["positions"]
                 assert isinstance(known, int)
@@ -36,6 +36,6 @@ class BindLimits(Pass):
                 out.matched += 1
                 out.notes.append(f"@{weight.name}: {known} -> {ctx.limits.context} positions")
         if not out.matched:
-            out.warnings.append("no rotary table to cut: no weight is made by weight.rope_table")
+            out.warnings.append("no rotary table to cut: no weight is a table by positions")
         retype(module)
         return out

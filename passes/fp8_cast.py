@@ -16,7 +16,9 @@ from moec.passes.recipe import Element, Recipe
 from moec.targets import Target
 
 PRODUCTS = ("linear", "linear.heads", "moe.experts")
-EXACT = ("norm.rms", "norm.add_rms", "bias", "moe.route")
+BIASES = (("linear", 2), ("moe.route", 2), ("moe.experts", 4), ("moe.experts", 5), ("norm.layer", 2), ("attn.heads", 6))
+"""Ops and operand positions of vectors that are added; sinks are added to the scores' sum."""
+EXACT = ("norm.rms", "norm.add_rms", "norm.layer", "bias", "moe.route")
 """Kinds of use whose weights are small and that CPU kernels read in FP32."""
 TABLES = ("repeat", "rope")
 """Ops whose weights are tables that no recipe touches."""
@@ -134,7 +136,7 @@ def weight_kinds(module: Module) -> Iterator[tuple[str, str]]:
 
 
 def _kind(function: Function, op: Op, position: int) -> str:
-    if (op.name, position) in (("linear", 2), ("moe.route", 2)):
+    if (op.name, position) in BIASES:
         return "bias"
     if op.name == "linear" and op.result in function.returns and str(function.attrs.get("phase")) == function.name:
         return "head"

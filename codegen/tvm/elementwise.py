@@ -55,12 +55,19 @@ class ScaleSpec:
 
 @dataclass(frozen=True)
 class SwigluSpec:
-    """Rows of 2 * `inner` elements (gate, then up) to rows of `inner`."""
+    """Rows of 2 * `inner` elements (gate, then up) to rows of `inner`.
+
+    With a `limit` (0: none) gate = min(gate, limit) and up lies within +-limit; `alpha` scales the gate within the
+    sigmoid, `shift` is added to up.
+    """
 
     inner: int
     max_tokens: int
     ldx: int
     ldy: int
+    limit: float = 0.0
+    alpha: float = 1.0
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,12 @@ def build_swiglu(spec: SwigluSpec, machine: Machine) -> Kernel:
 
             def swiglu(i: Any, width: int) -> None:
                 gate, up = load(x, x0 + i, width), load(x, x0 + spec.inner + i, width)
-                store(y, gate * sigmoid(gate, width) * up, y0 + i, width)
+                if spec.limit:
+                    top = fill(spec.limit, width)
+                    gate, up = T.Bind(T.min(gate, top)), T.Bind(T.max(T.min(up, top), fill(-spec.limit, width)))
+                inner = gate if spec.alpha == 1.0 else T.Bind(gate * fill(spec.alpha, width))
+                beside = up if spec.shift == 0.0 else up + fill(spec.shift, width)
+                store(y, gate * sigmoid(inner, width) * beside, y0 + i, width)
 
             foreach(spec.inner, machine.lanes, swiglu)
 

@@ -203,6 +203,11 @@ def number(op: Op, name: str) -> float:
     return float(value)
 
 
+def glu(op: Op) -> dict[str, float]:
+    """The attributes of a gated activation that the op has."""
+    return {key: number(op, key) for key in ("limit", "alpha", "shift") if key in op.attrs}
+
+
 def _embed(e: FunctionEmitter, op: Op) -> None:
     ids, table = op.operands
     y = e.place(op.result)
@@ -214,6 +219,9 @@ def _embed(e: FunctionEmitter, op: Op) -> None:
 def _norm(e: FunctionEmitter, op: Op) -> None:
     x, w = op.operands
     y = e.place(op.result)
+    if len(y.shape) == 3:
+        emit_heads.norm(e, op)
+        return
     spec = norm.RmsNormSpec(y.shape[1], number(op, "eps"), y.shape[0], e.place(x).ld, y.ld)
     e.run(norm.build_rms_norm, spec, e.at(x), *e.weight(w), e.at(op.result), e.count(op.result))
 
@@ -264,7 +272,7 @@ def _add(e: FunctionEmitter, op: Op) -> None:
 
 def _swiglu(e: FunctionEmitter, op: Op) -> None:
     y = e.place(op.result)
-    spec = elementwise.SwigluSpec(y.shape[1], y.shape[0], e.place(op.operands[0]).ld, y.ld)
+    spec = elementwise.SwigluSpec(y.shape[1], y.shape[0], e.place(op.operands[0]).ld, y.ld, **glu(op))
     e.run(elementwise.build_swiglu, spec, e.at(op.operands[0]), e.at(op.result), e.count(op.result))
 
 
@@ -291,7 +299,8 @@ def _rope(e: FunctionEmitter, op: Op) -> None:
     heads, step = (y.shape[1], y.strides[1]) if len(y.shape) == 3 else (1, 0)
     offset, dims = integer(op, "offset"), integer(op, "dims")
     spec = rope.RopeSpec(heads, dims, bool(op.attrs["interleaved"]), y.shape[0], y.ld, step)
-    e.run(rope.build_rope, spec, e.at(op.result, offset), e.at(table), e.at(pos), e.count(op.result))
+    angles = e.weight(table)[0] if isinstance(table, WeightRef) else e.at(table)
+    e.run(rope.build_rope, spec, e.at(op.result, offset), angles, e.at(pos), e.count(op.result))
 
 
 def _cache_append(e: FunctionEmitter, op: Op) -> None:
@@ -345,9 +354,13 @@ def _route(e: FunctionEmitter, op: Op) -> None:
     ids, weights = op.results
     experts, _ = matrix(gate.type)
     logits = e.temporary(0)
-    _linear_call(e, e.at(x), e.place(x).ld, gate, [], logits, experts, e.most(x), e.count(x))
     a = op.attrs
     bias = e.weight(op.operands[2]) if len(op.operands) == 3 else []
+    inside, bias = (bias, []) if a.get("bias_to") == "logits" else ([], bias)
+    _linear_call(e, e.at(x), e.place(x).ld, gate, inside, logits, experts, e.most(x), e.count(x))
+    if a["score"] == "sparsemixer":
+        emit_heads.sparsemixer(e, op, logits, experts)
+        return
     spec = router.RouterSpec(
         experts=experts, top_k=integer(op, "top_k"), score=str(a["score"]), has_bias=bool(bias),
         groups=integer(op, "groups"), top_groups=integer(op, "top_groups"),
@@ -382,31 +395,38 @@ def _dispatch(e: FunctionEmitter, op: Op) -> None:
 
 
 def _experts(e: FunctionEmitter, op: Op) -> None:
-    rows, offsets, up, down = op.operands
+    rows, offsets, up, down, *biases = op.operands
     assert isinstance(rows, Value)
     source = e.layout.places[rows]
-    index = T.address_of(e.p.workspace[e.base + source.keeps[-1].offset])
+    # Rows straight from the dispatch are gathered by the product; others lie there already.
+    gather = bool(source.keeps)
+    index = [T.address_of(e.p.workspace[e.base + source.keeps[-1].offset])] if gather else []
     experts = int(up.type.shape[0])  # type: ignore[union-attr, arg-type]
     (wide, k), (hidden, inter) = matrix(up.type), matrix(down.type)
     y = e.place(op.result)
     tokens = e.p.limits["T"]
-    first = grouped.GroupedSpec(experts, wide, k, format_of(up.type), source.ld, wide, y.shape[0], tokens, gather=True)
+    first = grouped.GroupedSpec(experts, wide, k, format_of(up.type), source.ld, wide, y.shape[0], tokens, gather)
     second = grouped.GroupedSpec(experts, hidden, inter, format_of(down.type), inter, y.ld, y.shape[0], tokens)
     scratch = e.scratch(max(grouped.scratch_size(s, e.p.machine) for s in (first, second)))
-    e.run(grouped.build_grouped, first, e.at(rows), index, e.at(offsets), *e.weight(up), e.temporary(0), scratch)
-    act = elementwise.SwigluSpec(inter, y.shape[0], wide, inter)
+    e.run(grouped.build_grouped, first, e.at(rows), *index, e.at(offsets), *e.weight(up), e.temporary(0), scratch)
+    if biases:
+        emit_heads.group_bias(e, e.temporary(0), offsets, biases[0], wide)
+    act = elementwise.SwigluSpec(inter, y.shape[0], wide, inter, **glu(op))
     e.run(elementwise.build_swiglu, act, e.temporary(0), e.temporary(1), e.count(op.result))
     if isinstance(rows.type, TensorType) and rows.type.quant:
         rounding = _quantise_spec(rows.type, inter, y.shape[0], inter, inter)
         e.run(quantise.build_quantise_rows, rounding, e.temporary(1), e.temporary(1), e.count(op.result))
     e.run(grouped.build_grouped, second, e.temporary(1), e.at(offsets), *e.weight(down), e.at(op.result), scratch)
+    if biases:
+        emit_heads.group_bias(e, e.at(op.result), offsets, biases[1], y.ld)
 
 
 def _combine(e: FunctionEmitter, op: Op) -> None:
-    rows, order, weights = op.operands
+    rows, order, *weights = op.operands
     y = e.place(op.result)
-    spec = moe.CombineSpec(y.shape[1], e.place(order).shape[1], e.place(rows).ld, y.ld)
-    e.run(moe.build_combine, spec, e.at(rows), e.at(order), e.at(weights), e.at(op.result), e.count(op.result))
+    spec = moe.CombineSpec(y.shape[1], e.place(order).shape[1], e.place(rows).ld, y.ld, weighted=bool(weights))
+    given = [e.at(w) for w in weights]
+    e.run(moe.build_combine, spec, e.at(rows), e.at(order), *given, e.at(op.result), e.count(op.result))
 
 
 def _repeat(e: FunctionEmitter, op: Op) -> None:
@@ -478,3 +498,7 @@ def extra_sizes(ops: Iterable[Op], symbols: Mapping[str, int]) -> dict[Op, list[
             n = rows.bound(symbols)[0]
             out[op] = [n * wide, n * inter]
     return out
+
+
+# Emitters of further ops register themselves on import.
+from moec.codegen.tvm import emit_heads  # noqa: E402

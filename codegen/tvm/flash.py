@@ -154,10 +154,12 @@ def scores(panel: Panel, keys: Rows, count: Any, dim: int) -> None:
         _score_block(panel, keys, first, starts, dim)
 
 
-def softmax(panel: Panel, count: Any, visible: Sequence[Any] | None) -> None:
+def softmax(panel: Panel, count: Any, visible: Sequence[Any] | None, hidden: Sequence[Any] | None = None) -> None:
     """Turn the scores (base 2) of `count` keys into weights and update the statistics.
 
     `visible`: per vector, the number of keys of this tile that each lane sees (int32); None when all see all.
+    `hidden`: of those, the number that lie before the lane's first. A lane that has seen no key yet gives all keys of
+    the tile the weight 1; its first key's score then wipes them out.
     """
     lanes, vectors = panel.lanes, range(panel.vectors)
     top = [Variable(lanes, MASKED) for _ in vectors]
@@ -167,6 +169,8 @@ def softmax(panel: Panel, count: Any, visible: Sequence[Any] | None) -> None:
             score = panel.vector(panel.s, k, v)
             if visible is not None:
                 seen = T.broadcast(k, lanes) < visible[v]
+                if hidden is not None:
+                    seen = T.And(seen, T.broadcast(k, lanes) >= hidden[v])
                 score = T.Bind(T.Select(seen, score, fill(MASKED, lanes)))
                 panel.put(score, panel.s, k, v)
             top[v].set(T.max(top[v].value, score))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from moec.ir import Function, Op, TensorType, Value
+from moec.ir import Function, IndexType, Op, TensorType, Value
 
 ALIGN = 16
 """Elements (4 bytes each) to which buffers are rounded: one cache line."""
@@ -78,6 +78,8 @@ def plan_function(
     for position, op in enumerate(function.ops):
         layout.extra[op] = [new_slot(s, position, position) for s in extra_sizes.get(op, [])]
         for i, value in enumerate(op.results):
+            if isinstance(value.type, IndexType):
+                continue
             assert isinstance(value.type, TensorType)
             shape = value.type.bound(symbols)
             place = _view(op, i, shape, layout, last_use, position)

@@ -10,7 +10,7 @@ expert stand in the order of their tokens.
 
 Combine (`CombineSpec`):
 
-    kernel(y, row_of, weights, [shared], [residual], out, tokens)
+    kernel(y, row_of, [weights], [shared], [residual], out, tokens)
 
 out[t, :hidden] = sum_j weights[t, j] * y[row_of[t, j]] (+ shared[t]) (+ residual[t]); y f32[rows, ldy], weights
 f32[tokens, top_k], shared f32[tokens, ld_shared], residual f32[tokens, ld_residual], out f32[tokens, ldo], which may
@@ -86,11 +86,13 @@ class CombineSpec:
     ldo: int
     ld_shared: int = 0
     ld_residual: int = 0
+    weighted: bool = True
 
     @property
     def name(self) -> str:
         """Readable and unique: equal specs share one kernel."""
         strides = f"ldy{self.ldy}_lds{self.ld_shared}_ldr{self.ld_residual}_ldo{self.ldo}"
+        strides += "" if self.weighted else "_plain"
         return f"combine_h{self.hidden}_k{self.top_k}_{strides}"
 
 
@@ -99,7 +101,7 @@ def build_combine(spec: CombineSpec, machine: Machine) -> Kernel:
     """The combination kernel."""
     added = [n for n, ld in (("shared", spec.ld_shared), ("residual", spec.ld_residual)) if ld]
     params: list[Param] = [("y", "float32", UNBOUNDED), ("row_of", "int32", UNBOUNDED)]
-    params += [(n, "float32", UNBOUNDED) for n in ("weights", *added, "out")]
+    params += [(n, "float32", UNBOUNDED) for n in (*(["weights"] if spec.weighted else []), *added, "out")]
     params += [("tokens", "int32")]
     worker = Kernel(f"{spec.name}_part", tvm.ir.GlobalVar(f"{spec.name}_part"))
     with kernel_body(worker, [*params, ("part", "int32"), ("parts", "int32")]) as args:
@@ -119,7 +121,7 @@ def _combine_block(spec: CombineSpec, named: dict[str, Any], token: Any, column:
     """out[token, column : column + COLUMNS], cut off at `hidden`."""
     token, column = T.Bind(token), T.Bind(column)
     choices = [token * spec.top_k + j for j in range(spec.top_k)]
-    weights = [T.Bind(named["weights"][c]) for c in choices]
+    weights = [T.Bind(named["weights"][c]) if spec.weighted else const(1.0, "float32") for c in choices]
     rows = [T.Bind(T.Cast("int64", named["row_of"][c]) * const(spec.ldy, "int64") + column) for c in choices]
     strides = {"shared": spec.ld_shared, "residual": spec.ld_residual, "out": spec.ldo}
     starts = {n: T.Bind(token * ld + column) for n, ld in strides.items() if ld}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
@@ -112,11 +113,12 @@ def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine, trace
 
 
 def _rank(module: Module) -> int:
+    """Width of what stands first in a cached position: the latent, or the keys of all heads."""
     for _, op in module.ops():
-        if op.name == "cache.append":
-            latent = op.operands[2].type
-            assert isinstance(latent, TensorType)
-            return int(latent.shape[1])  # type: ignore[arg-type]
+        if op.name in ("cache.append", "cache.append_heads"):
+            first = op.operands[2].type
+            assert isinstance(first, TensorType)
+            return prod(d for d in first.shape[1:] if isinstance(d, int))
     raise AssertionError("a model without a cache")
 
 

@@ -1,4 +1,4 @@
-"""Calling layer functions: once, or once per layer with the layer's index."""
+"""Calling layer functions once or per layer, and arithmetic on the index of a layer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from moec.ir.module import Module
-from moec.ir.optable import INT, STR, Attrs, OpDef, TypeRuleError, require
+from moec.ir.optable import INT, STR, Attrs, OpDef, TypeRuleError, index, require
 from moec.ir.types import IndexType, Type
+
+
+class IndexAffine(OpDef):
+    """The layer `scale · l + offset`: the number of one of several layers that make up one turn of a `repeat`."""
+
+    name = "index.affine"
+    operands = "l"
+    attrs = {"scale": INT, "offset": INT}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        index(t[0])
+        require(int(a["scale"]) >= 1 and int(a["offset"]) >= 0, "scale must be at least 1 and offset at least 0")
+        return [IndexType()]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [x[0] * a["scale"] + a["offset"]]
 
 
 class Repeat(OpDef):

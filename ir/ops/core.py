@@ -64,6 +64,27 @@ class NormRms(OpDef):
         return tensor(t[0], "x").elements() * 4
 
 
+class NormLayer(OpDef):
+    """Layer norm over the last dim (Ba et al. 2016): `y = (x - mean(x)) / sqrt(var(x) + eps) · w + b`."""
+
+    name = "norm.layer"
+    operands = "x w b"
+    attrs = {"eps": FLOAT}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x = tensor(t[0], "x", dtypes=FLOATS)
+        for i, what in ((1, "w"), (2, "b")):
+            same(x.shape[-1], tensor(t[i], what, 1).shape[0], f"width of x and {what}")
+        return [x]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        centred = x[0] - x[0].mean(-1, keepdim=True)
+        return [rms(centred, x[1], a["eps"]) + x[2]]
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        return tensor(t[0], "x").elements() * 7
+
+
 class AddNormRms(OpDef):
     """Residual sum and its norm in one pass: `s = x + residual`, `y = rms(s) · w`."""
 
@@ -102,6 +123,8 @@ def product_dtype(x: TensorType, w: TensorType, a: Attrs) -> str:
 
 
 OUT = Attr("str", optional=True, choices=FLOATS)
+GLU = {key: Attr("float", optional=True) for key in ("limit", "alpha", "shift")}
+"""Attributes of gated activations; see `swiglu`."""
 
 
 class Linear(OpDef):
@@ -167,28 +190,96 @@ class Add(OpDef):
 
 
 class SwiGlu(OpDef):
-    """Gated activation (Shazeer 2020): `y = silu(x[:, :n]) · x[:, n:]` for `x[T, 2n]`."""
+    """Gated activation (Shazeer 2020): `y = silu(x[:, :n]) · x[:, n:]` for `x[T, 2n]`.
+
+    Variants of gpt-oss (2508.10925): with `limit` the gate is cut above it and the other half to ±limit; `alpha` scales
+    the gate within the sigmoid; `shift` is added to the other half.
+    """
 
     name = "swiglu"
     operands = "x"
+    attrs = GLU
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
         x = tensor(t[0], "x", 2, FLOATS)
         width = x.shape[1]
         require(isinstance(width, int) and width % 2 == 0, f"width of x must be even, got {width}")
+        check_glu(a)
         return [TensorType(x.dtype, (x.shape[0], width // 2))]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        return [swiglu(x[0], ctx.torch)]
+        return [swiglu(x[0], ctx.torch, a)]
 
     def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
         return tensor(r[0], "y").elements() * 5
 
 
-def swiglu(x: Any, torch: Any) -> Any:
-    """SwiGLU of a torch tensor whose last dim holds gate and up."""
+def check_glu(a: Attrs) -> None:
+    """Raise TypeRuleError for a limit that cuts everything."""
+    require(float(a.get("limit", 1.0)) > 0, f"limit must be above 0, got {a.get('limit')}")
+
+
+def swiglu(x: Any, torch: Any, a: Attrs | None = None) -> Any:
+    """SwiGLU of a torch tensor whose last dim holds gate and up; `a`: attributes as of `swiglu`."""
+    a = a or {}
     gate, up = x.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * up
+    if "limit" in a:
+        gate, up = gate.clamp(max=a["limit"]), up.clamp(-a["limit"], a["limit"])
+    return gate * (gate * a.get("alpha", 1.0)).sigmoid() * (up + a.get("shift", 0.0))
+
+
+class Scale(OpDef):
+    """Every element times a constant."""
+
+    name = "scale"
+    operands = "x"
+    attrs = {"factor": FLOAT}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        return [tensor(t[0], "x", 2, FLOATS)]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [x[0] * a["factor"]]
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        return tensor(t[0], "x").elements()
+
+
+class Clamp(OpDef):
+    """Every element cut to ±limit."""
+
+    name = "clamp"
+    operands = "x"
+    attrs = {"limit": FLOAT}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        require(float(a["limit"]) > 0, f"limit must be above 0, got {a['limit']}")
+        return [tensor(t[0], "x", 2, FLOATS)]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [x[0].clamp(-a["limit"], a["limit"])]
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        return tensor(t[0], "x").elements() * 2
+
+
+class GateRows(OpDef):
+    """Rows times the sigmoid of a number of their own: `y[t] = sigmoid(g[t, 0]) · x[t]`."""
+
+    name = "gate.rows"
+    operands = "x g"
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x, g = tensor(t[0], "x", 2, FLOATS), tensor(t[1], "g", 2, FLOATS)
+        same(x.shape[0], g.shape[0], "rows of x and g")
+        same(g.shape[1], 1, "width of g and one")
+        return [x]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return [x[0] * x[1].sigmoid()]
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        return tensor(t[0], "x").elements()
 
 
 class Split(OpDef):

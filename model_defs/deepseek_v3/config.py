@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
-from moec.errors import InputError, near
-from moec.model_defs.deepseek_v3.rope import Rope, rope_of
-
-
-class ConfigError(InputError):
-    """A configuration that this family cannot express."""
-
-    template: ClassVar[str] = "config of {model}: {message}"
+from moec.errors import near
+from moec.model_defs.fields import ConfigError, is_integer, is_positive, shown
+from moec.model_defs.rope import Rope, rope_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,11 @@ class Config:
     def qk_head_dim(self) -> int:
         """Width of a query head: the part without positions and the rotary part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache(self) -> tuple[str, int]:
+        """Kind and width of the cache."""
+        return "kv.latent", self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def softmax_scale(self) -> float:
@@ -116,7 +115,7 @@ def from_hf(raw: Mapping[str, Any], name: str) -> Config:
             raise fail(f"field {key!r} is not known to this family{near(key, sorted(wanted))}")
     for key, only in ONLY.items():
         if raw.get(key) is not None and raw[key] != only:
-            raise fail(f"{key} = {_shown(raw[key])} is not supported, only {only!r}")
+            raise fail(f"{key} = {shown(raw[key])} is not supported, only {only!r}")
     values: dict[str, Any] = {"attention_bias": False, "tie_word_embeddings": False, "routed_scaling_factor": 1.0}
     values |= {"q_lora_rank": None, "num_nextn_predict_layers": raw.get("num_mtp_layers") or 0, "n_shared_experts": 0}
     values |= {"rms_norm_eps": 1e-6, "first_k_dense_replace": 0, **DEFAULTS[family]}
@@ -140,9 +139,9 @@ def _gate(family: str, method: Any, raw: Mapping[str, Any], fail: Fail) -> dict[
     score = _given(raw, "scoring_func", "sigmoid" if family == "deepseek_v3" else "softmax")
     known = {"noaux_tc": "top2", "greedy": "max", "group_limited_greedy": "max"}
     if not isinstance(method, str) or method not in known:
-        raise fail(f"topk_method {_shown(method)} is not supported{near(str(method), list(known))}")
+        raise fail(f"topk_method {shown(method)} is not supported{near(str(method), list(known))}")
     if score not in ("sigmoid", "softmax"):
-        raise fail(f"scoring_func {_shown(score)} is not supported, only sigmoid and softmax")
+        raise fail(f"scoring_func {shown(score)} is not supported, only sigmoid and softmax")
     return {"score": score, "group_score": known[method]}
 
 
@@ -154,7 +153,7 @@ def _given(raw: Mapping[str, Any], key: str, default: str) -> Any:
 def _eos(given: Any, fail: Fail) -> tuple[int, ...]:
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(is_integer(i) and i >= 0 for i in ids):
-        raise fail(f"eos_token_id must be a token id or a list of them, got {_shown(given)}")
+        raise fail(f"eos_token_id must be a token id or a list of them, got {shown(given)}")
     return tuple(ids)
 
 
@@ -167,13 +166,13 @@ def _check_types(values: Mapping[str, Any], fail: Fail) -> None:
             least, most = 0 if f.name in MAY_BE_ZERO else 1, LONG.get(f.name, LARGEST)
             if not is_integer(value) or value < least:
                 sign = "an integer, 0 or more" if least == 0 else "a positive integer"
-                raise fail(f"{f.name} must be {sign}, got {_shown(value)}")
+                raise fail(f"{f.name} must be {sign}, got {shown(value)}")
             if value > most:
-                raise fail(f"{f.name} must be at most {most}, got {_shown(value)}")
+                raise fail(f"{f.name} must be at most {most}, got {shown(value)}")
         elif f.type == "bool" and not isinstance(value, bool):
-            raise fail(f"{f.name} must be true or false, got {_shown(value)}")
+            raise fail(f"{f.name} must be true or false, got {shown(value)}")
         elif f.type == "float" and not is_positive(value):
-            raise fail(f"{f.name} must be a positive number, got {_shown(value)}")
+            raise fail(f"{f.name} must be a positive number, got {shown(value)}")
 
 
 def _check(c: Config, fail: Fail) -> None:
@@ -186,19 +185,3 @@ def _check(c: Config, fail: Fail) -> None:
     reach = c.topk_group * (c.n_routed_experts // c.n_group)
     if c.num_experts_per_tok > reach:
         raise fail(f"num_experts_per_tok {c.num_experts_per_tok} exceeds the {reach} experts of the chosen groups")
-
-
-def is_integer(value: Any) -> bool:
-    """An integer of JSON: true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_positive(value: Any) -> bool:
-    """A finite number above 0 that a float can hold."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 < value < sys.float_info.max
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -65,6 +65,8 @@ def compile_model(
     )  # fmt: skip
     waiting = [f"{record.name}: {line}" for record in plan.records for line in record.notes]
     waiting += [f"warning: {line}" for line in plan.warnings]
+    if ignored := getattr(plan.source.config, "ignored", ()):
+        waiting.insert(0, f"config: no effect on inference: {', '.join(ignored)}")
     if dump_ir is not None:
         waiting.append(f"dumps: {dump_ir}/report.html and index.md")
 

@@ -1,0 +1,1 @@
+"""One file a family: how its configuration is read, and its names."""
