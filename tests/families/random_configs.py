@@ -92,7 +92,7 @@ def mixtral(r: random.Random) -> dict[str, Any]:
 
 def qwen2_moe(r: random.Random) -> dict[str, Any]:
     c = base(r) | whole_heads(r) | experts(r, "num_experts")
-    sparse = r.choice([{"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}, {"mlp_only_layers": []}])
+    sparse: dict[str, Any] = r.choice([{"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}, {"mlp_only_layers": []}])
     return c | sparse | {
         "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28, "qkv_bias": r.random() < 0.7,
         "norm_topk_prob": r.random() < 0.5,
