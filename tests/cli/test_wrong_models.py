@@ -55,7 +55,7 @@ def test_config_is_no_configuration(refused: Refused, copy: Path, tmp_path: Path
     ("changes", "names"),
     [
         ({"model_type": "deepseek_v9"}, ["'deepseek_v9' is not supported", "deepseek_v3"]),
-        ({"model_type": "mamba"}, ["'mamba' is not supported", "known: "]),
+        ({"model_type": "xyz"}, ["'xyz' is not supported", "known: "]),
         ({"model_type": ["deepseek_v3"]}, ["is not supported"]),
         ({"sliding_window": 128}, ["'sliding_window' is not known"]),
         ({"n_routed_expert": 8}, ["did you mean n_routed_experts"]),
