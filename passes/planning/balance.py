@@ -20,8 +20,10 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
-from moec.passes.planning.layout import Layout
+if TYPE_CHECKING:
+    from moec.passes.planning.layout import Layout
 
 ZIPF = 0.6
 """Exponent of the experts' loads by rank; over 256 experts the first takes 11.9 times the mean."""

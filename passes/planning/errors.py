@@ -37,6 +37,15 @@ class WrongPlan(InputError):
     template: ClassVar[str] = "plan: {message}"
 
 
+class NothingFits(InputError):
+    """A search that finds no layout within its limits."""
+
+    template: ClassVar[str] = (
+        "--search: none of {tried} layouts of {model_ranks} devices of {target} holds the model{limit}; "
+        "allow more time, more devices (--ranks) or a smaller context"
+    )
+
+
 class WrongWhatIf(InputError):
     """A `--what-if` that names no number of the target, or no value."""
 

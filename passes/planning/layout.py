@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moec.ir import Module, TensorType
+from moec.passes.planning.balance import placement_limit
 from moec.passes.planning.errors import CutBlock, WrongLayout, WrongRedundancy
 from moec.passes.planning.precision import BLOCK, Recipe
 from moec.passes.planning.sharding import sharded_weights
 from moec.targets import Target
 
 _MOST = 1 << 20
+# A placement may leave the busiest device this far above the mean before another slot a device is taken for replicas.
+_UNEVEN = 1.25
 
 
 @dataclass(frozen=True)
 class Layout:
     """`dp` attention replicas of `tp` devices each; routed experts, `slots` with copies, over groups of `ep` devices.
 
+    All of it `pp` times, one for each pipeline stage.
     Shared experts and what is neither attention nor a dense feed-forward are replicated; each device of a replica then
     takes its part of the tokens.
     """
@@ -54,8 +58,8 @@ class LayoutRequest:
 def resolve(module: Module, target: Target, recipe: Recipe, asked: LayoutRequest) -> tuple[Layout, Target]:
     """The layout, and the target at its size.
 
-    Ranks default to the target's, or to as many as the degrees need; `ep` to all ranks; redundant experts to the fewest
-    that divide. Raises WrongLayout, WrongRedundancy, CutBlock, WrongRanks or NoLink.
+    Ranks default to the target's, or to as many as the degrees need; `ep` to all ranks of a stage; redundant experts to
+    the fewest that divide, or one more a device where those cannot even out the loads. Raises WrongLayout, WrongRedundancy, CutBlock, WrongRanks or NoLink.
     """
     for name in ("ranks", "tp", "dp", "ep", "pp"):
         value = getattr(asked, name)
@@ -63,28 +67,39 @@ def resolve(module: Module, target: Target, recipe: Recipe, asked: LayoutRequest
             raise WrongLayout(message=f"{name} must lie in 1..{_MOST}, got {value}")
     if asked.redundant is not None and not 0 <= asked.redundant <= _MOST:
         raise WrongLayout(message=f"redundant experts must lie in 0..{_MOST}, got {asked.redundant}")
-    tp, experts = asked.tp, expert_count(module)
-    most = max(target.cluster.ranks, asked.pp * max(tp, asked.ep or 1))
-    ranks = asked.ranks or (asked.pp * tp * asked.dp if asked.dp else most)
-    if ranks % asked.pp:
-        raise WrongLayout(message=f"{ranks} ranks do not divide by PP {asked.pp}; try PP {_divisor(ranks, asked.pp)}")
+    tp, pp, experts = asked.tp, asked.pp, expert_count(module)
+    ranks = asked.ranks or (
+        tp * pp * asked.dp if asked.dp else max(target.cluster.ranks, tp * pp, (asked.ep or 1) * pp)
+    )
+    if pp > (layers := layer_count(module)):
+        raise WrongLayout(message=f"PP {pp}, but the model has {layers} layers")
+    if ranks % pp:
+        raise WrongLayout(message=f"{ranks} ranks do not divide by PP {pp}; try PP {_divisor(ranks, pp)}")
+    stage = ranks // pp
+    of = f"{stage} ranks of a stage" if pp > 1 else f"{ranks} ranks"
+    if stage % tp:
+        raise WrongLayout(message=f"{of} do not divide by TP {tp}; try TP {_divisor(stage, tp)}")
+    dp = stage // tp
     sized = _sized(target, ranks)
-    ranks //= asked.pp
-    if ranks % tp:
-        raise WrongLayout(message=f"{ranks} ranks do not divide by TP {tp}; try TP {_divisor(ranks, tp)}")
-    dp = ranks // tp
     if asked.dp not in (None, dp):
-        raise WrongLayout(message=f"TP {tp} x DP {asked.dp} makes {tp * (asked.dp or 0)} ranks, not {ranks}")
-    ep = asked.ep or (ranks if experts else 1)
-    if ranks % ep:
-        raise WrongLayout(message=f"{ranks} ranks do not divide by EP {ep}; try EP {_divisor(ranks, ep)}")
+        degrees = f"TP {tp} x DP {asked.dp}" + (f" x PP {pp}" if pp > 1 else "")
+        raise WrongLayout(message=f"{degrees} makes {tp * pp * (asked.dp or 0)} ranks, not {ranks}")
+    ep = asked.ep or (stage if experts else 1)
+    if stage % ep:
+        raise WrongLayout(message=f"{of} do not divide by EP {ep}; try EP {_divisor(stage, ep)}")
     if ep > 1 and not experts:
         raise WrongLayout(message=f"EP {ep}, but the model has no routed experts")
-    slots = _slots(experts, ep, asked.redundant)
+    slots = _slots(experts, ep, asked.redundant, target.kind)
     _check_tp(module, tp, recipe)
     if tp > sized.node.devices:
         raise WrongLayout(message=f"TP {tp} exceeds the {sized.node.devices} devices of a {target.name} node")
-    return Layout(tp, dp, ep, experts, slots, asked.pp), sized
+    return Layout(tp, dp, ep, experts, slots, pp), sized
+
+
+def layer_count(module: Module) -> int:
+    """Layers that the phases repeat."""
+    repeats = (op for op in module.functions["decode"].ops if op.name == "repeat")
+    return sum(int(op.attrs["last"]) - int(op.attrs["first"]) + 1 for op in repeats)  # type: ignore[arg-type]
 
 
 def _sized(target: Target, ranks: int) -> Target:
@@ -100,14 +115,20 @@ def expert_count(module: Module) -> int:
     return next((int(op.attrs["experts"]) for _, op in module.ops() if op.name == "moe.dispatch"), 0)  # type: ignore[arg-type]
 
 
-def _slots(experts: int, ep: int, redundant: int | None) -> int:
+def default_slots(experts: int, ep: int) -> int:
+    """The fewest slots that divide over `ep` devices, or one more a device where those cannot even out the loads."""
+    fewest = experts + -experts % ep
+    return fewest + ep if placement_limit(experts, fewest, ep) > _UNEVEN else fewest
+
+
+def _slots(experts: int, ep: int, redundant: int | None, kind: str) -> int:
     if not experts:
         if redundant:
             raise WrongLayout(message=f"--redundant {redundant}, but the model has no routed experts")
         return 0
-    fewest = -experts % ep
     if redundant is None:
-        return experts + fewest
+        # Ranks on a CPU are processes that share its cores: replicas would even out nothing.
+        return experts + -experts % ep if kind == "cpu" else default_slots(experts, ep)
     if (experts + redundant) % ep:
         proposal = redundant + -(experts + redundant) % ep
         slots = experts + proposal

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moec.ir import CacheType, Function, Module, TensorType, Value, WeightRef
@@ -38,28 +38,48 @@ class Memory:
         return max(0.0, self.total - self.capacity)
 
 
-def weight_bytes(module: Module, layout: Layout, recipe: Recipe) -> float:
-    """Bytes of the weights of one device; a head that shares the embedding's tensor counts once, in its wider form."""
+def weight_bytes(module: Module, layout: Layout, recipe: Recipe, split: Sequence[int] = ()) -> float:
+    """Bytes of the weights of one device; with `split`, the layers of each pipeline stage, of the fullest stage.
+
+    A head that shares the embedding's tensor counts once where both are on one device, in its wider form.
+    """
+    return max(stage_bytes(module, layout, recipe, split))
+
+
+def stage_bytes(module: Module, layout: Layout, recipe: Recipe, split: Sequence[int] = ()) -> list[float]:
+    """Bytes of the weights of a device of each stage: the embedding in the first, head and norm in the last."""
     roles, cut = weight_roles(module), {c.name for c in sharded_weights(module)}
     heads = set(_head_weights(module))
-    stored: dict[object, float] = {}
+    outside: dict[object, tuple[str, float]] = {}
+    layers: dict[int, float] = {}
+    tables = 0.0
     for weight in module.weights.values():
         if any(op.name == "weight.rope_table" for op in weight.program.ops):
-            stored[weight.name] = float(_elements(weight.type) * BITS[_dtype(weight.type)] / 8)
+            tables += float(_elements(weight.type) * BITS[_dtype(weight.type)] / 8)
             continue
         assert isinstance(weight.type, TensorType)
         role = "head" if weight.name in heads else roles.get(weight.name, "matrix")
         rows, columns = ([1, *weight.type.shape])[-2:]
         size = recipe.weight_bytes(int(rows), int(columns), role)  # type: ignore[arg-type]
-        points = float(weight.points())
-        experts = next((stop - start for name, start, stop in weight.indices if name == "e"), 0)
-        if experts:
-            points *= layout.slots_per_device / experts
-        share = layout.tp if weight.name in cut else 1
+        ranges = {name: (start, stop) for name, start, stop in weight.indices}
+        if "e" in ranges:
+            size *= layout.slots_per_device
+        size /= layout.tp if weight.name in cut else 1
+        if "l" in ranges:
+            for layer in range(*ranges["l"]):
+                layers[layer] = layers.get(layer, 0.0) + size
+            continue
         tensors = tuple(str(op.attrs["tensor"]) for op in weight.program.ops if op.name == "weight.load")
-        key = (tensors, weight.indices)
-        stored[key] = max(stored.get(key, 0.0), size * points / share)
-    return sum(stored.values())
+        key = tensors if len(split) < 2 else weight.name
+        if size > outside.get(key, ("", 0.0))[1]:
+            outside[key] = ("first" if role == "embedding" else "last", size)
+    found, start = [], 0
+    for count in split or [len(layers)]:
+        found.append(tables + sum(layers[layer] for layer in range(start, start + count)))
+        start += count
+    found[0] += sum(size for place, size in outside.values() if place == "first")
+    found[-1] += sum(size for place, size in outside.values() if place == "last")
+    return found
 
 
 def _head_weights(module: Module) -> Iterator[str]:

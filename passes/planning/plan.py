@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from moec.errors import MoecError
 from moec.ir import Module, TensorType
 from moec.passes.planning import memory as sizes
+from moec.passes.planning.balance import placement_limit
 from moec.passes.planning.errors import WrongPlan
 from moec.passes.planning.forms import Choice, Variants, choose, variants
 from moec.passes.planning.layout import Layout, LayoutRequest, expert_count, resolve
 from moec.passes.planning.memory import Memory
+from moec.passes.planning.pipelining import layer_times, pipelined_us, send_us, split_layers
 from moec.passes.planning.precision import Recipe, candidates, substitution
 from moec.passes.planning.rows import Step
-from moec.passes.planning.timing import OpCost, Setting, StepCost, paired_us, routed_to, step_cost
+from moec.passes.planning.timing import OpCost, Setting, StepCost, paired_segments, routed_to, step_cost
 from moec.passes.planning.whatif import TRIED, doubled
 from moec.targets import NoLink, Target
 
@@ -214,15 +216,24 @@ def _phase(module: Module, built: Variants, phase: str, options: Options, limit:
     form = built[choice.form]
     if phase == "prefill":
         choice = replace(choice, cost=_whole(form, step, options, setting))
-    paired = _paired(form, step, options, setting)
-    serial = choice.cost.serial_us
-    taken = serial if paired is None else {"auto": min(serial, paired), "on": paired, "off": serial}[options.overlap]
+    timed = time_step(form, step, choice.cost, options.overlap, setting)
     tokens = step.tokens if phase == "decode" or step.sequences > 1 else options.prompt
     peak = setting.target.device.matrix_rate("fp8" if setting.recipe.blocks else "bf16")
-    memory = _memory(module, form, step, setting)
+    memory = step_memory(module, form, step, timed.split, setting)
     balance = setting.balance_of(step, routed_to(module))
+    target = setting.target
     return PhasePlan(
-        phase, choice, tokens, serial, paired, taken, memory, setting.layout, setting.target, peak, balance
+        phase,
+        choice,
+        tokens,
+        timed.serial_us,
+        timed.paired_us,
+        timed.step_us,
+        memory,
+        setting.layout,
+        target,
+        peak,
+        balance,
     )
 
 
@@ -236,27 +247,56 @@ def _whole(form: Module, step: Step, options: Options, setting: Setting) -> Step
     return total
 
 
-def _paired(form: Module, step: Step, options: Options, setting: Setting) -> float | None:
-    """Two halves of the step, overlapping; None without exchanges or with one sequence."""
-    if (setting.layout.ep == 1 and setting.layout.tp == 1) or step.sequences < 2:
-        return None
-    half = replace(step, sequences=-(-step.sequences // 2))
-    return paired_us(form, half, setting)
+@dataclass(frozen=True)
+class Timed:
+    """A step in microseconds: one op after the other, as two micro-batches, as taken; layers of each stage."""
+
+    serial_us: float
+    paired_us: float | None
+    step_us: float
+    split: list[int]
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether the micro-batches overlap."""
+        return self.paired_us is not None and self.step_us == self.paired_us
 
 
-def _memory(module: Module, form: Module, step: Step, setting: Setting) -> Memory:
+def time_step(form: Module, step: Step, cost: StepCost, overlap: str, setting: Setting) -> Timed:
+    """The times of a step whose ops cost `cost`; `overlap` is auto, on or off.
+
+    Two halves overlap where there are exchanges to hide and two sequences to part.
+    """
+    layout, target = setting.layout, setting.target
+    paired = None
+    if (layout.ep > 1 or layout.tp > 1) and step.sequences > 1 and overlap != "off":
+        half = replace(step, sequences=-(-step.sequences // 2))
+        paired = paired_segments(form, half, setting)
+    size = step.tokens / layout.tp * hidden_size(form) * 2
+    send = send_us(target, size, layout.ranks // layout.pp) if layout.pp > 1 else 0.0
+    times = [layer_times(form, step.phase, segments) for segments in (cost.segment_us, paired) if segments is not None]
+    found = [pipelined_us(each, layout.pp, send) for each in times]
+    taken = {"auto": min(found), "on": found[-1], "off": found[0]}[overlap]
+    split = split_layers(times[found.index(taken)], layout.pp)
+    return Timed(found[0], found[1] if len(found) > 1 else None, taken, split)
+
+
+def step_memory(module: Module, form: Module, step: Step, split: Sequence[int], setting: Setting) -> Memory:
+    """Bytes of a device of the fullest stage; as many micro-batches are under way as there are stages."""
     layout, target = setting.layout, setting.target
     nodes = -(-layout.ep // target.node.devices)
+    share = max(split) / sum(split) * layout.pp
     return Memory(
-        sizes.weight_bytes(module, layout, setting.recipe),
-        sizes.cache_bytes(module, step.sequences, step.context),
+        sizes.weight_bytes(module, layout, setting.recipe, split),
+        sizes.cache_bytes(module, step.sequences, step.context) * share,
         sizes.activation_bytes(form, step),
-        sizes.buffer_bytes(layout, step, _hidden(module), nodes),
+        sizes.buffer_bytes(layout, step, hidden_size(module), nodes),
         target.device.memory_bytes,
     )
 
 
-def _hidden(module: Module) -> int:
+def hidden_size(module: Module) -> int:
+    """Width of the residual stream."""
     embed = next(op for op in module.functions["decode"].ops if op.name == "embed")
     t = embed.result.type
     assert isinstance(t, TensorType)
@@ -267,7 +307,11 @@ def _slots_note(layout: Layout, options: Options) -> str:
     if options.layout.redundant is not None or layout.slots == layout.experts:
         return ""
     extra = layout.slots - layout.experts
-    return f"{extra} redundant experts, the fewest that give each of {layout.ep} devices as many slots"
+    fewest = -layout.experts % layout.ep
+    if extra == fewest:
+        return f"{extra} redundant experts, the fewest that give each of {layout.ep} devices as many slots"
+    limit = placement_limit(layout.experts, layout.experts + fewest, layout.ep)
+    return f"{extra} redundant experts: with {fewest} the busiest device would receive {limit:.2f} times the mean"
 
 
 def _gain(
@@ -281,11 +325,8 @@ def _gain(
     for phase, plan in phases.items():
         step = _step(phase, options)
         form = built[plan.choice.form]
-        time = _whole(form, step, options, other).serial_us
-        if plan.overlapped or options.overlap == "auto":
-            paired = _paired(form, step, options, other)
-            time = time if paired is None else min(time, paired) if options.overlap == "auto" else paired
-        gains[phase] = plan.step_us / time - 1
+        timed = time_step(form, step, _whole(form, step, options, other), options.overlap, other)
+        gains[phase] = plan.step_us / timed.step_us - 1
     return gains
 
 

@@ -19,6 +19,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "tp": plan.layout.tp,
             "dp": plan.layout.dp,
             "ep": plan.layout.ep,
+            "pp": plan.layout.pp,
             "redundant_experts": plan.layout.slots - plan.layout.experts,
             "experts_per_device": plan.layout.slots_per_device,
         },

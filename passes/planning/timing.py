@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from moec.ir import Function, Module, Op, WeightRef
 from moec.passes.planning.balance import expected_balance
 from moec.passes.planning.layout import Layout
 from moec.passes.planning.precision import Recipe
-from moec.passes.planning.rows import COMMUNICATION, Rows, Step
+from moec.passes.planning.rows import COMMUNICATION, Row, Rows, Step
 from moec.passes.planning.sharding import roles
 from moec.targets import Target
 from moec.targets.cost import Cost, op_time
@@ -87,12 +87,17 @@ class StepCost:
         """Time in which the matrix units are busy."""
         return sum(min(o.cost.parts.get("compute", 0.0), o.cost.time_us) for o in self.ops if not o.communication)
 
-    def paired_us(self, bandwidth: float) -> float:
+    @property
+    def segment_us(self) -> dict[str, float]:
+        """One op after the other, by segment."""
+        return {name: sum(op.cost.time_us for op in ops) for name, ops in self.segments.items()}
+
+    def paired_us(self, bandwidth: float) -> dict[str, float]:
         """Two micro-batches of this step that take turns: one computes while the exchange of the other is under way.
 
-        See `paired`. Segments follow each other. bandwidth: of the device memory, bytes/s.
+        By segment, which follow each other; see `paired`. bandwidth: of the device memory, bytes/s.
         """
-        return sum(paired(stages(ops, bandwidth)) for ops in self.segments.values())
+        return {name: paired(stages(ops, bandwidth)) for name, ops in self.segments.items()}
 
     def __add__(self, other: StepCost) -> StepCost:
         """One step after the other, line by line; both are of the same functions."""
@@ -174,35 +179,59 @@ def _joined(a: OpCost, b: OpCost) -> OpCost:
     return OpCost(a.op, a.name, a.calls + b.calls, a.cost + b.cost, a.useful_flops + b.useful_flops)
 
 
+@dataclass(frozen=True)
+class Line:
+    """A row of the cost model with where it is from; `share` of its operations are those of the mean device."""
+
+    segment: str
+    label: str
+    calls: int
+    row: Row
+    share: float
+
+
 def step_cost(module: Module, step: Step, setting: Setting) -> StepCost:
     """The ops of a step one after the other, at the clock that its own load on the matrix units leaves."""
-    alone = walk(module, step, setting)
-    return walk(module, step, under_load(setting, alone.matrix_us / alone.serial_us))
+    found = lines(module, step, setting)
+    alone = priced(found, setting.target)
+    return priced(found, under_load(setting.target, alone.matrix_us / alone.serial_us))
 
 
-def paired_us(module: Module, step: Step, setting: Setting) -> float:
-    """Microseconds of two such steps as micro-batches that hide each other's exchanges (see `paired`).
+def paired_segments(module: Module, step: Step, setting: Setting) -> dict[str, float]:
+    """Microseconds, by segment, of two such steps as micro-batches that hide each other's exchanges (see `paired`).
 
     Kernels of exchanges that keep cores to themselves take them from all computation, as the libraries' kernels are
     launched on the rest (DeepGEMM's `set_num_sms`, DeepEP's `num_sms`).
     """
     bandwidth = setting.target.device.memory_bandwidth
-    alone = walk(module, step, setting)
-    setting = replace(setting, target=setting.target.without_cores(alone.reserved_cores))
-    load = 2 * alone.matrix_us / alone.paired_us(bandwidth)
-    return walk(module, step, under_load(setting, load)).paired_us(bandwidth)
+    found = lines(module, step, setting)
+    alone = priced(found, setting.target)
+    target = setting.target.without_cores(alone.reserved_cores)
+    load = 2 * alone.matrix_us / sum(alone.paired_us(bandwidth).values())
+    return priced(found, under_load(target, load)).paired_us(bandwidth)
 
 
-def under_load(setting: Setting, load: float) -> Setting:
-    """The setting with the target's matrix units busy for that share of the time."""
-    return replace(setting, target=replace(setting.target, load=min(load, 1.0)))
+def under_load(target: Target, load: float) -> Target:
+    """The target with its matrix units busy for that share of the time."""
+    return replace(target, load=min(load, 1.0))
 
 
-def walk(module: Module, step: Step, setting: Setting) -> StepCost:
+def lines(module: Module, step: Step, setting: Setting) -> list[Line]:
     """Walk the phase's entry function and the layer functions that it repeats."""
+    return [
+        line
+        for function, calls in functions_of(module, step.phase)
+        for line in _function(module, function, calls, step, setting)
+    ]
+
+
+def priced(found: Sequence[Line], target: Target) -> StepCost:
+    """The lines with their costs on a target, by segment."""
     segments: dict[str, list[OpCost]] = {}
-    for function, calls in functions_of(module, step.phase):
-        segments.setdefault(function.name, []).extend(_function(module, function, calls, step, setting))
+    for line in found:
+        cost = op_time(line.row, target) * line.calls
+        op = OpCost(line.row["op"], line.label, line.calls, cost, cost.flops * line.share)
+        segments.setdefault(line.segment, []).append(op)
     return StepCost(segments)
 
 
@@ -217,21 +246,18 @@ def functions_of(module: Module, phase: str) -> Iterator[tuple[Function, int]]:
             yield module.functions[str(op.attrs["func"])], last - first + 1
 
 
-def _function(module: Module, function: Function, calls: int, step: Step, setting: Setting) -> list[OpCost]:
+def _function(module: Module, function: Function, calls: int, step: Step, setting: Setting) -> Iterator[Line]:
     route = next((op for op in function.ops if op.name == "moe.route"), None)
     top_k = int(route.attrs["top_k"]) if route else 1  # type: ignore[arg-type]
     balance = setting.balance_of(step, top_k)
     rows = Rows(step, setting.layout, setting.recipe, setting.target, balance, top_k, _top_groups(route))
-    out = []
     kinds = roles(function)
     for op in function.ops:
         if op.name == "repeat":
             continue
         for row in rows.of(op, kinds[id(op)]):
-            cost = op_time(row, setting.target) * calls
-            mean = balance if row["op"] == "moe_experts" else 1.0
-            out.append(OpCost(row["op"], _label(function, op), calls, cost, cost.flops * mean))
-    return out
+            share = balance if row["op"] == "moe_experts" else 1.0
+            yield Line(function.name, _label(function, op), calls, row, share)
 
 
 def routed_to(module: Module) -> int:

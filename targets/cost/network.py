@@ -84,6 +84,17 @@ def normal(target: Target, tokens: int, hidden: int, top_k: int, ep: int, dtype:
     return Cost(time * 1e6, 0.0, 2.0 * (inside + across), inside + across, parts, int(numbers["sms"]))
 
 
+def send(target: Target, size: int, across: bool) -> Cost:
+    """One device to another: over its share of the adapters when `across` nodes, else over the scale-up link."""
+    numbers = fitted(target, "collective")
+    link = target.scale_out() if across else target.scale_up()
+    bandwidth = target.node.scale_out_per_device if across else link.bandwidth
+    network = size / (bandwidth * numbers["scale_out" if across else "scale_up"])
+    latency = numbers["floor"] + link.latency
+    parts = {"latency": latency * 1e6, "network": network * 1e6}
+    return Cost((latency + network) * 1e6, 0.0, 2.0 * size, float(size), parts)
+
+
 def collective(target: Target, op: str, size: int, ranks: int) -> Cost:
     """`all_reduce`, `all_gather`, `reduce_scatter` or `all_to_all` of `size` bytes over `ranks` devices.
 

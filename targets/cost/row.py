@@ -198,6 +198,14 @@ OPS: Final[dict[str, Op]] = {
     ),
     "moe_dispatch": _exchange("dispatch", "fp8"),
     "moe_combine": _exchange("combine", "bf16"),
+    "send": Op(
+        "one device to another, as between pipeline stages",
+        {
+            "bytes": Key("size of the message", low=0),
+            "across": Key("whether the other is on another node", False, required=False, flag=True),
+        },
+        lambda target, r: network.send(target, r["bytes"], r["across"]),
+    ),
     "all_reduce": _collective("all_reduce"),
     "all_gather": _collective("all_gather"),
     "reduce_scatter": _collective("reduce_scatter"),

@@ -39,8 +39,11 @@ def plan(
     ranks: Annotated[int | None, typer.Option(help="Devices [the target's].")] = None,
     tp: Annotated[int, typer.Option(help="Devices of an attention replica.")] = 1,
     dp: Annotated[int | None, typer.Option(help="Attention replicas [ranks / TP].")] = None,
-    ep: Annotated[int | None, typer.Option(help="Devices that share the routed experts [all].")] = None,
-    redundant: Annotated[int | None, typer.Option(help="Extra expert slots [fewest that divide].")] = None,
+    pp: Annotated[int, typer.Option(help="Pipeline stages, each with its own layers.")] = 1,
+    ep: Annotated[int | None, typer.Option(help="Devices that share the routed experts [all of a stage].")] = None,
+    redundant: Annotated[
+        int | None, typer.Option(help="Extra expert slots [fewest that divide and can even out the loads].")
+    ] = None,
     balance: Annotated[
         float | None, typer.Option(help="Mean over maximum of the devices' expert rows [expected of the step].")
     ] = None,
@@ -69,7 +72,7 @@ def plan(
     loaded = [targets.load(name.strip()) for name in names]
     traced = moec.trace(model, parse_overrides(settings or []))
     limit = int(traced.source.config.max_position_embeddings)
-    layout = LayoutRequest(ranks, tp, dp, ep, redundant)
+    layout = LayoutRequest(ranks, tp, dp, ep, redundant, pp)
     answers = []
     for one in loaded:
         work = _CPU_WORK if one.kind == "cpu" else _GPU_WORK
@@ -138,6 +141,8 @@ def _details(model: str, plan: Plan) -> None:
 def _layout(plan: Plan) -> str:
     layout = plan.layout
     text = f"{layout.ranks} {'rank' if layout.ranks == 1 else 'ranks'}, TP {layout.tp}, DP {layout.dp}"
+    if layout.pp > 1:
+        text += f", PP {layout.pp}"
     if layout.experts:
         text += f", EP {layout.ep} ({layout.slots_per_device} of {layout.slots} experts a device)"
     return text
