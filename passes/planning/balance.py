@@ -44,8 +44,13 @@ def expected_balance(layout: Layout, sequences: float, rows: float) -> float:
     """
     if layout.ep == 1 or not layout.experts:
         return 1.0
-    spread = math.sqrt(DRIFT**2 + TOPIC**2 / max(sequences, 1.0) + 1 / max(rows, 1.0))
-    return 1 / (placement_limit(layout.experts, layout.slots, layout.ep) * (1 + expected_maximum(layout.ep) * spread))
+    return sampled_balance(layout.ep, sequences, rows, DRIFT) / placement_limit(layout.experts, layout.slots, layout.ep)
+
+
+def sampled_balance(devices: int, sequences: float, rows: float, drift: float = 0.0) -> float:
+    """Mean over maximum where the loads are even over time, up to `drift`, but not within one step."""
+    spread = math.sqrt(drift**2 + TOPIC**2 / max(sequences, 1.0) + 1 / max(rows, 1.0))
+    return 1 / (1 + expected_maximum(devices) * spread)
 
 
 @lru_cache(maxsize=1024)

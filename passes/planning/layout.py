@@ -59,7 +59,8 @@ def resolve(module: Module, target: Target, recipe: Recipe, asked: LayoutRequest
     """The layout, and the target at its size.
 
     Ranks default to the target's, or to as many as the degrees need; `ep` to all ranks of a stage; redundant experts to
-    the fewest that divide, or one more a device where those cannot even out the loads. Raises WrongLayout, WrongRedundancy, CutBlock, WrongRanks or NoLink.
+    the fewest that divide, or one more a device where those cannot even out the loads. Raises WrongLayout,
+    WrongRedundancy, CutBlock, WrongRanks or NoLink.
     """
     for name in ("ranks", "tp", "dp", "ep", "pp"):
         value = getattr(asked, name)

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moec.ir import CacheType, Function, Module, TensorType, Value, WeightRef
+from moec.ir.optable import operand_type
 from moec.ir.types import BITS
 from moec.passes.fp8_cast import weight_roles
 from moec.passes.planning.layout import Layout
-from moec.passes.planning.precision import Recipe
+from moec.passes.planning.precision import BLOCK, Recipe
 from moec.passes.planning.rows import Step, bound_type
 from moec.passes.planning.sharding import sharded_weights
-from moec.passes.planning.timing import functions_of
+from moec.passes.planning.timing import Setting, functions_of, routed_to
 
 _VIEWS = ("split", "flatten", "unflatten")
 
@@ -131,6 +132,36 @@ def _bytes(value: Value, symbols: dict[str, int]) -> float:
     bound = bound_type(t, symbols)
     assert isinstance(bound, TensorType)
     return float(int(bound.nbytes()))  # type: ignore[arg-type]
+
+
+def saved_bytes(module: Module, step: Step, setting: Setting) -> list[float]:
+    """Bytes of one micro-batch that each layer keeps for its backward, in order.
+
+    The residual stream in 16 bits; the operands of products in the products' type, once each, but those of attention
+    (computed again from the latents); of experts the rows that arrived and what goes into the activation. The
+    activation's operand is kept in 8 bits where products are FP8 (arXiv 2412.19437, sec. 3.3.3).
+    """
+    width = 1 + 4 / BLOCK if setting.recipe.blocks and setting.target.device.fp8.matrix else 2
+    found = []
+    for function, calls in list(functions_of(module, step.phase))[1:]:
+        kept: dict[Value, float] = {}
+        experts = 0.0
+        for op in function.ops:
+            source = op.operands[0] if op.operands else None
+            if op.name in ("linear", "swiglu") and isinstance(source, Value):
+                kept[source] = _count(source, step.symbols) * width
+            if op.name == "moe.experts":
+                _, hidden, inter = (int(d) for d in operand_type(op.operands[3]).shape)  # type: ignore[union-attr,arg-type]
+                rows = step.tokens / setting.layout.tp * routed_to(module)
+                experts += rows * (hidden + 2 * inter) * width
+        residual = _count(function.returns[0], step.symbols) * 2 if function.returns else 0.0
+        found += [sum(kept.values()) + experts + residual] * calls
+    return found
+
+
+def _count(value: Value, symbols: dict[str, int]) -> float:
+    bound = bound_type(value.type, symbols)
+    return float(_elements(bound))
 
 
 def buffer_bytes(layout: Layout, step: Step, hidden: int, nodes: int) -> float:

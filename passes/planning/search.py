@@ -1,7 +1,7 @@
 """The best layout of a model on a number of devices, under limits on latency and memory.
 
-Every layout that the devices allow is tried: tensor, data, expert and pipeline parallelism, replicas of experts. For each
-the largest batch is found that fits the memory and meets the latency, one after the other or as two micro-batches,
+Every layout that the devices allow is tried: tensor, data, expert and pipeline parallelism, replicas of experts. For
+each the largest batch is found that fits the memory and meets the latency, one after the other or as two micro-batches,
 whichever is faster. What comes out is a ranking by tokens/s of a device, and the Pareto front of latency against rate.
 """
 

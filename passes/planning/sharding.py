@@ -52,6 +52,22 @@ def roles(function: Function) -> dict[int, Role]:
     return found
 
 
+def before_attention(module: Module) -> set[str]:
+    """Names of the weights whose product attention takes up directly."""
+    found: set[str] = set()
+    for function in module.functions.values():
+        made = function.producer()
+        ahead: dict[int, Role] = {}
+        for op in (o for o in function.ops if o.name in ATTENTION):
+            for operand in op.operands[:2]:
+                _before(operand, made, ahead)
+        for op in function.ops:
+            weight = op.operands[1] if ahead.get(id(op)) == "column" else None
+            if isinstance(weight, WeightRef):
+                found.add(weight.name)
+    return found
+
+
 def _before(operand: object, made: dict[Value, Op], found: dict[int, Role]) -> None:
     op = made.get(operand) if isinstance(operand, Value) else None
     if op is not None and op.name in _BEFORE_HEADS:

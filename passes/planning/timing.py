@@ -46,7 +46,7 @@ class OpCost:
 
     op: str
     name: str
-    calls: int
+    calls: float
     cost: Cost
     useful_flops: float
 
@@ -185,9 +185,14 @@ class Line:
 
     segment: str
     label: str
-    calls: int
+    calls: float
     row: Row
     share: float
+
+    @property
+    def communication(self) -> bool:
+        """Whether the row is an exchange between devices."""
+        return self.row["op"] in COMMUNICATION
 
 
 def step_cost(module: Module, step: Step, setting: Setting) -> StepCost:
