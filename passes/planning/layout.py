@@ -100,7 +100,8 @@ def resolve(module: Module, target: Target, recipe: Recipe, asked: LayoutRequest
 def layer_count(module: Module) -> int:
     """Layers that the phases repeat."""
     repeats = (op for op in module.functions["decode"].ops if op.name == "repeat")
-    return sum(int(op.attrs["last"]) - int(op.attrs["first"]) + 1 for op in repeats)  # type: ignore[arg-type]
+    counts = [int(op.attrs["last"]) - int(op.attrs["first"]) + 1 for op in repeats]  # type: ignore[arg-type]
+    return sum(counts)
 
 
 def _sized(target: Target, ranks: int) -> Target:

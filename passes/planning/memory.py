@@ -47,16 +47,21 @@ def weight_bytes(module: Module, layout: Layout, recipe: Recipe, split: Sequence
     return max(stage_bytes(module, layout, recipe, split))
 
 
-def stage_bytes(module: Module, layout: Layout, recipe: Recipe, split: Sequence[int] = ()) -> list[float]:
-    """Bytes of the weights of a device of each stage: the embedding in the first, head and norm in the last."""
+def stage_bytes(
+    module: Module, layout: Layout, recipe: Recipe, split: Sequence[int] = (), tables: bool = True
+) -> list[float]:
+    """Bytes of the weights of a device of each stage: the embedding in the first, head and norm in the last.
+
+    `tables`: with what is computed rather than learned.
+    """
     roles, cut = weight_roles(module), {c.name for c in sharded_weights(module)}
     heads = set(_head_weights(module))
     outside: dict[object, tuple[str, float]] = {}
     layers: dict[int, float] = {}
-    tables = 0.0
+    computed = 0.0
     for weight in module.weights.values():
         if any(op.name == "weight.rope_table" for op in weight.program.ops):
-            tables += float(_elements(weight.type) * BITS[_dtype(weight.type)] / 8)
+            computed += tables * float(_elements(weight.type) * BITS[_dtype(weight.type)] / 8)
             continue
         assert isinstance(weight.type, TensorType)
         role = "head" if weight.name in heads else roles.get(weight.name, "matrix")
@@ -76,7 +81,7 @@ def stage_bytes(module: Module, layout: Layout, recipe: Recipe, split: Sequence[
             outside[key] = ("first" if role == "embedding" else "last", size)
     found, start = [], 0
     for count in split or [len(layers)]:
-        found.append(tables + sum(layers[layer] for layer in range(start, start + count)))
+        found.append(computed + sum(layers[layer] for layer in range(start, start + count)))
         start += count
     found[0] += sum(size for place, size in outside.values() if place == "first")
     found[-1] += sum(size for place, size in outside.values() if place == "last")

@@ -49,15 +49,13 @@ def layer_times(module: Module, phase: str, segments: Mapping[str, float]) -> li
 
     `segments`: of a whole step, by function, as `StepCost` has them.
     """
-    functions = list(functions_of(module, phase))
-    (entry, _), layers = functions[0], functions[1:]
-    times = [segments[f.name] / _calls(layers, f.name) for f, count in layers for _ in range(count)]
+    (entry, _), *layers = functions_of(module, phase)
+    count: dict[str, int] = {}
+    for function, calls in layers:
+        count[function.name] = count.get(function.name, 0) + calls
+    times = [segments[f.name] / count[f.name] for f, calls in layers for _ in range(calls)]
     times[-1] += segments[entry.name]
     return times
-
-
-def _calls(layers: Sequence[tuple[object, int]], name: str) -> int:
-    return sum(count for function, count in layers if function.name == name)  # type: ignore[attr-defined]
 
 
 def pipelined_us(times: Sequence[float], stages: int, send_us: float) -> float:

@@ -75,7 +75,7 @@ def search(module: Module, target: Target, options: Options, phase: str, limit_u
     """
     recipe = candidates(options.recipe, target)[0]
     own, sized = resolve(module, target, recipe, options.layout)
-    bench = _Bench(module, sized, recipe, options, phase, limit_us)
+    bench = Bench(module, sized, recipe, options, phase, limit_us)
     ranking: list[Candidate] = []
     points: list[Candidate] = []
     layouts = list(_layouts(module, sized, recipe, own))
@@ -90,8 +90,13 @@ def search(module: Module, target: Target, options: Options, phase: str, limit_u
         )
     ranking.sort(key=lambda c: (-c.per_device, c.time_us))
     rank = next((i + 1 for i, c in enumerate(ranking) if c.layout == own), None)
-    batch = options.batch if phase == "decode" else max(1, options.chunk // options.prompt)
-    return Found(ranking, _front(points), bench.at(own, batch), rank, len(layouts), bench.tried)
+    asked = bench.at(own, batch_of(options, phase))
+    return Found(ranking, _front(points), asked, rank, len(layouts), bench.tried)
+
+
+def batch_of(options: Options, phase: str) -> int:
+    """Requests of a decode step, or prompts of a prefill step, as the options ask."""
+    return options.batch if phase == "decode" else max(1, options.chunk // options.prompt)
 
 
 def _limit_text(phase: str, limit_us: float) -> str:
@@ -135,12 +140,20 @@ def _layouts(module: Module, target: Target, recipe: Recipe, own: Layout) -> Ite
             yield layout
 
 
-class _Bench:
-    """Evaluates layouts and batches of one question."""
+class Bench:
+    """Evaluates layouts and batches of one question; with `whatever_fits` those too that exceed the memory."""
 
     def __init__(
-        self, module: Module, target: Target, recipe: Recipe, options: Options, phase: str, limit_us: float
+        self,
+        module: Module,
+        target: Target,
+        recipe: Recipe,
+        options: Options,
+        phase: str,
+        limit_us: float,
+        whatever_fits: bool = False,
     ) -> None:
+        self._any = whatever_fits
         self._module, self._target, self._recipe = module, target, recipe
         self._options, self._phase, self._limit = options, phase, limit_us
         self._built: dict[int, Variants] = {}
@@ -161,7 +174,7 @@ class _Bench:
         if not found:
             return []
         low, high = found[-1].batch, failed or _MOST_BATCH
-        while high - low > max(1, low // 64):
+        while high - low > max(1, low // 32):
             middle = (low + high) // 2
             candidate = self.at(layout, middle)
             if candidate is None:
@@ -175,7 +188,8 @@ class _Bench:
         """One layout and batch; None when it does not fit or takes too long."""
         self.tried += 1
         o, module = self._options, self._module
-        step = Step("decode", batch, 1, o.context) if self._phase == "decode" else _prefill(o, batch)
+        decode = self._phase == "decode"
+        step = Step("decode", batch, 1, o.context) if decode else Step("prefill", batch, o.prompt, o.prompt)
         setting = Setting(layout, self._recipe, self._target, o.balance)
         form = self._form(step, setting)
         built = self._built[layout.tp][form]
@@ -183,7 +197,7 @@ class _Bench:
         if timed.step_us > self._limit:
             return None
         memory = step_memory(module, built, step, timed.split, setting)
-        if memory.missing:
+        if memory.missing and not self._any:
             return None
         rate = step.tokens / layout.tp / timed.step_us * 1e6
         balance = setting.balance_of(step, routed_to(module))
@@ -200,7 +214,3 @@ class _Bench:
             costs = {form: step_cost(built, step, alone).serial_us for form, built in self._built[tp].items()}
             self._forms[key] = min(costs, key=lambda form: costs[form])
         return self._forms[key]
-
-
-def _prefill(options: Options, prompts: int) -> Step:
-    return Step("prefill", prompts, options.prompt, options.prompt)

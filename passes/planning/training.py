@@ -1,8 +1,8 @@
 """A training step: forward and backward of every micro-batch through a pipeline, then the optimiser.
 
 Layers are spread over stages by their cost. A chunk is what one stage does with one micro-batch; its durations come
-from the cost model, the schedule from `moec.simulate`: one after the other a chunk waits for its exchanges, a forward and a
-backward in one cell (DualPipe, DeepSeek-V3 technical report, arXiv 2412.19437, sec. 3.2.1) hide them.
+from the cost model, the schedule from `moec.simulate`: alone a chunk waits for its exchanges, a forward and a backward
+in one cell (DualPipe, DeepSeek-V3 technical report, arXiv 2412.19437, sec. 3.2.1) hide them.
 """
 
 from __future__ import annotations
@@ -100,6 +100,11 @@ class TrainingPlan:
     def tokens(self) -> int:
         """Tokens of a step."""
         return self.options.global_batch * self.options.sequence
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device has room."""
+        return max(m.total for m in self.memory) <= self.target.device.memory_bytes
 
     @property
     def tokens_per_day(self) -> float:
@@ -254,8 +259,8 @@ class _Stage:
 
 
 def _stages(module: Module, layout: Layout, split: Sequence[int]) -> list[_Stage]:
-    every = stage_bytes(module, layout, _ELEMENTS, split)
-    shared = stage_bytes(module, replace(layout, slots=0), _ELEMENTS, split)
+    every = stage_bytes(module, layout, _ELEMENTS, split, tables=False)
+    shared = stage_bytes(module, replace(layout, slots=0), _ELEMENTS, split, tables=False)
     return [_Stage(some / 2, (total - some) / 2) for total, some in zip(every, shared, strict=True)]
 
 
