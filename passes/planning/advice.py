@@ -64,7 +64,7 @@ def _neighbours(module: Module, plan: Plan) -> Iterator[tuple[str, Layout]]:
             asked.append((f"{less} redundant experts", _request(own, redundant=less)))
     for change, request in asked:
         try:
-            yield change, resolve(module, plan.target, plan.recipe, request)[0]
+            yield change, resolve(module, plan.target, plan.recipe, request, even=True)[0]
         except MoecError:
             continue
 

@@ -55,12 +55,14 @@ class LayoutRequest:
     pp: int = 1
 
 
-def resolve(module: Module, target: Target, recipe: Recipe, asked: LayoutRequest) -> tuple[Layout, Target]:
+def resolve(
+    module: Module, target: Target, recipe: Recipe, asked: LayoutRequest, even: bool = False
+) -> tuple[Layout, Target]:
     """The layout, and the target at its size.
 
     Ranks default to the target's, or to as many as the degrees need; `ep` to all ranks of a stage; redundant experts to
-    the fewest that divide, or one more a device where those cannot even out the loads. Raises WrongLayout,
-    WrongRedundancy, CutBlock, WrongRanks or NoLink.
+    the fewest that divide, with `even` to one more a device where those cannot even out the loads (not on a CPU, whose
+    ranks share its cores). Raises WrongLayout, WrongRedundancy, CutBlock, WrongRanks or NoLink.
     """
     for name in ("ranks", "tp", "dp", "ep", "pp"):
         value = getattr(asked, name)
@@ -90,7 +92,7 @@ def resolve(module: Module, target: Target, recipe: Recipe, asked: LayoutRequest
         raise WrongLayout(message=f"{of} do not divide by EP {ep}; try EP {_divisor(stage, ep)}")
     if ep > 1 and not experts:
         raise WrongLayout(message=f"EP {ep}, but the model has no routed experts")
-    slots = _slots(experts, ep, asked.redundant, target.kind)
+    slots = _slots(experts, ep, asked.redundant, even and target.kind != "cpu")
     _check_tp(module, tp, recipe)
     if tp > sized.node.devices:
         raise WrongLayout(message=f"TP {tp} exceeds the {sized.node.devices} devices of a {target.name} node")
@@ -123,14 +125,13 @@ def default_slots(experts: int, ep: int) -> int:
     return fewest + ep if placement_limit(experts, fewest, ep) > _UNEVEN else fewest
 
 
-def _slots(experts: int, ep: int, redundant: int | None, kind: str) -> int:
+def _slots(experts: int, ep: int, redundant: int | None, even: bool) -> int:
     if not experts:
         if redundant:
             raise WrongLayout(message=f"--redundant {redundant}, but the model has no routed experts")
         return 0
     if redundant is None:
-        # Ranks on a CPU are processes that share its cores: replicas would even out nothing.
-        return experts + -experts % ep if kind == "cpu" else default_slots(experts, ep)
+        return default_slots(experts, ep) if even else experts + -experts % ep
     if (experts + redundant) % ep:
         proposal = redundant + -(experts + redundant) % ep
         slots = experts + proposal

@@ -160,7 +160,7 @@ def make_plan(module: Module, target: Target, options: Options) -> Plan:
 
 
 def _with_recipe(module: Module, target: Target, recipe: Recipe, options: Options, limit: int) -> Plan:
-    layout, sized = resolve(module, target, recipe, options.layout)
+    layout, sized = resolve(module, target, recipe, options.layout, even=True)
     setting = Setting(layout, recipe, sized, options.balance)
     built = variants(module, setting)
     phases = {phase: _phase(module, built, phase, options, limit, setting) for phase in PHASES}
@@ -356,7 +356,7 @@ def _what_fits(module: Module, target: Target, recipe: Recipe, options: Options,
             continue
         asked = LayoutRequest(ranks=ranks, tp=plan.layout.tp)
         try:
-            layout, _ = resolve(module, target, recipe, asked)
+            layout, _ = resolve(module, target, recipe, asked, even=True)
         except MoecError:
             continue
         if sizes.weight_bytes(module, layout, recipe) < m.capacity:

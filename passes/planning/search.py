@@ -74,7 +74,7 @@ def search(module: Module, target: Target, options: Options, phase: str, limit_u
     the others, at its best batch; `asked` has it at the options' batch.
     """
     recipe = candidates(options.recipe, target)[0]
-    own, sized = resolve(module, target, recipe, options.layout)
+    own, sized = resolve(module, target, recipe, options.layout, even=True)
     bench = Bench(module, sized, recipe, options, phase, limit_us)
     ranking: list[Candidate] = []
     points: list[Candidate] = []
