@@ -191,8 +191,21 @@ class Packed:
         return scale.narrow(-2, 0, tiles).contiguous()
 
     def logical(self, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix that the storage stands for."""
-        return self.value.dequantise(dtype) if isinstance(self.value, Quantised) else self.value.to(dtype)
+        """The matrix that the stored bytes stand for, read back element by element as the layout says.
+
+        Element (n, k) lies in tile (n / 16, k / q), row n % 16, place k % q; its scale is that of (n / 16, k / 128).
+        """
+        raw = self.value.data if isinstance(self.value, Quantised) else self.value
+        q = 4 // raw.itemsize
+        n, k = (torch.arange(size) for size in raw.shape[-2:])
+        tiles = self.data().view(raw.dtype)
+        stored = tiles[..., (n // 16)[:, None], (k // q)[None], (n % 16)[:, None], (k % q)[None]]
+        scales = self.scales()
+        if scales is None:
+            return stored.to(dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        scale = scales[..., (n // 16)[:, None], (k // 128)[None]]
+        return (stored.to(wide) * scale.to(wide)).to(dtype)
 
 
 def logical(value: Any, dtype: torch.dtype) -> torch.Tensor:

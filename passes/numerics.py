@@ -27,7 +27,11 @@ from moec.ir.stats import parameters
 LEAST = 1e-9
 """Departure that a pass of tolerance 0 may show: the order of float64 sums."""
 ROUNDING = 1e-3
-"""Tolerances from here on admit rounded weights, which may change the choice of a token's experts."""
+"""Tolerances from here on admit rounded weights, by which a token's experts may change where scores are close."""
+ROW = 2
+"""Tolerances that the token that moves most may move by."""
+OP = 3.5
+"""Tolerances that a row of any op may move by: what residual sums hide behind it."""
 MOST_PARAMETERS = 40_000_000
 MOST_RANKS = 16
 PAGE = 4
@@ -73,31 +77,39 @@ class Numerics:
             raise TooLarge(limit=MOST_PARAMETERS // 10**6, model=module.name, count=count // 10**6)
         self._loader = _Loader()
         self._chunks = list(_chunks(context))
+        self.moved = 0.0
+        """Relative change of the results by the last pass checked."""
         self._before = self._trace(module)
 
     def check(self, module: Module, tolerance: float) -> Departure | None:
         """How far the module's results are from those of the last call, when that is beyond `tolerance`."""
         try:
-            before, after = self._before, self._trace(module)
+            before = self._before
+            after = self._trace(module, before if tolerance >= ROUNDING else None)
         except EvaluationError as error:
             return Departure(float("inf"), str(error))
-        self._before = after
+        # Later passes are compared with the module as it routes by itself.
+        self._before = self._trace(module) if after.nudged else after
         bound = max(tolerance, LEAST)
-        measure = _typical if tolerance >= ROUNDING else _distance
-        worst = max((measure(before.results[k], after.results.get(k)) for k in before.results), default=0.0)
-        if worst <= bound:
-            return None
-        return Departure(worst, _first(before, after, bound))
+        pairs = [(before.results[k], after.results.get(k)) for k in before.results]
+        if len(before.ranks) == len(after.ranks):
+            pairs += [(a, b) for a, b in zip(before.scores, after.scores, strict=False) if a.shape == b.shape]
+        self.moved = worst = max((_distance(a, b) for a, b in pairs), default=0.0)
+        # A whole tensor hides a few wrong tokens: each may move by some tolerances only.
+        token = max((_worst_row(a, b) for a, b in pairs), default=0.0) / ROW
+        if max(worst, token) <= bound:
+            return _hidden(before, after, OP * bound) if tolerance >= ROUNDING else None
+        return Departure(max(worst, token), _first(before, after, bound))
 
-    def _trace(self, module: Module) -> _Run:
+    def _trace(self, module: Module, like: _Run | None = None) -> _Run:
         mesh = mesh_of(module)
         if mesh.ranks == 1:
-            return self._rank(module, mesh, 0, None)
+            return self._rank(module, mesh, 0, None, like)
         if mesh.ranks > MOST_RANKS:
             raise TooManyRanks(ranks=mesh.ranks, limit=MOST_RANKS)
-        return _assemble(mesh, run_ranks(mesh, lambda rank, peers: self._rank(module, mesh, rank, peers)))
+        return _assemble(mesh, run_ranks(mesh, lambda rank, peers: self._rank(module, mesh, rank, peers, like)))
 
-    def _rank(self, module: Module, mesh: Mesh, rank: int, peers: Peers | None) -> _Run:
+    def _rank(self, module: Module, mesh: Mesh, rank: int, peers: Peers | None, like: _Run | None) -> _Run:
         """Evaluate every entry that the rank runs, with its data-parallel share of the sequences."""
         run = _Run()
         weights = WeightPrograms(module, self._loader, rank)
@@ -108,7 +120,7 @@ class Numerics:
                 continue
             name = function.name.removesuffix(f".{function.attrs.get('stage')}")
             inputs = _Inputs(function, share)
-            evaluator = Evaluator(module, weights, torch.float64, rounding=False, trace=run.note, peers=peers)
+            evaluator = _Routed(module, weights, run, like.of_rank(rank, mesh.ranks) if like else None, peers)
             for number, tokens in enumerate(self._chunks):
                 outputs = evaluator.call(function, inputs.chunk(tokens))
                 for i, y in enumerate(outputs):
@@ -125,7 +137,8 @@ def _assemble(mesh: Mesh, ranks: list[_Run]) -> _Run:
     Raises EvaluationError where ranks that must agree do not.
     """
     out = _Run()
-    out.steps = ranks[0].steps
+    out.steps, out.scores, out.ranks = ranks[0].steps, ranks[0].scores, ranks
+    out.nudged = any(run.nudged for run in ranks)
     firsts = [rank for rank in range(mesh.ranks) if mesh.index(rank, "tp") == 0]
     for key, first in ranks[0].results.items():
         if key not in ranks[0].rows:
@@ -142,6 +155,52 @@ def _assemble(mesh: Mesh, ranks: list[_Run]) -> _Run:
                 raise EvaluationError(function=key[0], op=where, reason="its results differ from its group's")
         out.results[key] = whole
     return out
+
+
+class _Routed(Evaluator):
+    """Routes tokens as the run before a pass did where the pass moved scores enough to explain the difference.
+
+    A choice counts as that of the run before when the router makes it too once the scores of its experts are raised,
+    and all others lowered, by what the token's scores moved at most; otherwise the token keeps its own experts, and
+    its results tell. How far scores moved is judged apart.
+    """
+
+    def __init__(
+        self, module: Module, weights: WeightPrograms, run: _Run, like: _Run | None, peers: Peers | None
+    ) -> None:
+        super().__init__(module, weights, torch.float64, rounding=False, trace=run.note, peers=peers)
+        self._into, self._like = run, like
+
+    def _run(self, op: Op, inputs: list[Any]) -> list[Any]:
+        results = super()._run(op, inputs)
+        if op.name == "moe.route":
+            x, gate, *_ = inputs
+            logits = x @ gate.T
+            number = len(self._into.scores)
+            if self._like is not None and number < len(self._like.scores):
+                self._follow(op, inputs, logits, number, results)
+            self._into.scores.append(logits)
+            self._into.routed.append(results[0])
+        return results
+
+    def _follow(self, op: Op, inputs: list[Any], logits: torch.Tensor, number: int, results: list[Any]) -> None:
+        assert self._like is not None
+        before, wanted = self._like.scores[number], self._like.routed[number]
+        if before.shape != logits.shape or wanted.shape != results[0].shape:
+            return
+        x, gate, *bias = inputs
+        score = torch.sigmoid if op.attrs["score"] == "sigmoid" else (lambda y: y.softmax(-1))
+        moved = (score(logits) - score(before)).abs().amax(-1) * 1.001
+        chosen = torch.zeros(len(x), len(gate), dtype=torch.bool).scatter_(1, wanted.long(), True)
+        for t in range(len(x)):
+            if set(results[0][t].tolist()) == set(wanted[t].tolist()):
+                continue
+            nudge = torch.where(chosen[t], moved[t], -moved[t])
+            nudged = super()._run(op, [x[t : t + 1], gate, bias[0] + nudge if bias else nudge])
+            if set(nudged[0][0].tolist()) == set(wanted[t].tolist()):
+                self._into.nudged = True
+                for result, made in zip(results, nudged, strict=True):
+                    result[t] = made[0]
 
 
 class _Loader:
@@ -269,7 +328,19 @@ class _Run:
         self.rows: dict[tuple[str, int, int], list[int]] = {}
         """Tokens of the chunk whose rows a result holds."""
         self.steps: list[_Step] = []
+        self.routed: list[torch.Tensor] = []
+        self.scores: list[torch.Tensor] = []
+        """Experts, and scores before their non-linearity, of every routing in the order of evaluation."""
+        self.ranks: list[_Run] = []
+        """The runs of the ranks, where there are several."""
+        self.nudged = False
+        """Whether a token was given other experts than its scores alone choose."""
         self._calls: Counter[str] = Counter()
+
+    def of_rank(self, rank: int, ranks: int) -> _Run | None:
+        """The run of one of `ranks` ranks; None when there was another number of them."""
+        runs = self.ranks or [self]
+        return runs[rank] if len(runs) == ranks else None
 
     def note(self, function: Function, op: Op, results: list[Any]) -> None:
         """Record an op of a call; a call begins with the function's first op."""
@@ -289,13 +360,38 @@ def _distance(a: torch.Tensor, b: torch.Tensor | None) -> float:
     return (a - b).norm().item() / norm if norm else float(b.norm().item() > 0)
 
 
-def _typical(a: torch.Tensor, b: torch.Tensor | None) -> float:
-    """The median over rows of |a - b| / |a|: a token whose experts change with a rounding is not typical."""
+def _worst_row(a: torch.Tensor, b: torch.Tensor | None) -> float:
+    """The greatest |a - b| of a row in units of the rows' root mean square norm."""
     if b is None or a.shape != b.shape or not torch.isfinite(b).all():
         return float("inf")
+    if not a.numel():
+        return 0.0
     a, b = a.double().reshape(a.shape[0], -1), b.double().reshape(a.shape[0], -1)
-    rows, moved = a.norm(dim=1), (a - b).norm(dim=1)
-    return float((moved / rows.clamp_min(torch.finfo(torch.float64).tiny)).median())
+    typical = a.norm(dim=1).square().mean().sqrt().item()
+    worst = (a - b).norm(dim=1).max().item()
+    return worst / typical if typical else float(worst > 0)
+
+
+def _hidden(before: _Run, after: _Run, bound: float) -> Departure | None:
+    """The first op with a row that moved beyond `bound`, although the results did not: a wrong expert that few reach.
+
+    Ops are those of one function, call, source line, name and shape, in order; where a pass changed their number they
+    are not compared. Routing is judged by its scores: the order of a token's experts is free.
+    """
+    runs: list[defaultdict[object, list[tuple[_Step, torch.Tensor]]]] = []
+    for run in (before, after):
+        runs.append(defaultdict(list))
+        for step in run.steps:
+            for i, r in enumerate(step.results):
+                if r.is_floating_point() and step.op.name != "moe.route":
+                    runs[-1][step.place(), step.op.name, i, r.shape].append((step, r))
+    for key, steps in runs[1].items():
+        if len(steps) == len(runs[0][key]):
+            for (_, a), (step, b) in zip(runs[0][key], steps, strict=True):
+                if (moved := _worst_row(a, b)) > bound:
+                    where = f"@{step.function}, call {step.call}: {print_op(step.op)}"
+                    return Departure(moved, f"a row of one op does, results hide it; {where}")
+    return None
 
 
 def _first(before: _Run, after: _Run, bound: float) -> str:

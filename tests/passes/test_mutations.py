@@ -329,6 +329,59 @@ def norm_weights_left_out(patch: Patch) -> None:
     after(patch, Fp8Cast, change)
 
 
+@mutation("fp8-cast")
+def scale_of_one_expert_doubled(patch: Patch) -> None:
+    """Only tokens that reach the expert are wrong: most are not."""
+    evaluate = type(OPS["moe.experts"]).evaluate
+
+    def wrong(x: Sequence[Any], a: dict[str, Any], ctx: Any) -> list[Any]:
+        down = x[3].clone()
+        down[5] *= 2
+        return evaluate(OPS["moe.experts"], [*x[:3], down], a, ctx)
+
+    run = Fp8Cast.run
+
+    def then(self: Fp8Cast, module: Module, ctx: Context) -> Outcome:
+        rule(patch, "moe.experts", wrong)
+        return run(self, module, ctx)
+
+    patch.setattr(Fp8Cast, "run", then)
+
+
+@mutation("fp8-cast")
+def last_token_of_a_chunk_quantised_to_nothing(patch: Patch) -> None:
+    evaluate = type(OPS["embed"]).evaluate
+
+    def wrong(x: Sequence[Any], a: dict[str, Any], ctx: Any) -> list[Any]:
+        (y,) = evaluate(OPS["embed"], x, a, ctx)
+        y[-1] = 0
+        return [y]
+
+    run = Fp8Cast.run
+
+    def then(self: Fp8Cast, module: Module, ctx: Context) -> Outcome:
+        rule(patch, "embed", wrong)
+        return run(self, module, ctx)
+
+    patch.setattr(Fp8Cast, "run", then)
+
+
+@mutation("fp8-cast")
+def group_limit_lost_with_the_types(patch: Patch) -> None:
+    set_attr(patch, Fp8Cast, "moe.route", "top_groups", lambda g: 4)
+
+
+@mutation("fp8-cast")
+def fewer_experts_a_token(patch: Patch) -> None:
+    def change(module: Module) -> None:
+        for _, op in module.ops():
+            if op.name == "moe.route":
+                op.attrs["top_k"] = int(op.attrs["top_k"]) - 1  # type: ignore[arg-type]
+        retype(module)
+
+    after(patch, Fp8Cast, change)
+
+
 @mutation("canonicalise")
 def equal_attributes_are_not_compared(patch: Patch) -> None:
     def change(module: Module) -> None:
@@ -456,6 +509,40 @@ def packed_tiles_transposed(patch: Patch) -> None:
         return made.transpose(-1, -2) if made.shape[-1] == made.shape[-2] else made
 
     patch.setattr(Packed, "logical", wrong)
+
+
+@mutation("select-kernels")
+def bytes_of_a_lane_reversed(patch: Patch) -> None:
+    from moec.ir.numeric import Packed
+
+    data = Packed.data
+    patch.setattr(Packed, "data", lambda self: data(self).flip(-1))
+
+
+@mutation("select-kernels")
+def rows_and_lanes_of_a_tile_exchanged(patch: Patch) -> None:
+    from moec.ir.numeric import Packed
+
+    data = Packed.data
+
+    def wrong(self: Packed) -> torch.Tensor:
+        made = data(self)
+        return made.transpose(-3, -2).reshape(made.shape)
+
+    patch.setattr(Packed, "data", wrong)
+
+
+@mutation("select-kernels")
+def scales_of_the_next_tile(patch: Patch) -> None:
+    from moec.ir.numeric import Packed
+
+    scales = Packed.scales
+
+    def wrong(self: Packed) -> torch.Tensor | None:
+        made = scales(self)
+        return None if made is None else made.roll(1, -2)
+
+    patch.setattr(Packed, "scales", wrong)
 
 
 @mutation("select-kernels")
