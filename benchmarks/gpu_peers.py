@@ -70,7 +70,7 @@ def decode_attention(i: Instance, x: dict[str, Any]) -> Call:
 
     d = i.dims
     batch, heads, queries, width = d["B"], d["HEADS"], d["QUERIES"], d["DV"] + d["DR"]
-    q = x["q_ptr"].view(batch, queries, heads, width).transpose(1, 2)
+    q = torch.cat([x["q_ptr"], x["q_rope_ptr"]], -1).view(batch, queries, heads, width).transpose(1, 2)
     k = torch.randn(batch, 1, d["CONTEXT"], width, device=q.device, dtype=q.dtype)
     v = k[..., : d["DV"]]
     attend = torch.nn.functional.scaled_dot_product_attention

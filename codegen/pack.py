@@ -13,7 +13,7 @@ import torch
 from moec.codegen.storage import StoredArray, stored_arrays
 from moec.ir import Module, Weight
 from moec.ir.evaluate import Loader, WeightPrograms
-from moec.ir.numeric import Packed
+from moec.ir.numeric import Packed, Quantised
 
 ALIGN = 4096
 
@@ -33,8 +33,9 @@ def pack_weights(
         file.write(header)
         file.truncate(len(header) + total)
         for weight, arrays in plan:
+            as_bytes = [a.safetensors_dtype == "U8" for a in arrays]
             for number, point in enumerate(points(weight)):
-                for array, data in zip(arrays, _bytes(programs.value(weight.name, point)), strict=True):
+                for array, data in zip(arrays, _bytes(programs.value(weight.name, point), as_bytes), strict=True):
                     size = array.nbytes // weight.points()
                     assert data.nbytes == size, (array, data.shape)
                     file.seek(len(header) + offsets[array.name] + number * size)
@@ -49,10 +50,14 @@ def points(weight: Weight) -> Iterator[tuple[int, ...]]:
     return product(*(range(start, stop) for _, start, stop in weight.indices))
 
 
-def _bytes(value: Any) -> Sequence[torch.Tensor]:
+def _bytes(value: Any, as_bytes: Sequence[bool]) -> Sequence[torch.Tensor]:
     if isinstance(value, Packed):
         scales = value.scales()
         data = [value.data(), *([scales] if scales is not None else [])]
+    elif isinstance(value, Quantised):
+        # A power of two is stored as its biased exponent (UE8M0 of the OCP MX specification).
+        exponents = value.scale.float().view(torch.int32).bitwise_right_shift(23).to(torch.uint8)
+        data = [value.data, exponents if as_bytes[1] else value.scale.float()]
     else:
         data = [value]
     return [d.contiguous().view(torch.uint8).reshape(-1) for d in data]

@@ -8,9 +8,10 @@ from math import prod
 from moec.ir import TensorType, Weight
 
 SAFETENSORS = {"f32": "F32", "bf16": "BF16", "fp8_e4m3": "U8"}
-"""Packed FP8 is stored as bytes: its order is the kernel's, not the format's."""
+"""FP8 is stored as bytes: the order of packed ones is the kernel's, not the format's."""
 BYTES = {"F32": 4, "BF16": 2, "U8": 1}
-PLAIN = {"f32": "float32", "bf16": "uint16"}
+PLAIN = {"f32": "float32", "bf16": "uint16", "fp8_e4m3": "uint8"}
+SCALES = {"f32": ("F32", "float32"), "ue8m0": ("U8", "uint8")}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class StoredArray:
     @property
     def lanes(self) -> int:
         """Elements as the kernel counts them."""
-        return self.nbytes // {"int32": 4, "float32": 4, "uint16": 2}[self.lane_dtype]
+        return self.nbytes // {"int32": 4, "float32": 4, "uint16": 2, "uint8": 1}[self.lane_dtype]
 
     @property
     def lane_shape(self) -> tuple[int, ...]:
@@ -38,14 +39,27 @@ class StoredArray:
         return (self.lanes,)
 
 
+def scale_shape(t: TensorType) -> tuple[int, ...]:
+    """Dims of the scales of a quantised tensor in its plain layout."""
+    assert t.quant is not None
+    free = len(t.shape) - len(t.quant.block)
+    sizes = [int(d) for d in t.shape]  # type: ignore[arg-type]
+    blocks = [-(-d // b) if b else 1 for d, b in zip(sizes[free:], t.quant.block, strict=True)]
+    return (*sizes[:free], *blocks)
+
+
 def stored_arrays(weight: Weight) -> list[StoredArray]:
-    """The arrays of a weight: data, then `NAME.scale` when it is quantised and packed."""
+    """The arrays of a weight: data, then `NAME.scale` when it is quantised."""
     t = weight.type
     assert isinstance(t, TensorType)
     lead = tuple(stop - start for _, start, stop in weight.indices)
     shape = tuple(int(d) for d in t.shape)  # type: ignore[arg-type]
     if t.layout is None:
-        return [StoredArray(weight.name, SAFETENSORS[t.dtype], lead + shape, PLAIN[t.dtype])]
+        plain = [StoredArray(weight.name, SAFETENSORS[t.dtype], lead + shape, PLAIN[t.dtype])]
+        if t.quant:
+            kind, lane = SCALES[t.quant.scale]
+            plain.append(StoredArray(f"{weight.name}.scale", kind, lead + scale_shape(t), lane))
+        return plain
     *stack, n, k = shape
     size = BYTES[SAFETENSORS[t.dtype]]
     q = 4 // size

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from moec.runtime.cuda.program import GpuPlan, parse_gpu_plan
 from moec.runtime.errors import (
     MissingFile,
     NeedsRanks,
     NotAnArtifact,
     NotForCpu,
+    NotForGpu,
     NoWeights,
     UnreadableFile,
     UnsafePath,
@@ -22,7 +24,7 @@ from moec.runtime.manifest import Manifest, parse_manifest
 from moec.runtime.plan import Plan, parse_plan
 
 KERNELS: Final = "kernels/kernels.so"
-_NEEDED: Final = ("program.ir", "plan.json", "kernels/kernels.json")
+_NEEDED: Final = ("program.ir", "plan.json")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Artifact:
 
     path: Path
     manifest: Manifest
-    plan: Plan
+    plan: Plan | GpuPlan
     weights: Path
 
     @property
@@ -53,9 +55,15 @@ def open_artifact(path: str | Path, check: bool = False) -> Artifact:
     """
     manifest = read_manifest(path)
     root, shown = Path(path).resolve(), str(path)
-    if KERNELS not in manifest.files:
+    on_cpu = manifest.kind == "cpu"
+    if "kernels/kernels.json" not in manifest.files:
+        raise NotAnArtifact(path=shown, why="it is a plan only; leave --plan-only away to compile it")
+    if on_cpu and KERNELS not in manifest.files:
         raise NotForCpu(path=shown, target=manifest.target)
-    check_machine(manifest, shown)
+    if manifest.kind not in ("cpu", "cuda"):
+        raise NotForGpu(path=shown, target=manifest.target, kind=manifest.kind)
+    if on_cpu:
+        check_machine(manifest, shown)
     for name in sorted(manifest.files):
         file = _inside(root, name, shown)
         if check or not name.startswith("weights/"):
@@ -65,7 +73,8 @@ def open_artifact(path: str | Path, check: bool = False) -> Artifact:
         raise NoWeights(path=shown)
     if len(ranks) > 1:
         raise NeedsRanks(path=shown, ranks=len(ranks))
-    plan = parse_plan((root / "plan.json").read_bytes(), f"{shown}/plan.json", manifest)
+    parse = parse_plan if on_cpu else parse_gpu_plan
+    plan = parse((root / "plan.json").read_bytes(), f"{shown}/plan.json", manifest)
     return Artifact(root, manifest, plan, root / ranks[0])
 
 

@@ -86,7 +86,7 @@ def bench(
     decode = [rates.decode or 0.0 for rates in runs[1:]]
     peak = peak_memory()  # before the bandwidth test takes its own buffers
     touched = _step_bytes(model, ids)
-    bandwidth = measure_read_bandwidth(model.engine.library.threads)
+    bandwidth = measure_read_bandwidth(model.engine.threads)
     bound = batch * bandwidth / touched if touched else None
     manifest = model.artifact.manifest
     return Result(
@@ -94,7 +94,7 @@ def bench(
         model=manifest.model,
         target=manifest.target,
         recipe=manifest.recipe,
-        threads=model.engine.library.threads,
+        threads=model.engine.threads,
         batch=batch,
         prompt_tokens=prompt,
         new_tokens=new,
@@ -138,7 +138,7 @@ def _check(model: Model, prompt: int, new: int, repeat: int, batch: int) -> None
 def _step_bytes(model: Model, ids: Ids) -> int | None:
     """Bytes of weights that the decode step of the prompts' last tokens reads; all pages were mapped before."""
     engine = model.engine
-    engine.library.use_threads()
+    engine.use_threads()
     sequences = [engine.pool.open() for _ in ids]
     try:
         for sequence, prompt in zip(sequences, ids, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +13,34 @@ from moec.runtime.artifact import Artifact
 from moec.runtime.cache import PagePool, Sequence
 from moec.runtime.library import Library
 from moec.runtime.memory import Memory, aligned_zeros
-from moec.runtime.plan import Argument, Entry
+from moec.runtime.plan import Argument, Entry, Plan
 from moec.runtime.weights import Weights
 
 Logits = NDArray[np.float32]
 Ids = NDArray[np.int64]
+
+
+class Steps(Protocol):
+    """What runs a model's steps on some device: prefill for a chunk of one sequence, decode for a token of each."""
+
+    pool: PagePool
+    chunk: int
+    rows: int
+    batch: int
+    weights: Weights
+
+    @property
+    def threads(self) -> int:
+        """Host threads that run kernels."""
+
+    def prefill(self, sequence: Sequence, tokens: Ids, last_only: bool = True) -> Logits:
+        """As `Engine.prefill`."""
+
+    def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
+        """As `Engine.decode`."""
+
+    def use_threads(self) -> None:
+        """Set up the calling thread."""
 
 
 class Engine:
@@ -25,6 +48,7 @@ class Engine:
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
         plan = artifact.plan
+        assert isinstance(plan, Plan)
         self.library = Library(artifact.kernels, threads)
         self.weights = Weights(artifact.weights)
         self.pool = PagePool(plan.pages, plan.page_size, artifact.manifest.context)
@@ -35,6 +59,15 @@ class Engine:
         self.batch = artifact.manifest.batch
         self._prefill = self._entry(plan.prefill, sequences=1)
         self._decode = self._entry(plan.decode, sequences=self.batch)
+
+    @property
+    def threads(self) -> int:
+        """Threads that run the kernels."""
+        return self.library.threads
+
+    def use_threads(self) -> None:
+        """Give the calling thread's pool this engine's number of threads."""
+        self.library.use_threads()
 
     def _entry(self, entry: Entry, sequences: int) -> _Call:
         def fixed(arg: Argument) -> NDArray[np.generic]:

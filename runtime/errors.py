@@ -70,6 +70,12 @@ class NotForCpu(InputError):
     template = "{path} was compiled for {target} and has no CPU kernels; compile it with --target cpu to run it here"
 
 
+class NotForGpu(InputError):
+    """The artifact's kernels are for a kind of GPU that nothing here loads."""
+
+    template = "{path} was compiled for {target}, a {kind} device: its kernels can be looked at, but not run by moec"
+
+
 class NoWeights(InputError):
     """The artifact was compiled without weights."""
 

@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 
 from moec.runtime.cache import Sequence
-from moec.runtime.engine import Engine, Ids, Logits
+from moec.runtime.engine import Ids, Logits, Steps
 from moec.runtime.sampling import Sampling
 
 Stream = Callable[[int, int], None]
@@ -56,7 +56,7 @@ class _Live:
 
 
 def complete(
-    engine: Engine,
+    engine: Steps,
     prompts: List[Ids],
     new_tokens: int,
     sampling: Sampling,
@@ -97,7 +97,7 @@ def complete(
     return done
 
 
-def prefill(engine: Engine, sequence: Sequence, prompt: Ids, rates: Rates) -> Logits:
+def prefill(engine: Steps, sequence: Sequence, prompt: Ids, rates: Rates) -> Logits:
     """Feed a prompt in chunks; returns the logits f32[V] after its last token and adds to `rates`."""
     began = perf_counter()
     for start in range(0, len(prompt), engine.chunk):
@@ -107,7 +107,7 @@ def prefill(engine: Engine, sequence: Sequence, prompt: Ids, rates: Rates) -> Lo
     return logits[0]  # type: ignore[no-any-return]
 
 
-def _step(engine: Engine, live: list[_Live], done: Completions, accept: Callable[[_Live, Logits], bool]) -> None:
+def _step(engine: Steps, live: list[_Live], done: Completions, accept: Callable[[_Live, Logits], bool]) -> None:
     """One token for every live sequence; those that end leave `live`."""
     began = perf_counter()
     logits = engine.decode([one.sequence for one in live], [done.tokens[one.index][-1] for one in live])

@@ -24,6 +24,10 @@ class Manifest:
     vocab: int
     eos_token_ids: tuple[int, ...]
     target: str
+    kind: str
+    """cpu, cuda or rocm."""
+    arch: str
+    """Architecture of the GPU kernels; empty for a CPU, whose needs follow."""
     triple: str
     mcpu: str
     features: tuple[str, ...]
@@ -56,6 +60,7 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
     if fields.text("checksum") != checksum(fields.data):
         raise fields.problem("checksum", "does not match the content: the manifest was changed after compiling")
     model, target, limits = fields.table("model"), fields.table("target"), fields.table("limits")
+    kind = target.text("kind") if "kind" in target.data else "cpu"
     return Manifest(
         moec_version=fields.text("moec_version"),
         model=model.text("name"),
@@ -63,9 +68,11 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
         vocab=model.integer("vocab", 1),
         eos_token_ids=model.integers("eos_token_ids"),
         target=target.text("name"),
-        triple=target.text("triple"),
-        mcpu=target.text("mcpu"),
-        features=target.texts("features"),
+        kind=kind,
+        arch="" if kind == "cpu" else target.text("arch"),
+        triple=target.text("triple") if kind == "cpu" else "",
+        mcpu=target.text("mcpu") if kind == "cpu" else "",
+        features=target.texts("features") if kind == "cpu" else (),
         cores=target.integer("cores", 1),
         batch=limits.integer("batch", 1),
         context=limits.integer("context", 1),

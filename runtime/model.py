@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moec.runtime.artifact import Artifact, open_artifact
 from moec.runtime.cache import Sequence
-from moec.runtime.engine import Engine, Ids, Logits
+from moec.runtime.engine import Engine, Ids, Logits, Steps
 from moec.runtime.errors import WrongOption
 from moec.runtime.generate import Completions, Stream, complete
 from moec.runtime.sampling import Sampling
@@ -37,15 +37,16 @@ def load(path: str | Path, check: bool = False, threads: int | None = None) -> M
 class Model:
     """A loaded artifact. One call runs at a time: others wait."""
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+    def __init__(self, artifact: Artifact, threads: int | None = None, engine: Steps | None = None) -> None:
+        """`engine` runs the steps in place of the one that the artifact's kind of device has."""
         self.artifact = artifact
-        self.engine = Engine(artifact, threads)
+        self.engine: Steps = engine or _engine(artifact, threads)
         self._lock = RLock()
 
     def __repr__(self) -> str:
         m = self.artifact.manifest
         limits = f"batch {m.batch}, context {m.context}, vocabulary {m.vocab}"
-        return f"Model({m.model}, {m.recipe}, target {m.target}: {limits}, {self.engine.library.threads} threads)"
+        return f"Model({m.model}, {m.recipe}, target {m.target}: {limits}, {self.engine.threads} threads)"
 
     @property
     def vocab(self) -> int:
@@ -144,7 +145,7 @@ class Model:
         prompts, single = as_prompts(ids, manifest, new)
         ends = frozenset(manifest.eos_token_ids if stop is None else stop)
         with self._lock:
-            self.engine.library.use_threads()
+            self.engine.use_threads()
             return single, complete(self.engine, prompts, new, sampling, ends, stream)
 
     def _pieces(self, batch: Ids, chunk: int | None) -> Iterator[tuple[slice, slice, Logits]]:
@@ -154,7 +155,7 @@ class Model:
         size = min(chunk or self.engine.chunk, self.engine.chunk, self.engine.rows)
         width = self.engine.batch if chunk == 1 else 1
         with self._lock:
-            self.engine.library.use_threads()
+            self.engine.use_threads()
             for start in range(0, len(batch), width):
                 group = batch[start : start + width]
                 sequences = [self.engine.pool.open() for _ in group]
@@ -166,8 +167,17 @@ class Model:
                         self.engine.pool.close(sequence)
 
 
+def _engine(artifact: Artifact, threads: int | None) -> Steps:
+    """The engine of the artifact's kind of device."""
+    if artifact.manifest.kind == "cpu":
+        return Engine(artifact, threads)
+    from moec.runtime.cuda.engine import GpuEngine
+
+    return GpuEngine(artifact)
+
+
 def _feed(
-    engine: Engine, group: Ids, sequences: list[Sequence], size: int, stepwise: bool
+    engine: Steps, group: Ids, sequences: list[Sequence], size: int, stepwise: bool
 ) -> Iterator[tuple[slice, slice, Logits]]:
     """Prefill each sequence in pieces of `size`, or, `stepwise`, its first token, then decode all in step."""
     tokens = group.shape[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ class Weights:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(end - begin for begin, end in self._spans.values())
+
+    def arrays(self) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        """Every tensor's name and bytes, in the order of the file."""
+        for name, (begin, end) in sorted(self._spans.items(), key=lambda item: item[1]):
+            yield name, self._bytes[begin:end]
 
     def view(self, arg: Argument) -> NDArray[np.generic]:
         """The bytes of tensor `arg.name` as `arg.dtype` of `arg.shape`; raises WrongWeights when they do not fit."""

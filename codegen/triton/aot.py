@@ -60,16 +60,17 @@ class Compiled:
         spec, arch = self.instance.spec, architecture(self.instance.arch)
         return problems(self.facts, arch, spec.tensor_core, self.instance.tile.spills, parameter_count(self.instance))
 
-    def file_names(self) -> tuple[str, str]:
+    def file_names(self, name: str) -> tuple[str, str]:
         binary, assembly = ("cubin", "ptx") if architecture(self.instance.arch).nvidia else ("hsaco", "amdgcn")
-        return f"{self.instance.name}.{binary}", f"{self.instance.name}.{assembly}"
+        return f"{name}.{binary}", f"{name}.{assembly}"
 
-    def record(self) -> dict[str, Any]:
+    def record(self, name: str = "") -> dict[str, Any]:
         """The kernel's entry in kernels.json; `launch` is what a loader needs beside the binary."""
-        binary, assembly = self.file_names()
         instance = self.instance
+        name = name or instance.name
+        binary, assembly = self.file_names(name)
         return {
-            "name": instance.name,
+            "name": name,
             "ops": list(instance.spec.ops),
             "cubin": binary,
             "ptx": assembly,
@@ -85,7 +86,10 @@ class Compiled:
                 "global_scratch": self.facts["global_scratch"],
                 "parameters": [[name, kind, name in aligned(instance)] for name, kind in instance.signature.items()],
                 "tensor_maps": self.facts["tensor_maps"],
+                "function": instance.spec.function,
                 "constants": instance.constants,
+                "warps": instance.tile.num_warps,
+                "stages": instance.tile.num_stages,
                 "grid": list(instance.spec.grid),
                 "sha256": cache.digest(self.binary),
             },
@@ -101,6 +105,7 @@ def parameter_count(instance: Instance) -> int:
 def aligned(instance: Instance) -> set[str]:
     """Arguments that are multiples of 16: all pointers, and the sizes that the spec names."""
     pointers = {name for name, kind in instance.signature.items() if kind.startswith("*")}
+    pointers -= set(instance.spec.loose)
     return pointers | {name for name in instance.spec.aligned if name in instance.signature}
 
 
@@ -116,15 +121,22 @@ def path_of(module: str) -> Path:
 @lru_cache(maxsize=64)
 def modules_of(module: str) -> tuple[str, ...]:
     """A kernel module and those that it imports, directly or not, each once."""
-    text = path_of(module).read_text()
+    return tuple(dict.fromkeys([module, *imported(path_of(module).read_text())]))
+
+
+def imported(text: str) -> list[str]:
+    """The modules of `kernels/` that a module's text imports, directly or not, each once."""
     used = re.findall(r"^from moec\.codegen\.triton\.kernels\.(\w+) import", text, re.MULTILINE)
-    return tuple(dict.fromkeys([module, *(m for name in sorted(set(used)) for m in modules_of(name))]))
+    return list(dict.fromkeys(m for name in sorted(set(used)) for m in modules_of(name)))
 
 
-@lru_cache(maxsize=64)
-def source_of(module: str) -> str:
-    """The text that a kernel of `module` is compiled from."""
-    return "".join(path_of(name).read_text() for name in modules_of(module))
+@lru_cache(maxsize=512)
+def source_of(spec_function: str, source: str) -> str:
+    """All text that a kernel is compiled from."""
+    module = spec_function.partition(":")[0]
+    if not source:
+        return "".join(path_of(name).read_text() for name in modules_of(module))
+    return source + "".join(path_of(name).read_text() for name in imported(source))
 
 
 def header(users: Sequence[Instance]) -> str:
@@ -152,7 +164,7 @@ def request_of(instance: Instance) -> dict[str, Any]:
         "triton": triton_version(),
         "arch": instance.arch,
         "function": instance.spec.function,
-        "source": hashlib.sha256(source_of(instance.spec.function.partition(":")[0]).encode()).hexdigest(),
+        "source": hashlib.sha256(source_of(instance.spec.function, instance.spec.source).encode()).hexdigest(),
         "signature": instance.signature,
         "constants": instance.constants,
         "aligned": sorted(aligned(instance)),
@@ -161,7 +173,7 @@ def request_of(instance: Instance) -> dict[str, Any]:
     }
     # Order of arguments decides parameters: the signature is hashed as it stands, not sorted.
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return {**content, "key": key, "kernel": instance.spec.name}
+    return {**content, "key": key, "text": instance.spec.source}
 
 
 class Worker:
@@ -259,19 +271,25 @@ def compile_kernels(
     return results
 
 
-def write(compiled: Sequence[Compiled], folder: Path) -> list[dict[str, Any]]:
-    """Writes binaries, assembly, the kernels' sources and kernels.json into `folder`; gives the records."""
+def write(compiled: Sequence[Compiled], folder: Path, records: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Writes binaries, assembly, the kernels' sources and kernels.json into `folder`; gives the records.
+
+    `records` replaces the kernels' own, which name every op that a kernel could serve.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    records = []
-    for kernel in compiled:
-        binary, assembly = kernel.file_names()
-        (folder / binary).write_bytes(kernel.binary)
-        (folder / assembly).write_bytes(kernel.assembly)
-        records.append(kernel.record())
-    for module in sorted({k.instance.spec.function.partition(":")[0] for k in compiled}):
-        for name in modules_of(module):
-            users = [k.instance for k in compiled if k.instance.spec.function.startswith(f"{name}:")]
-            (folder / f"{name}.py").write_text(header(users) + path_of(name).read_text())
+    records = list(records) or [kernel.record() for kernel in compiled]
+    library: dict[str, None] = {}
+    for kernel, record in zip(compiled, records, strict=True):
+        (folder / record["cubin"]).write_bytes(kernel.binary)
+        (folder / record["ptx"]).write_bytes(kernel.assembly)
+        spec = kernel.instance.spec
+        module = spec.function.partition(":")[0]
+        if spec.source:
+            (folder / f"{module}.py").write_text(header([kernel.instance]) + spec.source)
+        library.update(dict.fromkeys(imported(spec.source) if spec.source else modules_of(module)))
+    for name in sorted(library):
+        users = [k.instance for k in compiled if k.instance.spec.function.startswith(f"{name}:")]
+        (folder / f"{name}.py").write_text(header(users) + path_of(name).read_text())
     beside = folder / ".kernels.json.new"
     beside.write_text(json.dumps(records, indent=1) + "\n")
     os.replace(beside, folder / "kernels.json")

@@ -40,10 +40,10 @@ def compile_request(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from moec.codegen.triton.spec import kernel
+    from moec.codegen.triton.spec import load_function
 
     arch = architecture(request["arch"])
-    function = kernel(request["kernel"]).jit()
+    function = load_function(request["function"], request["text"])
     names = function.arg_names
     signature = {name: request["signature"].get(name, "constexpr") for name in names}
     constants = {name: request["constants"][name] for name in names if signature[name] == "constexpr"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.codegen.triton.problem import element_type, launch
 from moec.codegen.triton.spec import Instance, kernel
+from moec.codegen.triton.specs.attention import query_distances
 
 if TYPE_CHECKING:
     import torch
@@ -158,8 +159,9 @@ def absorbed_attention(
     flat = cache.view(-1, width)
     partial, lse = chain(
         "mla_decode_split", sizes,
-        {"q_ptr": q, "latent_ptr": flat[:, :rank], "rope_ptr": flat[:, rank:], "pages_ptr": pages, "length_ptr": length,
-         "softmax_scale": scale, "max_pages": pages.shape[1], "splits": splits, "ROWS": rows},
+        {"q_ptr": q[..., :rank], "q_rope_ptr": q[..., rank:], "latent_ptr": flat[:, :rank], "rope_ptr": flat[:, rank:],
+         "pages_ptr": pages, "length_ptr": length, **query_distances(heads, width), "softmax_scale": scale,
+         "max_pages": pages.shape[1], "splits": splits, "QUERIES": queries, "ROWS": rows},
         partial_ptr=(batch, splits, rows, rank), lse_ptr=(batch, splits, rows),
     )  # fmt: skip
     (out,) = chain(

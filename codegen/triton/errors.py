@@ -25,8 +25,8 @@ class UnmetRequirement(InputError):
     template = "kernel '{name}' needs {requirement}, which does not hold for {values}"
 
 
-class BadExpression(InputError):
-    template = "expression '{text}': {reason}"
+class NoKernel(InputError):
+    template = "no GPU kernel for {op}: {reason}"
 
 
 class TritonMissing(MoecError):

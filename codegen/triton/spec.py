@@ -7,17 +7,21 @@ stages for an architecture and a shape class ("decode": few rows; "prefill": man
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from moec.codegen.triton.arch import architecture
 from moec.codegen.triton.errors import UnknownKernel, UnknownShapeClass, UnmetRequirement, UnsupportedKernel
-from moec.codegen.triton.expr import evaluate
 from moec.errors import near
+from moec.ir.expr import evaluate
 from moec.plugins import plugins
 
 if TYPE_CHECKING:
@@ -66,7 +70,9 @@ class KernelSpec:
     `signature` maps the run-time arguments, in order, to Triton types (`*bf16`, `i32`,
     `tensordesc<fp8e4nv[{BM}, 128]>`); `grid`, `flops`, `bytes` and `requires` are expressions over dims and
     constants; `build` makes the arguments of a problem and `reference` what they must become, in torch. `ops` names
-    the IR operations that the kernel serves; `fallback` the kernel to use where `tiles` has no entry.
+    the IR operations that the kernel serves; `fallback` the kernel to use where `tiles` has no entry. `source` is the
+    module's text where the kernel was generated, and empty where `function` names a file; `loose` names pointers that
+    need not lie at a multiple of 16 bytes.
     """
 
     name: str
@@ -88,12 +94,12 @@ class KernelSpec:
     tensor_core: bool = False
     fallback: str = ""
     shape_dims: Mapping[str, Dims] = field(default_factory=dict)
+    source: str = ""
+    loose: tuple[str, ...] = ()
 
     def jit(self) -> Any:
         """The decorated Triton function. Imports Triton."""
-        module, _, function = self.function.partition(":")
-        inside = "" if "." in module else "moec.codegen.triton.kernels."
-        return getattr(importlib.import_module(inside + module), function)
+        return load_function(self.function, self.source)
 
     def shapes(self, arch: str) -> Mapping[str, Tile]:
         """The tiles for `arch` by shape class. Raises UnknownArchitecture, UnsupportedKernel with the fallback."""
@@ -162,6 +168,32 @@ class Instance:
     def bytes(self) -> int:
         """Bytes that have to pass between the device's memory and the kernel at least."""
         return evaluate(self.spec.bytes, self.values)
+
+
+@lru_cache(maxsize=256)
+def load_function(name: str, source: str) -> Any:
+    """The decorated function `module:function` of `kernels/`, or of the given text. Imports Triton.
+
+    Triton reads a function's text from its file, so a generated one is written to a temporary file that stays.
+    """
+    module, _, function = name.partition(":")
+    if not source:
+        inside = "" if "." in module else "moec.codegen.triton.kernels."
+        return getattr(importlib.import_module(inside + module), function)
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    file = Path(_generated_folder().name) / f"{module}_{digest}.py"
+    file.write_text(source)
+    spec = importlib.util.spec_from_file_location(f"moec_generated_{module}_{digest}", file)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return getattr(loaded, function)
+
+
+@lru_cache(maxsize=1)
+def _generated_folder() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="moec-kernels-")
 
 
 @lru_cache(maxsize=1)

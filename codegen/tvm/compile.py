@@ -117,7 +117,7 @@ def _key(module: Module, target: Target, limits: Mapping[str, int]) -> str:
     digest = hashlib.sha256(_functions_text(program).encode())
     digest.update(json.dumps([_machine_facts(target), dict(limits), tvm], sort_keys=True).encode())
     here = Path(__file__).resolve().parent
-    for source in sorted([*here.glob("*.py"), here.parent / "storage.py"]):
+    for source in sorted([*here.glob("*.py"), here.parent / "arena.py", here.parent / "storage.py"]):
         digest.update(source.read_bytes())
     for name, emitter in plugins("moec.cpu_kernels"):
         digest.update(name.encode() + Path(inspect.getfile(emitter)).read_bytes())

@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from moec.codegen.arena import Slot
 from moec.codegen.tvm import (
     elementwise,
     embed,
@@ -28,7 +29,7 @@ from moec.codegen.tvm import (
 )
 from moec.codegen.tvm.cache import CacheAppendSpec, CacheGatherSpec, CacheLayout, build_cache_append, build_cache_gather
 from moec.codegen.tvm.formats import FORMATS, Format
-from moec.codegen.tvm.memory import Layout, Place, Slot
+from moec.codegen.tvm.memory import Layout, Place
 from moec.codegen.tvm.tir import Kernel, Machine, call, const
 from moec.codegen.tvm.vector import KernelSpecError
 from moec.ir import CacheType, Dim, Function, Module, Op, TensorType, Value, WeightRef

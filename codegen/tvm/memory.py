@@ -1,7 +1,6 @@
 """Memory planning: where each value of a function lives in one arena, views and in-place results included.
 
-Sizes are those at the compiled limits. Values whose lifetimes do not meet share bytes; the arena is placed greedily,
-largest first (Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020).
+Sizes are those at the compiled limits, in elements of 4 bytes. Values whose lifetimes do not meet share bytes.
 """
 
 from __future__ import annotations
@@ -10,20 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from moec.codegen.arena import Slot, assign
 from moec.ir import Function, IndexType, Op, TensorType, Value
 
 ALIGN = 16
 """Elements (4 bytes each) to which buffers are rounded: one cache line."""
-
-
-@dataclass(eq=False)
-class Slot:
-    """A run of 4-byte elements of the arena, alive from op `first` to op `last`."""
-
-    size: int
-    first: int
-    last: int
-    offset: int = -1
 
 
 @dataclass(frozen=True)
@@ -95,7 +85,7 @@ def plan_function(
             _touch(layout, value, position)
     for value in function.returns:
         _touch(layout, value, len(function.ops))
-    layout.size = _assign(slots)
+    layout.size = assign(slots)
     return layout
 
 
@@ -157,20 +147,6 @@ def _touch(layout: Layout, value: Value, position: int) -> None:
     for slot in (place.base, *place.keeps):
         if isinstance(slot, Slot):
             slot.last = max(slot.last, position)
-
-
-def _assign(slots: list[Slot]) -> int:
-    placed: list[Slot] = []
-    for slot in sorted(slots, key=lambda s: -s.size):
-        meeting = sorted((p for p in placed if p.first <= slot.last and slot.first <= p.last), key=lambda p: p.offset)
-        offset = 0
-        for p in meeting:
-            if offset + slot.size <= p.offset:
-                break
-            offset = max(offset, p.offset + p.size)
-        slot.offset = offset
-        placed.append(slot)
-    return max((s.offset + s.size for s in slots), default=0)
 
 
 def loop_result(function: Function) -> dict[Value, Value]:

@@ -1,6 +1,6 @@
 """The few calls of the CUDA driver API that launching needs, through ctypes.
 
-CUDA Driver API reference: module management, execution control, memory management, tensor map object management.
+CUDA Driver API reference: module, memory, stream, event and graph management, execution control, tensor maps.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ UNSUPPORTED_PTX_VERSION = 222
 MAX_DYNAMIC_SHARED = 8
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 L2_PROMOTION_128 = 2
+NON_BLOCKING = 1
+NO_TIMING = 2
+CAPTURE_THREAD = 1
 
 
 class Driver:
@@ -44,11 +47,15 @@ class Driver:
             raise NoDevice(ordinal=ordinal, count=count.value)
         self.device = ctypes.c_int()
         self.call("cuDeviceGet", ctypes.byref(self.device), ordinal)
-        context = ctypes.c_void_p()
+        self.context = ctypes.c_void_p()
         # The primary context is the one that torch uses: memory and streams are shared with it.
-        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self.device)
-        self.call("cuCtxSetCurrent", context)
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), self.device)
+        self.make_current()
         self.capability = (self.attribute(CAPABILITY_MAJOR), self.attribute(CAPABILITY_MINOR))
+
+    def make_current(self) -> None:
+        """Let the calling thread use the device."""
+        self.call("cuCtxSetCurrent", self.context)
 
     def attribute(self, number: int) -> int:
         value = ctypes.c_int()
@@ -88,6 +95,81 @@ class Driver:
 
     def release(self, address: int) -> None:
         self.call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def host_memory(self, size: int) -> int:
+        """The address of `size` bytes of page-locked host memory, which copies can read while others go on."""
+        address = ctypes.c_void_p()
+        self.call("cuMemAllocHost_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        assert address.value is not None
+        return address.value
+
+    def stream(self) -> int:
+        """A new stream that does not wait for the default one."""
+        stream = ctypes.c_void_p()
+        self.call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(NON_BLOCKING))
+        return int(stream.value or 0)
+
+    def wait(self, stream: int) -> None:
+        """Until everything on a stream has ended."""
+        self.call("cuStreamSynchronize", ctypes.c_void_p(stream))
+
+    def event(self) -> int:
+        """A new event without timing."""
+        event = ctypes.c_void_p()
+        self.call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(NO_TIMING))
+        return int(event.value or 0)
+
+    def record(self, event: int, stream: int) -> None:
+        """Signal an event once all work so far on a stream has ended."""
+        self.call("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+
+    def wait_for(self, stream: int, event: int) -> None:
+        """Later work on a stream starts after the event."""
+        self.call("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), ctypes.c_uint(0))
+
+    def upload(self, device: int, host: int, size: int, stream: int) -> None:
+        """Copy host memory to the device."""
+        self.call(
+            "cuMemcpyHtoDAsync_v2", ctypes.c_uint64(device), ctypes.c_void_p(host), ctypes.c_size_t(size),
+            ctypes.c_void_p(stream),
+        )  # fmt: skip
+
+    def download(self, host: int, device: int, size: int, stream: int) -> None:
+        """Copy device memory to the host."""
+        self.call(
+            "cuMemcpyDtoHAsync_v2", ctypes.c_void_p(host), ctypes.c_uint64(device), ctypes.c_size_t(size),
+            ctypes.c_void_p(stream),
+        )  # fmt: skip
+
+    def copy(self, to: int, source: int, size: int, stream: int) -> None:
+        """Copy within the device's memory."""
+        self.call(
+            "cuMemcpyDtoDAsync_v2", ctypes.c_uint64(to), ctypes.c_uint64(source), ctypes.c_size_t(size),
+            ctypes.c_void_p(stream),
+        )  # fmt: skip
+
+    def zero(self, address: int, size: int, stream: int) -> None:
+        """Fill device memory with zero bytes."""
+        self.call(
+            "cuMemsetD8Async", ctypes.c_uint64(address), ctypes.c_ubyte(0), ctypes.c_size_t(size),
+            ctypes.c_void_p(stream),
+        )  # fmt: skip
+
+    def begin_capture(self, stream: int) -> None:
+        """From here on, work on the stream (and on streams that wait for it) is noted instead of done."""
+        self.call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), ctypes.c_int(CAPTURE_THREAD))
+
+    def end_capture(self, stream: int) -> int:
+        """What was noted, as a graph that `replay` runs."""
+        graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
+        self.call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+        self.call("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, ctypes.c_ulonglong(0))
+        self.call("cuGraphDestroy", graph)
+        return int(ready.value or 0)
+
+    def replay(self, graph: int, stream: int) -> None:
+        """Run a captured graph."""
+        self.call("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
 
     def encode(self, meta: Mapping[str, Any], matrix: Matrix) -> AlignedBytes:
         """The tensor map of a matrix: boxes, type and swizzle as the compiler recorded them; zeros outside."""

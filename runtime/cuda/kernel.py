@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,10 @@ class Kernel:
 
         A grid with an empty axis does nothing. Raises BadArguments, DriverFailed.
         """
+        self.bound(grid, arguments)(stream)
+
+    def bound(self, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> Callable[[int], None]:
+        """The launch with its parameters packed once: called with a stream, any number of times."""
         if not 1 <= len(grid) <= 3 or any(n < 0 for n in grid):
             raise BadArguments(name=self.name, reason=f"grid {grid} is not one to three sizes")
         if self.about["global_scratch"]:
@@ -77,13 +81,18 @@ class Kernel:
         packed = pack(
             self.name, self.about["parameters"], self.about["tensor_maps"], arguments, self.driver.encode
         )  # fmt: skip
-        if 0 in grid:
-            return
         x, y, z = (*grid, 1, 1)[:3]
-        self.driver.call(
-            "cuLaunchKernel", self.function, x, y, z, self.about["threads"], 1, 1, self.shared_bytes,
-            ctypes.c_void_p(stream), packed.array(), None,
-        )  # fmt: skip
+        array = packed.array()
+
+        def start(stream: int) -> None:
+            # The array points into `packed`, which this function keeps.
+            if 0 not in grid and packed.addresses:
+                self.driver.call(
+                    "cuLaunchKernel", self.function, x, y, z, self.about["threads"], 1, 1, self.shared_bytes,
+                    ctypes.c_void_p(stream), array, None,
+                )  # fmt: skip
+
+        return start
 
 
 def load_kernels(folder: Path, driver: Driver) -> dict[str, Kernel]:

@@ -27,14 +27,6 @@ class NoWeights(InputError):
     template: ClassVar[str] = "{model} has no weights: pass --weights FOLDER, --random-weights SEED or --no-weights"
 
 
-class UnsupportedTarget(InputError):
-    """A target for which no code can be generated."""
-
-    template: ClassVar[str] = (
-        "target {target} is a {kind} device: artifacts are for CPUs so far; pass --plan-only, or see moec plan"
-    )
-
-
 class WrongPhase(InputError):
     """A phase that the model does not have, or that an artifact cannot do without."""
 
@@ -132,33 +124,51 @@ class Plan:
         """Compile the kernels, pack the weights and write the artifact folder `out`, whole or not at all.
 
         Weights come from `weights`, else from random numbers, else from the model's own folder.
-        Raises NoWeights, CheckpointError, TensorError, NoKernel, OutputExists or WriteFailed.
+        Raises NoWeights, CheckpointError, TensorError, NoKernel, UnsupportedKernel, UnmetRequirement, CompileFailed,
+        CheckFailed, OutputExists or WriteFailed.
         """
         from moec.codegen import artifact
         from moec.codegen.pack import pack_weights
-        from moec.codegen.tvm.compile import compile_module
 
         say = note or (lambda line: None)
-        target, limits = self.context.target, self.context.limits
-        if target.kind != "cpu":
-            raise UnsupportedTarget(target=target.name, kind=target.kind)
-        if len(self.phases) < 2:
+        if self.context.target.kind == "cpu" and len(self.phases) < 2:
             raise WrongPhase(phase=self.phases[0], reason="artifacts for CPUs hold both phases; leave --phase away")
         loader = None if no_weights else self._loader(weights, random_weights, say)
-        sizes = {"batch": limits.batch, "context": limits.context, "chunk": limits.chunk}
         with artifact.artifact_folder(Path(out)) as work:
-            compiled = compile_module(self.ir, target, sizes)
-            say(compiled.note)
             (work / "kernels").mkdir()
-            shutil.copyfile(compiled.library, work / "kernels" / "kernels.so")
-            artifact.write_json(work / "kernels" / "kernels.json", compiled.kernels)
-            self._write_program(work, self._call_interface(compiled.entries))
+            on_cpu = self.context.target.kind == "cpu"
+            interface = (self._cpu_kernels if on_cpu else self._gpu_kernels)(work / "kernels", say)
+            self._write_program(work, interface)
             if loader is not None:
                 (work / "weights").mkdir()
                 pack_weights(self.ir, loader, work / "weights" / "rank-00000.safetensors", progress)
             artifact.copy_tokenizer(self.source.folder, work)
             artifact.write_manifest(work, self._facts())
         return Artifact(Path(out))
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        limits = self.context.limits
+        return {"batch": limits.batch, "context": limits.context, "chunk": limits.chunk}
+
+    def _cpu_kernels(self, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+        from moec.codegen import artifact
+        from moec.codegen.tvm.compile import compile_module
+
+        compiled = compile_module(self.ir, self.context.target, self._sizes)
+        say(compiled.note)
+        shutil.copyfile(compiled.library, folder / "kernels.so")
+        artifact.write_json(folder / "kernels.json", compiled.kernels)
+        return self._call_interface(compiled.entries)
+
+    def _gpu_kernels(self, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+        from moec.codegen.triton.program import lower_module
+
+        program = lower_module(self.ir, self.context.target, self._sizes)
+        compiled = program.compile()
+        say(program.note(compiled))
+        program.write(compiled, folder)
+        return program.plan(self.ir)
 
     def _loader(
         self, weights: str | Path | None, seed: int | None, say: Callable[[str], None]
@@ -211,7 +221,7 @@ class Plan:
         return {"entries": dict(entries), "page_size": PAGE, "cache": {"dtype": dtype, "shape": shape}}
 
     def _facts(self) -> dict[str, Any]:
-        c, target, limits = self.source.config, self.context.target, self.context.limits
+        c, target = self.source.config, self.context.target
         return {
             "moec_version": __version__,
             "model": {
@@ -224,7 +234,7 @@ class Plan:
                 "name": target.name,
                 **_needs(target),
             },
-            "limits": {"batch": limits.batch, "context": limits.context, "chunk": limits.chunk},
+            "limits": self._sizes,
             "recipe": self.ir.attrs.get("recipe", ""),
         }
 

@@ -17,7 +17,7 @@ Refused = Callable[..., str]
     [
         (["--target", "cpuu"], "did you mean cpu?"),
         (["--target", "h801"], "h800"),
-        (["--target", "h800", "--recipe", "fp32"], "artifacts are for CPUs"),
+        (["--target", "h800", "--recipe", "fp32"], "kernel 'cache_read' needs 'DV % 128 == 0'"),
         (["--recipe", "weights-only"], "did you mean weight-only"),
         (["--context", "65"], "exceeds the model's 64 positions; pass --context 64 or less"),
         (["--pass", "fuze"], "did you mean fuse"),

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from moec.codegen.triton.document import document
-from moec.codegen.triton.errors import BadExpression
-from moec.codegen.triton.expr import evaluate
 from moec.codegen.triton.spec import KernelSpec, registry
+from moec.ir.expr import BadExpression, evaluate
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu-kernels.md"
 

@@ -19,6 +19,7 @@ import interp_fixes
 import interp_kernels
 import torch
 from layers import attention_error, experts_error
+from whole_models import prompts_error
 
 from moec.codegen.triton.problem import check, make
 from moec.codegen.triton.spec import kernel
@@ -55,7 +56,9 @@ def repairs(on: bool) -> None:
     (interp_fixes.apply if on else interp_fixes.remove)()
 
 
-CALLS = {f.__name__: f for f in (run_case, cast_bits, product_error, repairs, experts_error, attention_error)}
+CALLS = {
+    f.__name__: f for f in (run_case, cast_bits, product_error, repairs, experts_error, attention_error, prompts_error)
+}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

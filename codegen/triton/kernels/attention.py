@@ -37,17 +37,19 @@ def load_latent(
 
 @triton.jit
 def mla_decode_split(
-    q_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr, length_ptr, partial_ptr, lse_ptr,
-    softmax_scale, max_pages, splits, ROWS,
-    HEADS: tl.constexpr, QUERIES: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, PAGE: tl.constexpr,
+    q_ptr, q_rope_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr, length_ptr, partial_ptr, lse_ptr,
+    q_row, q_head, q_rope_row, q_rope_head, softmax_scale, max_pages, splits, QUERIES, ROWS,
+    HEADS: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, PAGE: tl.constexpr,
     LATENT_ROW: tl.constexpr, ROPE_ROW: tl.constexpr, SCALE_ROW: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Absorbed attention of one share of the keys.
 
-    q[B, ROWS = QUERIES*HEADS, DV+DR]; latent, rope and scale open the same cache rows at their own distances (in
-    elements); pages[B, max_pages]; length[B] counts the keys including those of the QUERIES new tokens, and query i
-    sees the first `length - QUERIES + 1 + i`. -> partial[B, splits, ROWS, DV], lse[B, splits, ROWS] in float32, lse
-    -inf for a share without keys. SCALE_ROW = 0 marks a cache that is not quantised.
+    q[B*QUERIES, HEADS, DV] and q_rope[B*QUERIES, HEADS, DR] at distances of their own between tokens and heads; latent,
+    rope and scale open the same cache rows likewise (in elements); pages[B, max_pages]; length[B] counts the keys
+    including those of the QUERIES new tokens, and query i sees the first `length - QUERIES + 1 + i`. ROWS is
+    QUERIES*HEADS.
+    -> partial[B, splits, ROWS, DV], lse[B, splits, ROWS] in float32, lse -inf for a share without keys. SCALE_ROW = 0
+    marks a cache that is not quantised.
     """
     b = tl.program_id(0)
     share = tl.program_id(2)
@@ -61,9 +63,10 @@ def mla_decode_split(
     per_share = tl.cdiv(blocks, splits)
     low = share * per_share
     high = tl.minimum(low + per_share, blocks)
-    q_at = q_ptr + (b.to(tl.int64) * ROWS + tl.where(real, row, 0))[:, None] * (DV + DR)
-    q_latent = tl.load(q_at + rv[None, :])
-    q_rope = tl.load(q_at + DV + rr[None, :])
+    token = (b.to(tl.int64) * QUERIES + tl.where(real, row, 0) // HEADS)[:, None]
+    head = (tl.where(real, row, 0) % HEADS)[:, None]
+    q_latent = tl.load(q_ptr + token * q_row + head * q_head + rv[None, :])
+    q_rope = tl.load(q_rope_ptr + token * q_rope_row + head * q_rope_head + rr[None, :])
     best = tl.full((BH,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BH,), dtype=tl.float32)
     acc = tl.zeros((BH, DV), dtype=tl.float32)
@@ -166,13 +169,14 @@ def prefill_step(
 
 @triton.jit
 def mla_prefill(
-    q_ptr, kv_ptr, rope_ptr, q_start_ptr, k_start_ptr, out_ptr, softmax_scale,
+    q_ptr, kv_ptr, rope_ptr, q_start_ptr, k_start_ptr, out_ptr, q_row, softmax_scale,
     HEADS: tl.constexpr, DN: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Causal attention of ragged sequences whose keys may begin before their queries (a cached prefix).
 
-    q[Tq, HEADS, DN+DR]; kv[Tk, HEADS, DN+DV] as the up-projection leaves it, keys beside values; rope[Tk, DR] shared
-    by the heads; q_start[B+1], k_start[B+1] -> out[Tq, HEADS, DV]. The last query of a sequence sees all its keys.
+    q[Tq, HEADS, DN+DR] at distance `q_row` between tokens; kv[Tk, HEADS, DN+DV] as the up-projection leaves it, keys
+    beside values; rope[Tk, DR] shared by the heads; q_start[B+1], k_start[B+1] -> out[Tq, HEADS, DV]. The last query of
+    a sequence sees all its keys.
     """
     sequence = tl.program_id(2)
     head = tl.program_id(1)
@@ -187,7 +191,7 @@ def mla_prefill(
         rm = block * BM + tl.arange(0, BM)
         real = rm < queries
         position = keys - queries + rm
-        q_at = q_ptr + ((q_start + tl.where(real, rm, 0)) * HEADS + head)[:, None] * (DN + DR)
+        q_at = q_ptr + ((q_start + tl.where(real, rm, 0)) * q_row + head * (DN + DR))[:, None]
         q_nope = tl.load(q_at + tl.arange(0, DN)[None, :])
         q_rope = tl.load(q_at + DN + tl.arange(0, DR)[None, :])
         kv_at = kv_ptr + k_start * KV_ROW + head * (DN + DV)

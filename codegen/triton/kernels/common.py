@@ -40,6 +40,28 @@ def quantise_groups(y, scale_ptr, scale_at, mask, POW2: tl.constexpr, FP8: tl.co
 
 
 @triton.jit
+def load_scale(at):
+    """Scales behind pointers, in float32: stored as such, or as the biased exponent of a power of two (UE8M0)."""
+    scale = tl.load(at)
+    if scale.dtype == tl.uint8:
+        scale = (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def widen(raw, TO: tl.constexpr):
+    """E4M3 values, typed or as bytes, in TO. Bytes are for devices whose hardware does not know the format.
+
+    E4M3's bits, moved to where BF16 keeps exponent and mantissa, are the value times 2^-120, subnormals included.
+    """
+    if raw.dtype == tl.uint8:
+        bits = raw.to(tl.int16)
+        bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 4)
+        return (bits.to(tl.bfloat16, bitcast=True).to(tl.float32) * 2.0**120).to(TO)
+    return raw.to(TO)
+
+
+@triton.jit
 def grouped_order(pid, blocks_m, blocks_n, GROUP_M: tl.constexpr):
     """Tile (m, n) of program `pid`: GROUP_M rows of tiles are walked together so that B's tiles are met in L2."""
     width = GROUP_M * blocks_n

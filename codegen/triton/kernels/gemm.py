@@ -1,39 +1,11 @@
 # mypy: ignore-errors
-"""Matrix products `C[M, N] = A[M, K] B[N, K]^T`: FP8 with block scales, and BF16.
-
-The FP8 products carry one scale for 1x128 of A and one for 128x128 of B. The tensor core's own accumulation keeps
-about 14 bits, so the partial sum of every 128 products is scaled and added in float32 (DeepSeek-V3 technical report,
-arXiv 2412.19437, sec. 3.3.2).
-"""
+"""Matrix products `C[M, N] = A[M, K] B[N, K]^T`: FP8 with block scales, and BF16."""
 
 import triton
 import triton.language as tl
 
-from moec.codegen.triton.kernels.common import grouped_order
-
-
-@triton.jit
-def block_scaled_rows(
-    a_row, a_scale_row, b_row, b_scale_row, K, BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr
-):
-    """Float32 [BM, BN] of the rows opened by the pointers `a_row[BM]` and `b_row[BN]`, B's under one row of scales."""
-    rk = tl.arange(0, 128)
-    a_at = a_row[:, None] + rk[None, :]
-    b_at = b_row[None, :] + rk[:, None]
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for k in range(tl.cdiv(K, 128)):
-        if EVEN_K:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
-        else:
-            inside = k * 128 + rk < K
-            a = tl.load(a_at, mask=inside[None, :], other=0.0)
-            b = tl.load(b_at, mask=inside[:, None], other=0.0)
-        scale = tl.load(a_scale_row + k) * tl.load(b_scale_row + k)
-        acc += tl.dot(a, b, max_num_imprecise_acc=128) * scale[:, None]
-        a_at += 128
-        b_at += 128
-    return acc
+from moec.codegen.triton.kernels.common import grouped_order, load_scale
+from moec.codegen.triton.kernels.products import bf16_rows, block_scaled_rows
 
 
 @triton.jit
@@ -74,31 +46,10 @@ def fp8_gemm_tma(
     for k in tl.range(0, groups, warp_specialize=SPECIALISE):
         a = a_desc.load([pm * BM, k * 128])
         b = b_desc.load([pn * BN, k * 128])
-        scale = tl.load(a_scale_row + k) * tl.load(b_scale_row + k)
+        scale = load_scale(a_scale_row + k) * load_scale(b_scale_row + k)
         acc += tl.dot(a, b.T, max_num_imprecise_acc=128) * scale[:, None]
     c_at = c_ptr + rm[:, None].to(tl.int64) * N + rn[None, :]
     tl.store(c_at, acc.to(c_ptr.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
-
-
-@triton.jit
-def bf16_rows(a_row, b_row, b_step, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
-    """Float32 [BM, BN] of the rows opened by `a_row[BM]` and `b_row[BN]`; `b_step` is B's distance along K."""
-    rk = tl.arange(0, BK)
-    a_at = a_row[:, None] + rk[None, :]
-    b_at = b_row[None, :] + rk[:, None] * b_step
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for k in range(tl.cdiv(K, BK)):
-        if EVEN_K:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
-        else:
-            inside = k * BK + rk < K
-            a = tl.load(a_at, mask=inside[None, :], other=0.0)
-            b = tl.load(b_at, mask=inside[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-        a_at += BK
-        b_at += BK * b_step
-    return acc
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moec.codegen.triton.kernels.common import quantise_groups, silu_mul
-from moec.codegen.triton.kernels.gemm import bf16_rows, block_scaled_rows
+from moec.codegen.triton.kernels.products import bf16_pair, bf16_rows, block_scaled_pair, block_scaled_rows
 
 
 @triton.jit
@@ -67,31 +67,12 @@ def grouped_fp8_swiglu(
         rk = tl.arange(0, 128)
         am = first + tl.where(rm < used, rm, 0)
         groups = tl.cdiv(K, 128)
-        gate_row = expert * 2 * INNER + group * 128 + tl.arange(0, 128)
+        gate_row = b_ptr + (expert * 2 * INNER + group * 128 + tl.arange(0, 128)) * K
         gate_scale_row = b_scale_ptr + (expert * (2 * INNER // 128) + group) * groups
-        up_scale_row = gate_scale_row + (INNER // 128) * groups
-        a_scale_row = a_scale_ptr + am * groups
-        a_at = a_ptr + am[:, None] * K + rk[None, :]
-        gate_at = b_ptr + gate_row[None, :] * K + rk[:, None]
-        up_at = gate_at + INNER.to(tl.int64) * K
-        gate = tl.zeros((BM, 128), dtype=tl.float32)
-        up = tl.zeros((BM, 128), dtype=tl.float32)
-        for k in range(groups):
-            if EVEN_K:
-                a = tl.load(a_at)
-                b_gate = tl.load(gate_at)
-                b_up = tl.load(up_at)
-            else:
-                inside = k * 128 + rk < K
-                a = tl.load(a_at, mask=inside[None, :], other=0.0)
-                b_gate = tl.load(gate_at, mask=inside[:, None], other=0.0)
-                b_up = tl.load(up_at, mask=inside[:, None], other=0.0)
-            a_scale = tl.load(a_scale_row + k)
-            gate += tl.dot(a, b_gate, max_num_imprecise_acc=128) * (a_scale * tl.load(gate_scale_row + k))[:, None]
-            up += tl.dot(a, b_up, max_num_imprecise_acc=128) * (a_scale * tl.load(up_scale_row + k))[:, None]
-            a_at += 128
-            gate_at += 128
-            up_at += 128
+        gate, up = block_scaled_pair(
+            a_ptr + am * K, a_scale_ptr + am * groups, gate_row, gate_scale_row, gate_row + INNER.to(tl.int64) * K,
+            gate_scale_row + (INNER // 128) * groups, K, BM, 128, EVEN_K,
+        )  # fmt: skip
         rows = first + rm
         c = quantise_groups(
             silu_mul(gate, up), c_scale_ptr, rows * (INNER // 128) + group, rm < used, POW2, c_ptr.dtype.element_ty
@@ -126,29 +107,9 @@ def grouped_bf16_swiglu(
     if used > 0:
         rm = tl.arange(0, BM)
         rn = tl.program_id(0) * BN + tl.arange(0, BN)
-        rk = tl.arange(0, BK)
         am = first + tl.where(rm < used, rm, 0)
-        gate_row = expert * 2 * INNER + tl.where(rn < INNER, rn, 0)
-        a_at = a_ptr + am[:, None] * K + rk[None, :]
-        gate_at = b_ptr + gate_row[None, :] * K + rk[:, None]
-        up_at = gate_at + INNER.to(tl.int64) * K
-        gate = tl.zeros((BM, BN), dtype=tl.float32)
-        up = tl.zeros((BM, BN), dtype=tl.float32)
-        for k in range(tl.cdiv(K, BK)):
-            if EVEN_K:
-                a = tl.load(a_at)
-                b_gate = tl.load(gate_at)
-                b_up = tl.load(up_at)
-            else:
-                inside = k * BK + rk < K
-                a = tl.load(a_at, mask=inside[None, :], other=0.0)
-                b_gate = tl.load(gate_at, mask=inside[:, None], other=0.0)
-                b_up = tl.load(up_at, mask=inside[:, None], other=0.0)
-            gate = tl.dot(a, b_gate, gate, input_precision="ieee")
-            up = tl.dot(a, b_up, up, input_precision="ieee")
-            a_at += BK
-            gate_at += BK
-            up_at += BK
+        gate_row = b_ptr + (expert * 2 * INNER + tl.where(rn < INNER, rn, 0)) * K
+        gate, up = bf16_pair(a_ptr + am * K, gate_row, gate_row + INNER.to(tl.int64) * K, K, BM, BN, BK, EVEN_K)
         c_at = c_ptr + (first + rm)[:, None] * INNER + rn[None, :]
         c = silu_mul(gate, up).to(c_ptr.dtype.element_ty)
         tl.store(c_at, c, mask=(rm[:, None] < used) & (rn[None, :] < INNER))

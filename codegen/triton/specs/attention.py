@@ -65,6 +65,11 @@ def sequence_lengths(p: Problem) -> list[int]:
     return [p.CONTEXT] * p.B if p.LOAD < 0 else list(LENGTHS[p.LOAD])
 
 
+def query_distances(heads: int, width: int) -> dict[str, int]:
+    """Between tokens and heads of queries whose latent and rotary parts lie side by side."""
+    return {"q_row": heads * width, "q_head": width, "q_rope_row": heads * width, "q_rope_head": width}
+
+
 def build_split(p: Problem) -> dict[str, Any]:
     import torch
 
@@ -73,13 +78,15 @@ def build_split(p: Problem) -> dict[str, Any]:
     total = p.B * pages + 3
     cache, _ = decode_cache(p, total * p.PAGE)
     rows = p.HEADS * p.QUERIES
+    q = p.put("q_ptr", p.normal(p.B, rows, p.DV + p.DR))
     return {
-        "q_ptr": p.put("q_ptr", p.normal(p.B, rows, p.DV + p.DR)), **cache,
+        "q_ptr": q[..., : p.DV], "q_rope_ptr": q[..., p.DV :], **cache,
         "pages_ptr": p.shuffled(total)[: p.B * pages].view(p.B, pages).to(torch.int32),
         "length_ptr": torch.tensor(lengths, dtype=torch.int32),
         "partial_ptr": p.output("partial_ptr", p.B, p.SPLITS, rows, p.DV),
         "lse_ptr": p.output("lse_ptr", p.B, p.SPLITS, rows),
-        "softmax_scale": 192**-0.5, "max_pages": pages, "splits": p.SPLITS, "ROWS": rows,
+        **query_distances(p.HEADS, p.DV + p.DR), "softmax_scale": 192**-0.5, "max_pages": pages,
+        "splits": p.SPLITS, "QUERIES": p.QUERIES, "ROWS": rows,
     }  # fmt: skip
 
 
@@ -113,7 +120,8 @@ def reference_split(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
     query = torch.arange(rows) // p.HEADS
     for b, n in enumerate(x["length_ptr"].tolist()):
         kv = keys[x["pages_ptr"][b].long()].flatten(0, 1)[:n]
-        score = x["q_ptr"][b].double() @ kv.T * x["softmax_scale"]
+        query_and_key = torch.cat([x["q_ptr"][b], x["q_rope_ptr"][b]], -1).double()
+        score = query_and_key @ kv.T * x["softmax_scale"]
         score.masked_fill_(torch.arange(n)[None] > (n - p.QUERIES + query)[:, None], -torch.inf)
         blocks = -(-n // p.BN)
         per_share = -(-blocks // p.SPLITS) * p.BN
@@ -131,20 +139,24 @@ def reference_split(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
     }
 
 
+DISTANCES = ("q_row", "q_head", "q_rope_row", "q_rope_head")
+
+
 def split_signature(fp8: bool) -> dict[str, str]:
     cache = {"latent_ptr": "*bf16", "rope_ptr": "*bf16"}
     if fp8:
         cache = {"latent_ptr": "*fp8e4nv", "rope_ptr": "*bf16", "scale_ptr": "*fp32"}
     return {
-        "q_ptr": "*bf16", **cache, "pages_ptr": "*i32", "length_ptr": "*i32", "partial_ptr": "*fp32",
-        "lse_ptr": "*fp32", "softmax_scale": "fp32", "max_pages": "i32", "splits": "i32", "ROWS": "i32",
+        "q_ptr": "*bf16", "q_rope_ptr": "*bf16", **cache, "pages_ptr": "*i32", "length_ptr": "*i32",
+        "partial_ptr": "*fp32", "lse_ptr": "*fp32", **dict.fromkeys(DISTANCES, "i64"), "softmax_scale": "fp32",
+        "max_pages": "i32", "splits": "i32", "QUERIES": "i32", "ROWS": "i32",
     }  # fmt: skip
 
 
 SPLIT_DIMS = {
     "B": 128, "HEADS": 128, "QUERIES": 1, "DV": 512, "DR": 64, "PAGE": 64, "CONTEXT": 4096, "SPLITS": 2, "LOAD": -1,
 }  # fmt: skip
-FLOAT = {"q_ptr": "*fp32", "latent_ptr": "*fp32", "rope_ptr": "*fp32"}
+FLOAT = dict.fromkeys(("q_ptr", "q_rope_ptr", "latent_ptr", "rope_ptr"), "*fp32")
 SMALL = {"B": 2, "HEADS": 16, "SPLITS": 3}
 SPLIT_CASES = (
     Case("lengths 70 and 300", {**SMALL, "LOAD": 0}),
@@ -157,7 +169,7 @@ SPLIT_CASES = (
 
 def decode_split(fp8: bool) -> KernelSpec:
     def constants(dims: Dims) -> dict[str, Constant]:
-        keep = {n: dims[n] for n in ("HEADS", "QUERIES", "DV", "DR", "PAGE")}
+        keep = {n: dims[n] for n in ("HEADS", "DV", "DR", "PAGE")}
         rows = cache_row(dims["DV"], dims["DR"], fp8)
         return {**keep, **rows, **({} if fp8 else {"scale_ptr": None})}
 
@@ -186,7 +198,8 @@ def decode_split(fp8: bool) -> KernelSpec:
         cases=cases,
         flops="2*B*QUERIES*HEADS*CONTEXT*(2*DV + DR)",
         bytes=f"B*CONTEXT*{row} + 2*B*QUERIES*HEADS*(DV + DR) + 4*B*SPLITS*QUERIES*HEADS*(DV + 1)",
-        requires=("PAGE % BN == 0", "DV % 128 == 0"),
+        aligned=DISTANCES,
+        requires=("PAGE % BN == 0", "DV % 128 == 0", "DR % 16 == 0"),
         tensor_core=True,
         fallback="mla_decode_split" if fp8 else "",
     )  # fmt: skip
@@ -323,7 +336,8 @@ def build_prefill(p: Problem) -> dict[str, Any]:
         "kv_ptr": p.put("kv_ptr", p.normal(sum(keys), p.HEADS, p.DN + p.DV)),
         "rope_ptr": p.put("rope_ptr", p.normal(sum(keys), p.DR)),
         "q_start_ptr": starts(queries), "k_start_ptr": starts(keys),
-        "out_ptr": p.output("out_ptr", sum(queries), p.HEADS, p.DV), "softmax_scale": (p.DN + p.DR) ** -0.5,
+        "out_ptr": p.output("out_ptr", sum(queries), p.HEADS, p.DV), "q_row": p.HEADS * (p.DN + p.DR),
+        "softmax_scale": (p.DN + p.DR) ** -0.5,
     }  # fmt: skip
 
 
@@ -360,7 +374,7 @@ PREFILL = KernelSpec(
     summary="Causal attention, head dims 192 and 128, ragged sequences with a cached prefix",
     signature={
         "q_ptr": "*bf16", "kv_ptr": "*bf16", "rope_ptr": "*bf16", "q_start_ptr": "*i32", "k_start_ptr": "*i32",
-        "out_ptr": "*bf16", "softmax_scale": "fp32",
+        "out_ptr": "*bf16", "q_row": "i64", "softmax_scale": "fp32",
     },
     dims={"B": 4, "HEADS": 128, "DN": 128, "DV": 128, "DR": 64, "CONTEXT": 4096, "LOAD": -1},
     constants=prefill_constants,
@@ -380,6 +394,7 @@ PREFILL = KernelSpec(
     ),
     flops="B*HEADS*CONTEXT*CONTEXT*(DN + DR + DV)",
     bytes="2*B*CONTEXT*(HEADS*(DN + DR + DN + 2*DV) + DR)",
+    aligned=("q_row",),
     tensor_core=True,
 )  # fmt: skip
 

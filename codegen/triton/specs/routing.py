@@ -57,14 +57,15 @@ def reference_route(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
 
 
 def route(
-    name: str, summary: str, dims: Dims, bias: bool, softmax: bool, normalise: bool, cases: tuple[Case, ...]
-) -> KernelSpec:
+    name: str, summary: str, dims: Dims, bias: bool, softmax: bool, normalise: bool, cases: tuple[Case, ...],
+    pairs: bool | None = None,
+) -> KernelSpec:  # fmt: skip
     def constants(d: Dims) -> dict[str, Constant]:
         absent: dict[str, Constant] = {} if bias else {"bias_ptr": None}
         return {
             **absent, "E": d["E"], "NG": d["NG"], "NG2": power_of_two(d["NG"]), "GS2": power_of_two(d["E"] // d["NG"]),
             "TOP_GROUPS": d["TOP_GROUPS"], "TOP_K": d["TOP_K"], "TOP_K2": power_of_two(d["TOP_K"]),
-            "SOFTMAX": softmax, "BIAS": bias, "PAIR_SCORE": bias, "NORMALISE": normalise,
+            "SOFTMAX": softmax, "BIAS": bias, "PAIR_SCORE": bias if pairs is None else pairs, "NORMALISE": normalise,
         }  # fmt: skip
 
     return KernelSpec(
@@ -276,6 +277,14 @@ def unpermute(shared: bool) -> KernelSpec:
         aligned=("D",),
         requires=("D % 16 == 0",),
     )  # fmt: skip
+
+
+def router(softmax: bool, bias: bool, pairs: bool, normalise: bool) -> KernelSpec:
+    """The router of a gate's attributes; `pairs`: a group's score is the sum of its two best."""
+    parts = ["softmax" if softmax else "sigmoid", "bias" * bias, "pairs" * (pairs and not bias)]
+    parts += ["normalised" * (normalise and not bias), "raw" * (bias and not normalise), "best" * (bias and not pairs)]
+    name = "_".join(["route", *filter(None, parts)])
+    return route(name, "Scores, choice and counts", V3, bias, softmax, normalise, (), pairs)
 
 
 V3 = {"T": 128, "E": 256, "NG": 8, "TOP_GROUPS": 4, "TOP_K": 8}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from moec import targets
-from moec.codegen.tvm.compile import compile_traced
+from moec.codegen.tvm.compile import PAGE, compile_traced
 from moec.compare.check import OpCheck, Trace
 from moec.compare.oracle import transformers_logits
 from moec.compare.result import Comparison, relative_error
@@ -20,6 +20,7 @@ from moec.frontend.checkpoint import bind, open_checkpoint
 from moec.ir import Module, parse_module
 from moec.ir.rewrite import clone_module
 from moec.runtime import Model
+from moec.runtime.engine import Engine
 from moec.runtime.library import Library
 from moec.runtime.memory import aligned_zeros
 from moec.runtime.plan import Argument
@@ -37,6 +38,12 @@ class LongPrompt(InputError):
     )
 
 
+class NotTraceable(InputError):
+    """An artifact whose kernels do not run on a CPU."""
+
+    template: ClassVar[str] = "{path} was compiled for {target}: --compare traces the kernels of CPUs"
+
+
 def compare(model: Model, folder: str | Path, ids: Sequence[int]) -> Comparison:
     """Compare an artifact's prefill of `ids` with the checkpoint in `folder`.
 
@@ -44,6 +51,8 @@ def compare(model: Model, folder: str | Path, ids: Sequence[int]) -> Comparison:
     CompilerFailed.
     """
     artifact, path = model.artifact, Path(folder)
+    if not isinstance(model.engine, Engine):
+        raise NotTraceable(path=artifact.path, target=artifact.manifest.target)
     if len(ids) > model.engine.chunk:
         raise LongPrompt(tokens=len(ids), chunk=model.engine.chunk)
     logits = torch.from_numpy(model.logits([ids])[0])
@@ -53,9 +62,9 @@ def compare(model: Model, folder: str | Path, ids: Sequence[int]) -> Comparison:
     reference = clone_module(module)
     notes = bind(reference, checkpoint)
     inputs = _inputs(ids, model.engine.pool.table_width)
-    traced, trace = _run_traced(model, module, inputs)
+    traced, trace = _run_traced(model, model.engine, module, inputs)
     check = OpCheck(reference, checkpoint.load, trace, StoredWeights(module, model.engine.weights), BOUND)
-    own = check.run(inputs, artifact.plan.page_size)
+    own = check.run(inputs, PAGE)
     oracle = transformers_logits(path, checkpoint, ids)
     if isinstance(oracle, str):
         notes.append(f"not compared with transformers: {oracle}")
@@ -84,11 +93,13 @@ def _inputs(ids: Sequence[int], table_width: int) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def _run_traced(model: Model, module: Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Trace]:
+def _run_traced(
+    model: Model, engine: Engine, module: Module, inputs: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, Trace]:
     """Logits f32[T, V] and trace of one call of the traced prefill on the artifact's weights."""
     m = model.artifact.manifest
     traced = compile_traced(module, targets.load("cpu"), {"batch": m.batch, "context": m.context, "chunk": m.chunk})
-    library = Library(traced.library, model.engine.library.threads)
+    library = Library(traced.library, engine.threads)
     arrays: dict[str, Any] = {}
     for described in traced.entry["args"]:
         name, kind, shape = described["name"], described["kind"], tuple(described["shape"])
@@ -96,7 +107,7 @@ def _run_traced(model: Model, module: Module, inputs: Mapping[str, torch.Tensor]
         if kind == "input":
             arrays[name] = inputs[name].numpy()
         elif kind == "weight":
-            arrays[name] = model.engine.weights.view(arg)
+            arrays[name] = engine.weights.view(arg)
         else:
             sizes = arg.sizes({"R": len(inputs["rows"])})
             size = int(np.prod(sizes, dtype=np.int64)) * arg.dtype.itemsize

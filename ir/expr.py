@@ -1,6 +1,6 @@
 """Integer expressions over named sizes, as text: `ceildiv(M, BM) * ceildiv(N, BN)`.
 
-Grids, floating-point operations, bytes and requirements of a kernel are kept as text so that the same declaration is
+Grids, scalar arguments, operations, bytes and requirements of a kernel are kept as text so that the same declaration is
 evaluated, stored beside the compiled kernel and printed in the documentation. Evaluated without `eval`.
 """
 
@@ -10,8 +10,16 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import ClassVar
 
-from moec.codegen.triton.errors import BadExpression
+from moec.errors import InputError
+
+
+class BadExpression(InputError):
+    """Text that is no integer expression, or one over a size that is not given."""
+
+    template: ClassVar[str] = "expression '{text}': {reason}"
+
 
 BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -64,3 +72,34 @@ def evaluate(text: str, values: Mapping[str, object]) -> int:
         return visit(parse(text))
     except (ZeroDivisionError, TypeError) as error:
         raise BadExpression(text=text, reason=str(error)) from None
+
+
+def substitute(text: str, values: Mapping[str, int | str]) -> str:
+    """`text` with names replaced by numbers or expressions, and what is then constant computed."""
+
+    class Replace(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:
+            if node.id not in values:
+                return node
+            return parse(str(values[node.id]))
+
+        def visit_Call(self, node: ast.Call) -> ast.expr:
+            # The function's own name is no size.
+            return ast.Call(node.func, [self.visit(a) for a in node.args], node.keywords)
+
+    def fold(node: ast.expr) -> ast.expr:
+        for name, child in ast.iter_fields(node):
+            if isinstance(child, ast.expr):
+                setattr(node, name, fold(child))
+            elif isinstance(child, list):
+                setattr(node, name, [fold(c) if isinstance(c, ast.expr) else c for c in child])
+        if isinstance(node, ast.BinOp | ast.Call) and not any(isinstance(n, ast.Name) for n in sizes(node)):
+            return ast.Constant(evaluate(ast.unparse(node), {}))
+        return node
+
+    def sizes(node: ast.expr) -> list[ast.AST]:
+        functions = {id(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
+        return [n for n in ast.walk(node) if id(n) not in functions]
+
+    tree = Replace().visit(ast.parse(text.strip(), mode="eval").body)
+    return ast.unparse(fold(tree))

@@ -1,0 +1,1 @@
+"""Kernels written from groups of IR ops: which ops one kernel takes, its Triton source, its declaration."""

@@ -1,0 +1,368 @@
+"""From a phase's entry function to the steps that run it, with every value in one arena."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moec.codegen.arena import Slot, assign
+from moec.codegen.triton.errors import NoKernel
+from moec.codegen.triton.fused.binding import Argument, width
+from moec.codegen.triton.fused.groups import VIEWS, Group, groups_of
+from moec.codegen.triton.lower.places import Base, Place, Step, reference
+from moec.codegen.triton.lower.table import KernelTable, grid_of
+from moec.codegen.triton.spec import Instance
+from moec.ir import CacheType, Function, IndexType, Module, Op, TensorType, Value, WeightRef
+from moec.ir.dims import Size
+from moec.ir.expr import evaluate
+from moec.ir.types import BITS, SCALE_BITS
+
+ALIGN = 256
+"""Bytes to which buffers are rounded: what cuMemAlloc keeps, and more than any vector load wants."""
+
+
+@dataclass
+class Phase:
+    """What lowering a phase shares between its functions. `bounds`: the greatest value of every run-time symbol."""
+
+    module: Module
+    name: str
+    table: KernelTable
+    bounds: Mapping[str, int]
+    sms: int
+    align: int
+    """Rows to which an expert's share of the sorted rows is padded."""
+
+    @property
+    def shape(self) -> str:
+        """The shape class of tiles."""
+        return self.name
+
+    def most(self, size: Size | str) -> int:
+        """The greatest value of a size."""
+        return evaluate(str(size), self.bounds)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The layer that a function runs for: `index` alone, or that many after the loop's own."""
+
+    index: int
+    looped: bool
+
+
+class Lowering:
+    """Lowers one function at one place of call: places for its values, then its steps.
+
+    `env` gives the places of arguments; `into` the places that returned values must reach. `settle` and `fill` follow
+    once the whole phase is lowered: only then is known where a called function's part of the arena begins.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        function: Function,
+        env: Mapping[Value, Any],
+        into: Mapping[Value, Place],
+    ) -> None:
+        self.phase, self.function = phase, function
+        self.env: dict[Value, Any] = dict(env)
+        self.scales: dict[Value, Place] = {}
+        self.extra: dict[tuple[str, object], Place] = {}
+        self.into = dict(into)
+        self.groups = groups_of(function)
+        self.index = {op: i for i, op in enumerate(function.ops)}
+        self.when = {op: i for i, g in enumerate(self.groups) for op in g.ops}
+        self.uses = function.uses()
+        self.slots: list[Slot] = []
+        self.now = 0
+        self.steps: list[Step] = []
+        self._pending: list[Callable[[], None]] = []
+        self.callees: list[Lowering] = []
+
+    # -- places
+
+    def slot(self, size: Size | str | int) -> Slot:
+        """A buffer of `size` bytes, alive from now until it is last asked for."""
+        most = size if isinstance(size, int) else self.phase.most(size)
+        made = Slot(-(-max(most, 1) // ALIGN) * ALIGN, self.now, self.now)
+        self.slots.append(made)
+        return made
+
+    def temporary(self, rows: Size | str, columns: int, itemsize: int) -> Place:
+        """A buffer that only the current group needs."""
+        return Place(self.slot(self.phase.most(rows) * columns * itemsize), 0, columns, columns, itemsize)
+
+    def place(self, value: Value | WeightRef) -> Place:
+        """Where a value's elements lie; made for a result that has no place yet."""
+        if isinstance(value, WeightRef):
+            return self.weight(value)
+        if value not in self.env:
+            self.env[value] = self._made(value)
+        found = self.env[value]
+        assert isinstance(found, Place), value
+        self.touch(found)
+        return found
+
+    def scale(self, value: Value | WeightRef) -> Place:
+        """Where a quantised value's scales lie."""
+        if isinstance(value, WeightRef):
+            return self.weight(value, scales=True)
+        if value not in self.scales:
+            t = value.type
+            assert isinstance(t, TensorType) and t.quant is not None
+            size = SCALE_BITS[t.quant.scale] // 8
+            rows = t.shape[0]
+            columns = -(-width(value) // t.quant.block[-1])
+            self.scales[value] = Place(self.slot(rows * columns * size), 0, columns, columns, size)
+        self.touch(self.scales[value])
+        return self.scales[value]
+
+    def weight(self, ref: WeightRef, scales: bool = False) -> Place:
+        """A weight's elements or scales; one layer's where the reference names a layer."""
+        weight = self.phase.module.weights[ref.name]
+        t = weight.type
+        assert isinstance(t, TensorType)
+        if t.layout is not None:
+            raise NoKernel(op="weight", reason=f"@{ref.name} has layout {t.layout}")
+        itemsize = BITS[t.dtype] // 8
+        data = int(t.elements()) * itemsize  # type: ignore[arg-type]
+        size = int(t.nbytes()) - data if scales else data  # type: ignore[arg-type]
+        for name, start, stop in weight.indices:
+            if name != "l":
+                size *= stop - start
+        columns = int(t.shape[-1])  # type: ignore[arg-type]
+        name = f"{ref.name}.scale" if scales else ref.name
+        if not ref.indices:
+            return Place(Base("weights", name), 0, columns, columns, itemsize)
+        layer = self.env[ref.indices[0]]
+        first = weight.indices[0][1]
+        if layer.looped:
+            return Place(Base("weights", name, size, layer.index - first), 0, columns, columns, itemsize)
+        return Place(Base("weights", name), (layer.index - first) * size, columns, columns, itemsize)
+
+    def cache(self, cache: Value, layer: Value) -> Place:
+        """A layer of the cache."""
+        t, at = cache.type, self.env[layer]
+        assert isinstance(t, CacheType)
+        size = BITS[t.dtype] // 8
+        columns = int(t.shape[3])  # type: ignore[arg-type]
+        bytes_ = self.phase.bounds["P"] * int(t.shape[2]) * columns * size  # type: ignore[arg-type]
+        name = self.env[cache]
+        if at.looped:
+            return Place(Base("cache", name, bytes_, at.index), 0, columns, columns, size)
+        return Place(Base("cache", name), at.index * bytes_, columns, columns, size)
+
+    def _made(self, value: Value) -> Place:
+        """The place of a result: its part of what it is a view of, where it must go, or a buffer of its own."""
+        op = self.function.producer()[value]
+        t = value.type
+        assert isinstance(t, TensorType)
+        if op.name in VIEWS:
+            return self._view(op, value)
+        if value in self.into and self._may_write(value, op):
+            return self.into[value]
+        if op.name == "rope" and self.rotates_in_place(op):
+            source = op.operands[0]
+            assert isinstance(source, Value)
+            return self.place(source)
+        columns, itemsize = width(value), BITS[t.dtype] // 8
+        head = int(t.shape[-1]) if len(t.shape) > 2 else columns  # type: ignore[arg-type]
+        slot = self.slot(t.shape[0] * columns * itemsize)
+        return Place(slot, 0, columns, head, itemsize)
+
+    def _view(self, op: Op, value: Value) -> Place:
+        source = op.operands[0]
+        assert isinstance(source, Value) and isinstance(source.type, TensorType) and isinstance(value.type, TensorType)
+        x = self.place(source)
+        if source.type.quant is not None:
+            raise NoKernel(op=op.name, reason=f"%{source.name} is quantised")
+        match op.name:
+            case "split":
+                sizes = [int(s) for s in op.attrs["sizes"]]  # type: ignore[union-attr, arg-type]
+                return x.part(sum(sizes[: op.results.index(value)]))
+            case "unflatten":
+                return Place(x.base, x.offset, x.row, int(value.type.shape[-1]), x.itemsize)  # type: ignore[arg-type]
+            case _:
+                if len(source.type.shape) > 2 and x.head != int(source.type.shape[-1]):  # type: ignore[arg-type]
+                    raise NoKernel(op="flatten", reason=f"%{source.name} has gaps between its heads")
+                return Place(x.base, x.offset, x.row, x.row, x.itemsize)
+
+    def _may_write(self, value: Value, made: Op) -> bool:
+        """Whether a returned value may overwrite the argument that lies at its place: nobody reads that any more.
+
+        The kernel that makes the value may still read it, element by element.
+        """
+        at, group = self.when[made], self.groups[self.when[made]]
+        for argument in self.function.args:
+            if self.env.get(argument) != self.into[value]:
+                continue
+            pending, readers = [argument], []
+            while pending:
+                for op in self.uses.get(pending.pop(), []):
+                    pending += op.results if op.name in VIEWS else []
+                    readers += [] if op.name in VIEWS else [op]
+            if any(self.when[op] > at for op in readers):
+                return False
+            here = [op for op in readers if self.when[op] == at]
+            by_element = ("add", "norm.add_rms", "norm.rms") if group.rowwise else ("add",)
+            if any(op.name not in by_element for op in here):
+                return False
+        return True
+
+    def touch(self, place: Place) -> None:
+        # A caller's buffer lives as long as the caller says.
+        if isinstance(place.base, Slot) and place.base in self.slots:
+            place.base.last = max(place.base.last, self.now)
+
+    def rotates_in_place(self, op: Op) -> bool:
+        """Whether nobody wants the unrotated value: neither directly nor through another view of it."""
+        value: Value = op.operands[0]  # type: ignore[assignment]
+        producer = self.function.producer()
+        if self.uses.get(value, []) != [op] or value in self.function.returns:
+            return False
+        made = producer.get(value)
+        while made is not None and made.name in ("unflatten", "flatten"):
+            value = made.operands[0]  # type: ignore[assignment]
+            if len(self.uses.get(value, [])) != 1:
+                return False
+            made = producer.get(value)
+        return made is not None
+
+    # -- steps
+
+    def run(self) -> None:
+        """Emit all steps."""
+        from moec.codegen.triton.lower.emit import emit
+
+        for number, group in enumerate(self.groups):
+            self.now = number
+            emit(self, group)
+        self.now = len(self.groups)
+        self._deliver()
+
+    def settle(self, base: int = 0) -> int:
+        """Place all buffers from byte `base` on, those of called functions behind the caller's; returns the end."""
+        own = base + assign(self.slots)
+        for slot in self.slots:
+            slot.offset += base
+        return max([own, *(callee.settle(own) for callee in self.callees)])
+
+    def fill(self) -> None:
+        """Write the places into the steps."""
+        for one in self._pending:
+            one()
+        for callee in self.callees:
+            callee.fill()
+
+    def _deliver(self) -> None:
+        """Copy returned values that could not be written where the caller wants them."""
+        for value, place in self.into.items():
+            if self.place(value) != place:
+                t = value.type
+                assert isinstance(t, TensorType)
+                step: Step = {"copy": None, "bytes": str(t.nbytes())}
+                self.steps.append(step)
+                self.later(step, "copy", (place, self.place(value)))
+
+    def later(self, step: Step, key: str, places: Sequence[Place] | Place) -> None:
+        """Fill in references once the arena is assigned."""
+
+        def write() -> None:
+            if isinstance(places, Place):
+                step[key] = reference(places)
+            else:
+                step[key] = [reference(p) for p in places]
+
+        self._pending.append(write)
+
+    def launch(
+        self, instance: Instance, group: Group, arguments: Mapping[str, Any], sizes: Mapping[str, int | str]
+    ) -> None:
+        """A launch of a kernel for a group; arguments are places, numbers, or expressions over run-time symbols."""
+        ops = [(self.index[op], op) for op in group.ops]
+        ops += [(self.index[v], v) for v in self._views_of(group)]
+        name = self.phase.table.add(instance, self.function.name, ops)
+        given: dict[str, Any] = {}
+        step: Step = {"kernel": name, "grid": grid_of(instance, dict(sizes)), "arguments": given}
+        if "stream" in group.anchor.attrs:
+            step["stream"] = group.anchor.attrs["stream"]
+        for argument in instance.signature:
+            value = arguments[argument]
+            if isinstance(value, Place):
+                self.touch(value)
+                given[argument] = None
+                self.later(given, argument, value)
+            else:
+                given[argument] = value
+        self.steps.append(step)
+
+    def _views_of(self, group: Group) -> list[Op]:
+        """The views through which a group reads: they are part of its addressing."""
+        producer = self.function.producer()
+        found: list[Op] = []
+        pending = [v for op in group.ops for v in op.values()]
+        while pending:
+            made = producer.get(pending.pop())
+            if made is not None and made.name in VIEWS and made not in found:
+                found.append(made)
+                pending += [v for v in made.values()]
+        return found
+
+    def bind(self, argument: Argument) -> Any:
+        """The value of a generated kernel's argument."""
+        of = argument.of
+        match argument.what:
+            case "size":
+                return of
+            case "data":
+                assert isinstance(of, Value | WeightRef)
+                return self.place(of)
+            case "scale":
+                assert isinstance(of, Value | WeightRef)
+                return self.scale(of)
+            case "row":
+                assert isinstance(of, Value)
+                return self.place(of).row
+            case "head":
+                assert isinstance(of, Value)
+                return self.place(of).head
+            case "source" | "blocks":
+                return self.extra[argument.what, of]
+            case "cache":
+                assert isinstance(of, Value)
+                return self.cache(of, self._layer())
+        raise AssertionError(argument)
+
+    def _layer(self) -> Value:
+        return next(a for a in self.function.args if isinstance(a.type, IndexType))
+
+
+@dataclass
+class Lowered:
+    """A phase as steps; `arena` bytes for its values."""
+
+    steps: list[Step]
+    arena: int
+
+
+def lower_phase(phase: Phase) -> Lowered:
+    """Lower an entry function: inputs by name, the cache, and `logits` as the output. Raises NoKernel."""
+    function = phase.module.functions[phase.name]
+    env: dict[Value, Any] = {}
+    for argument in function.args:
+        if isinstance(argument.type, CacheType):
+            env[argument] = argument.name
+        else:
+            env[argument] = Place(Base("input", argument.name), 0, 1, 1, 4)
+    (result,) = function.returns
+    t = result.type
+    if not isinstance(t, TensorType) or t.dtype != "f32":
+        raise NoKernel(op="linear", reason=f"logits are {t}, the runtime reads f32")
+    columns = width(result)
+    low = Lowering(phase, function, env, {result: Place(Base("output", "logits"), 0, columns, columns, 4)})
+    low.run()
+    end = low.settle()
+    low.fill()
+    return Lowered(low.steps, end)

@@ -1,0 +1,136 @@
+"""The engine of a GPU artifact: chunks of prompts launch by launch, decode steps as CUDA graphs by batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as List
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moec.runtime.cache import PagePool, Sequence
+from moec.runtime.cuda.driver import Driver
+from moec.runtime.cuda.executor import Executor
+from moec.runtime.cuda.kernel import load_kernels
+from moec.runtime.cuda.memory import DeviceMemory
+from moec.runtime.cuda.program import GpuPlan, symbols
+from moec.runtime.engine import Ids, Logits
+from moec.runtime.weights import Weights
+
+if TYPE_CHECKING:
+    from moec.runtime.artifact import Artifact
+
+
+def buckets(batch: int) -> list[int]:
+    """Batch sizes for which a decode step is captured: powers of two, and the most."""
+    sizes = [1 << i for i in range(batch.bit_length()) if 1 << i < batch]
+    return [*sizes, batch]
+
+
+class GpuEngine:
+    """Kernels, weights and cache of an artifact on one device; the interface of `runtime.engine.Engine`.
+
+    `library` stands in for the driver library in tests. Raises NoDriver, DriverTooOld, NoDevice, WrongArchitecture,
+    DamagedKernel, OutOfMemory or WrongWeights.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        ordinal: int = 0,
+        library: Any = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        plan = artifact.plan
+        assert isinstance(plan, GpuPlan)
+        self.plan, self.manifest = plan, artifact.manifest
+        self.driver = Driver(ordinal, library=library)
+        kernels = load_kernels(artifact.path / "kernels", self.driver)
+        # The last page is nobody's: rows that only fill a batch up to its bucket write there.
+        self.spare = plan.pages - 1
+        self.pool = PagePool(plan.pages - 1, plan.page_size, artifact.manifest.context)
+        self.weights = Weights(artifact.weights)
+        stream = self.driver.stream()
+        self.memory = DeviceMemory(
+            self.driver, plan, self.weights, self.manifest.vocab, self.pool.table_width, stream, progress
+        )
+        self._phases = {n: Executor(self.driver, kernels, self.memory, e) for n, e in plan.entries.items()}
+        self.batch = self.manifest.batch
+        prompt = plan.entries.get("prefill")
+        self.chunk = min(self.manifest.chunk, prompt.max_tokens) if prompt else 1
+        self.rows = prompt.max_rows if prompt else 1
+        self._buckets = buckets(self.batch)
+
+    @property
+    def threads(self) -> int:
+        """Host threads that run kernels: none of them does."""
+        return 1
+
+    def use_threads(self) -> None:
+        """Nothing to set up for the calling thread but the device's context."""
+        self.driver.make_current()
+
+    def prefill(self, sequence: Sequence, tokens: Ids, last_only: bool = True) -> Logits:
+        """As `Engine.prefill`. An artifact for decoding alone takes a prompt token by token."""
+        if "prefill" not in self._phases:
+            for token in tokens:
+                logits = self.decode([sequence], [int(token)])
+            return logits
+        count, rows = len(tokens), 1 if last_only else len(tokens)
+        self.pool.extend(sequence, count)
+        length = sequence.length + count
+        put = self.memory.input
+        put("ids", count)[:] = tokens
+        put("seq", count)[:] = 0
+        put("pos", count)[:] = np.arange(sequence.length, length)
+        put("pages", self.pool.table_width)[:] = sequence.table
+        put("starts", 2)[:] = (0, length)
+        put("q_starts", 2)[:] = (0, count)
+        put("lengths", 1)[:] = length
+        put("rows", rows)[:] = count - 1 if last_only else np.arange(count)
+        sizes = symbols(self.plan, self.pool.table_width, count, rows, 1, length)
+        self._call("prefill", sizes, rows, graph=False)
+        sequence.length = length
+        return self.memory.result(rows, self.manifest.vocab)
+
+    def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
+        """As `Engine.decode`; the step is filled up to the next bucket with rows that nobody reads."""
+        if "decode" not in self._phases:
+            (token,) = tokens
+            return self.prefill(sequences[0], np.array([token]))
+        count = len(sequences)
+        size = next(b for b in self._buckets if b >= count)
+        pages = np.full((size, self.pool.table_width), self.spare, dtype=np.int32)
+        positions = np.zeros(size, dtype=np.int32)
+        for row, sequence in enumerate(sequences):
+            self.pool.extend(sequence, 1)
+            pages[row] = sequence.table
+            positions[row] = sequence.length
+            sequence.length += 1
+        put = self.memory.input
+        ids = put("ids", size)
+        ids[:] = 0
+        ids[:count] = list(tokens)
+        put("seq", size)[:] = np.arange(size)
+        put("rows", size)[:] = np.arange(size)
+        put("pos", size)[:] = positions
+        put("pages", pages.size)[:] = pages.ravel()
+        put("lengths", size)[:] = positions + 1
+        put("starts", size + 1)[:] = np.concatenate(([0], np.cumsum(positions + 1)))
+        put("q_starts", size + 1)[:] = np.arange(size + 1)
+        # One graph serves every length: sizes that follow the longest sequence are taken at the limit.
+        sizes = symbols(self.plan, self.pool.table_width, size, size, size, self.manifest.context)
+        self._call("decode", sizes, size, graph=True)
+        return self.memory.result(size, self.manifest.vocab)[:count]
+
+    def _call(self, phase: str, sizes: dict[str, int], rows: int, graph: bool) -> None:
+        executor = self._phases[phase]
+
+        def before() -> None:
+            self.memory.send(executor.main)
+
+        def after() -> None:
+            self.memory.receive(rows, self.manifest.vocab, executor.main)
+
+        (executor.replay if graph else executor.run)(sizes, before, after)
+        self.driver.wait(executor.main)

@@ -1,0 +1,101 @@
+"""Runs a phase: its steps in order, layer by layer, launched one by one or replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from moec.ir.expr import evaluate
+from moec.runtime.cuda.driver import Driver
+from moec.runtime.cuda.errors import DamagedKernel
+from moec.runtime.cuda.kernel import Kernel
+from moec.runtime.cuda.memory import DeviceMemory
+from moec.runtime.cuda.program import GpuEntry, Sizes
+
+Action = Callable[[], None]
+
+
+class Executor:
+    """One phase on one device. Steps without a `stream` run on the main one."""
+
+    def __init__(self, driver: Driver, kernels: Mapping[str, Kernel], memory: DeviceMemory, entry: GpuEntry) -> None:
+        self.driver, self.kernels, self.memory, self.entry = driver, kernels, memory, entry
+        self.streams: dict[str, int] = {}
+        self.events: dict[int, int] = {}
+        self.main = driver.stream()
+        self._graphs: dict[tuple[int, ...], int] = {}
+
+    def run(self, sizes: Sizes, before: Action, after: Action) -> None:
+        """Launch every step for these sizes between two actions on the main stream."""
+        before()
+        for action in self.actions(sizes):
+            action()
+        after()
+
+    def replay(self, sizes: Sizes, before: Action, after: Action) -> None:
+        """The same through a graph, captured the first time that these sizes occur."""
+        key = tuple(sizes.values())
+        if key not in self._graphs:
+            actions = list(self.actions(sizes))
+            self.driver.begin_capture(self.main)
+            before()
+            for action in actions:
+                action()
+            after()
+            self._graphs[key] = self.driver.end_capture(self.main)
+        self.driver.replay(self._graphs[key], self.main)
+
+    @property
+    def captured(self) -> int:
+        """Graphs that exist."""
+        return len(self._graphs)
+
+    def actions(self, sizes: Sizes) -> Iterator[Action]:
+        """What to do, one call after the other; parameters are packed as they are asked for."""
+        yield from self._steps(self.entry.steps, sizes, 0)
+
+    def _steps(self, steps: Sequence[Mapping[str, Any]], sizes: Sizes, layer: int) -> Iterator[Action]:
+        for step in steps:
+            if "repeat" in step:
+                first, last = step["repeat"]
+                for number in range(first, last + 1):
+                    yield from self._steps(step["steps"], sizes, number)
+            else:
+                yield self._action(step, sizes, layer)
+
+    def _action(self, step: Mapping[str, Any], sizes: Sizes, layer: int) -> Action:
+        stream = self._stream(step.get("stream"))
+        if "kernel" in step:
+            name = step["kernel"]
+            if name not in self.kernels:
+                raise DamagedKernel(name=name, reason="kernels.json does not list it")
+            grid = tuple(evaluate(str(axis), sizes) for axis in step["grid"])
+            arguments = {n: self._value(v, sizes, layer) for n, v in step["arguments"].items()}
+            return partial(self.kernels[name].bound(grid, arguments), stream)
+        if "fill" in step:
+            at, size = self.memory.address(step["fill"], layer), evaluate(str(step["bytes"]), sizes)
+            return partial(self.driver.zero, at, size, stream)
+        if "copy" in step:
+            to, source = (self.memory.address(r, layer) for r in step["copy"])
+            return partial(self.driver.copy, to, source, evaluate(str(step["bytes"]), sizes), stream)
+        if "record" in step:
+            return partial(self.driver.record, self._event(step["record"]), stream)
+        return partial(self.driver.wait_for, stream, self._event(step["wait"]))
+
+    def _value(self, value: Any, sizes: Sizes, layer: int) -> Any:
+        if isinstance(value, Mapping):
+            return self.memory.address(value, layer)
+        return evaluate(value, sizes) if isinstance(value, str) else value
+
+    def _stream(self, name: str | None) -> int:
+        if name is None:
+            return self.main
+        if name not in self.streams:
+            self.streams[name] = self.main if not self.streams else self.driver.stream()
+        return self.streams[name]
+
+    def _event(self, number: int) -> int:
+        if number not in self.events:
+            self.events[number] = self.driver.event()
+        return self.events[number]

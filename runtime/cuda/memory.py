@@ -1,0 +1,116 @@
+"""The device's memory of a model: arena, cache, weights, inputs and logits, allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.ir.expr import evaluate
+from moec.runtime.cuda.driver import Driver
+from moec.runtime.cuda.program import INPUTS, GpuPlan
+from moec.runtime.weights import Weights
+
+ALIGN = 256
+CHUNK = 64 << 20
+"""Bytes of weights that are copied at a time: the file is never in memory as a whole."""
+
+
+class DeviceMemory:
+    """Allocates everything and streams the weights in. Raises OutOfMemory, which says for what."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        plan: GpuPlan,
+        weights: Weights,
+        vocab: int,
+        table_width: int,
+        stream: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.driver = driver
+        entries = plan.entries.values()
+        largest = {
+            "T": max(e.max_tokens for e in entries), "R": max(e.max_rows for e in entries),
+            "B": max(e.max_sequences for e in entries), "N": table_width,
+        }  # fmt: skip
+        self.input_offsets: dict[str, int] = {}
+        size = 0
+        for name, count in INPUTS.items():
+            self.input_offsets[name] = size
+            size += _up(4 * evaluate(count, largest))
+        self.input_bytes = size
+        self.logits_bytes = 4 * largest["R"] * vocab
+        self.inputs = driver.allocate(size, "the inputs of a step")
+        self.arena = driver.allocate(_up(plan.arena_bytes), "the arena of activations")
+        self.cache = driver.allocate(_up(plan.cache_bytes), "the key-value cache")
+        self.logits = driver.allocate(_up(self.logits_bytes), "the logits")
+        self.weights = self._load(weights, stream, progress)
+        driver.zero(self.cache, plan.cache_bytes, stream)
+        self.host_inputs = driver.host_memory(size)
+        self.host_logits = driver.host_memory(self.logits_bytes)
+        driver.wait(stream)
+
+    def _load(self, weights: Weights, stream: int, progress: Callable[[int, int], None] | None) -> Mapping[str, int]:
+        """Every array at a multiple of 256 bytes of one allocation; the addresses by name."""
+        total = sum(_up(a.nbytes) for _, a in weights.arrays())
+        at = self.driver.allocate(max(total, ALIGN), "the weights")
+        found, done = {}, 0
+        for name, array in weights.arrays():
+            found[name] = at
+            host = int(array.ctypes.data)
+            for start in range(0, array.nbytes, CHUNK):
+                size = min(CHUNK, array.nbytes - start)
+                self.driver.upload(at + start, host + start, size, stream)
+                # The pages of the file that were read may go before the next are.
+                self.driver.wait(stream)
+                done += size
+                if progress is not None:
+                    progress(done, total)
+            at += _up(array.nbytes)
+        return found
+
+    def input(self, name: str, count: int) -> NDArray[np.int32]:
+        """Host memory of an input, to be filled before `send`."""
+        return _view(self.host_inputs + self.input_offsets[name], count, np.int32)
+
+    def send(self, stream: int) -> None:
+        """Copy all inputs to the device."""
+        self.driver.upload(self.inputs, self.host_inputs, self.input_bytes, stream)
+
+    def receive(self, rows: int, vocab: int, stream: int) -> None:
+        """Copy logits of `rows` to the host."""
+        self.driver.download(self.host_logits, self.logits, 4 * rows * vocab, stream)
+
+    def result(self, rows: int, vocab: int) -> NDArray[np.float32]:
+        """The logits that were received, f32[rows, vocab]."""
+        return _view(self.host_logits, rows * vocab, np.float32).reshape(rows, vocab)
+
+    def address(self, reference: Mapping[str, Any], layer: int) -> int:
+        """The device address of a step's argument for a layer of the loop."""
+        name, offset = reference.get("name", ""), int(reference["offset"]) + layer * int(reference.get("layer", 0))
+        match reference["base"]:
+            case "arena":
+                return self.arena + offset
+            case "input":
+                return self.inputs + self.input_offsets[str(name)] + offset
+            case "weights":
+                return self.weights[str(name)] + offset
+            case "cache":
+                return self.cache + offset
+            case _:
+                return self.logits + offset
+
+
+def _up(size: int) -> int:
+    return -(-max(size, 1) // ALIGN) * ALIGN
+
+
+def _view(address: int, count: int, dtype: Any) -> NDArray[Any]:
+    import ctypes
+
+    raw = (ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(address)
+    return np.frombuffer(raw, dtype=dtype)

@@ -1,0 +1,199 @@
+"""A stand-in for the CUDA driver library: device memory is host memory, and a launch runs in Triton's interpreter.
+
+What a program asks of the driver is done in order with the very bytes that a device would get: packed parameters,
+addresses in the arena, captured graphs. Wrong addresses are refused: every pointer must lie in an allocation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec.codegen.triton.problem import element_type
+from moec.codegen.triton.spec import load_function
+
+SCALARS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+
+
+class StandIn:
+    """One device of compute capability `capability` with `memory` bytes, running the kernels of an artifact folder."""
+
+    def __init__(
+        self, kernels: Path, capability: tuple[int, int] = (9, 0), memory: int = 1 << 33, version: int = 12080
+    ) -> None:
+        self.capability, self.free, self.memory, self.version = capability, memory, memory, version
+        self.folder = kernels
+        self.records = {r["launch"]["sha256"]: r for r in json.loads((kernels / "kernels.json").read_text())}
+        self.blocks: dict[int, Any] = {}
+        self.modules: list[Any] = []
+        self.graphs: list[list[Callable[[], object]]] = []
+        self.capturing: list[Callable[[], object]] | None = None
+        self.launches: list[str] = []
+        self.replays = 0
+
+    # -- what is only answered
+
+    def cuInit(self, flags: int) -> int:
+        return 0
+
+    def cuGetErrorName(self, status: int, out: Any) -> int:
+        out._obj.value = b"CUDA_ERROR_%d" % status
+        return 0
+
+    def cuDriverGetVersion(self, out: Any) -> int:
+        out._obj.value = self.version
+        return 0
+
+    def cuDeviceGetCount(self, out: Any) -> int:
+        out._obj.value = 1
+        return 0
+
+    def cuDeviceGetAttribute(self, out: Any, number: int, device: Any) -> int:
+        out._obj.value = {75: self.capability[0], 76: self.capability[1]}[number]
+        return 0
+
+    def cuMemGetInfo_v2(self, free: Any, total: Any) -> int:
+        free._obj.value, total._obj.value = self.free, self.memory
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("cu") and name in {
+            "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuFuncSetAttribute", "cuStreamCreate",
+            "cuStreamSynchronize", "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuGraphDestroy",
+        }:  # fmt: skip
+            return lambda *arguments: 0
+        raise AttributeError(name)
+
+    # -- memory
+
+    def cuMemAlloc_v2(self, out: Any, size: Any) -> int:
+        if size.value > self.free:
+            return 2
+        self.free -= size.value
+        block = ctypes.create_string_buffer(b"\x7f" * size.value, size.value + 256)
+        address = -(-ctypes.addressof(block) // 256) * 256
+        self.blocks[address] = (block, size.value)
+        out._obj.value = address
+        return 0
+
+    def cuMemAllocHost_v2(self, out: Any, size: Any) -> int:
+        block = ctypes.create_string_buffer(size.value)
+        self.modules.append(block)
+        out._obj.value = ctypes.addressof(block)
+        return 0
+
+    def inside(self, address: int, size: int = 1) -> int:
+        """`address`, which must lie in an allocation with all of `size` bytes."""
+        for start, (_, length) in self.blocks.items():
+            if start <= address and address + size <= start + length:
+                return address
+        raise AssertionError(f"{size} bytes at {address:#x} are in no allocation")
+
+    def do(self, action: Callable[[], object]) -> int:
+        """Done at once, or noted while a graph is captured."""
+        if self.capturing is not None:
+            self.capturing.append(action)
+        else:
+            action()
+        return 0
+
+    def cuMemcpyHtoDAsync_v2(self, to: Any, source: Any, size: Any, stream: Any) -> int:
+        at = self.inside(to.value, size.value)
+        return self.do(lambda: ctypes.memmove(at, source.value, size.value))
+
+    def cuMemcpyDtoHAsync_v2(self, to: Any, source: Any, size: Any, stream: Any) -> int:
+        at = self.inside(source.value, size.value)
+        return self.do(lambda: ctypes.memmove(to.value, at, size.value))
+
+    def cuMemcpyDtoDAsync_v2(self, to: Any, source: Any, size: Any, stream: Any) -> int:
+        a, b = self.inside(to.value, size.value), self.inside(source.value, size.value)
+        return self.do(lambda: ctypes.memmove(a, b, size.value))
+
+    def cuMemsetD8Async(self, to: Any, value: Any, size: Any, stream: Any) -> int:
+        at = self.inside(to.value, size.value)
+        return self.do(lambda: ctypes.memset(at, value.value, size.value))
+
+    # -- graphs
+
+    def cuStreamBeginCapture_v2(self, stream: Any, mode: Any) -> int:
+        self.capturing = []
+        return 0
+
+    def cuStreamEndCapture(self, stream: Any, out: Any) -> int:
+        assert self.capturing is not None
+        self.graphs.append(self.capturing)
+        self.capturing = None
+        out._obj.value = len(self.graphs)
+        return 0
+
+    def cuGraphInstantiateWithFlags(self, out: Any, graph: Any, flags: Any) -> int:
+        out._obj.value = graph.value
+        return 0
+
+    def cuGraphLaunch(self, graph: Any, stream: Any) -> int:
+        self.replays += 1
+        for action in self.graphs[graph.value - 1]:
+            action()
+        return 0
+
+    # -- kernels
+
+    def cuModuleLoadData(self, out: Any, image: bytes) -> int:
+        self.modules.append(self.records[hashlib.sha256(image).hexdigest()])
+        out._obj.value = len(self.modules)
+        return 0
+
+    def cuModuleGetFunction(self, out: Any, module: Any, symbol: bytes) -> int:
+        assert self.modules[module.value - 1]["launch"]["symbol"].encode() == symbol
+        out._obj.value = module.value
+        return 0
+
+    def cuLaunchKernel(
+        self, function: Any, x: int, y: int, z: int, threads: int, ty: int, tz: int, shared: int, stream: Any,
+        packed: Any, extra: Any,
+    ) -> int:  # fmt: skip
+        record = self.modules[function.value - 1]
+        arguments: dict[str, Any] = {}
+        kinds = record["launch"]["parameters"]
+        assert len(packed) == len(kinds) + 2
+        for address, (name, kind, _) in zip(packed, kinds, strict=False):
+            if kind.startswith("*"):
+                arguments[name] = self.tensor(ctypes.c_uint64.from_address(address).value, kind)
+            else:
+                scalar: Any = SCALARS[kind].from_address(address)
+                arguments[name] = scalar.value
+        return self.do(lambda: self.launch(record, (x, y, z), arguments))
+
+    def tensor(self, address: int, kind: str) -> torch.Tensor:
+        """A tensor that begins at an address of the device."""
+        dtype = element_type(kind)
+        self.inside(address, dtype.itemsize)
+        raw = (ctypes.c_uint8 * dtype.itemsize).from_address(address)
+        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype)
+
+    def launch(self, record: dict[str, Any], grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        """Run a kernel's source, as the artifact holds it, with the constants that it was compiled with."""
+        about = record["launch"]
+        module = about["function"].partition(":")[0]
+        text = (self.folder / f"{module}.py").read_text()
+        function = load_function(about["function"], text)
+        self.launches.append(record["name"])
+        function[grid](**arguments, **about["constants"])
+
+
+def fake_compile(instance: Any) -> Any:
+    """What ahead-of-time compilation gives, without compiling: the stand-in runs the source."""
+    from moec.codegen.triton import aot
+
+    name = instance.name + json.dumps(aot.request_of(instance)["key"])
+    facts = {
+        "registers": 0, "spill_stores": 0, "shared_bytes": 0, "tensor_instruction": None, "symbol": instance.spec.name,
+        "threads": 32 * instance.tile.num_warps, "global_scratch": 0, "tensor_maps": [], "seconds": 0.0,
+    }  # fmt: skip
+    return aot.Compiled(instance, name.encode(), b"", facts, False)

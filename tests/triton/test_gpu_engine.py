@@ -1,0 +1,41 @@
+"""An artifact for a GPU, run launch by launch: order, arguments, arena, cache pages and graphs against the evaluator.
+
+Two layers with random weights. In float32 nothing hides: a wrong address or order shows at once. The kernels are those
+of the artifact, in Triton's interpreter; the driver is a stand-in (standin.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+SMALL = {"num_hidden_layers": "2", "first_k_dense_replace": "1"}
+ALL_CHOSEN = {**SMALL, "n_group": "1", "topk_group": "1", "num_experts_per_tok": "16"}
+"""Every token goes to every expert, so that the rounding of two computations cannot choose different ones."""
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe", "settings", "bound"),
+    [
+        ("h800", "fp32", SMALL, 1e-5),
+        pytest.param("h800", "bf16", ALL_CHOSEN, 0.06, marks=pytest.mark.slow),
+        pytest.param("h800", "deepseek-v3", ALL_CHOSEN, 0.5, marks=pytest.mark.slow),
+        pytest.param("a100", "weight-only", ALL_CHOSEN, 0.06, marks=pytest.mark.slow),
+        pytest.param("b200", "deepseek-v3", ALL_CHOSEN, 0.5, marks=pytest.mark.slow),
+    ],
+)
+def test_logits_of_a_whole_model(interpreter: Any, target: str, recipe: str, settings: Any, bound: float) -> None:
+    """Prompts whole through prefill, then token by token through captured decode graphs, two sequences at once."""
+    found = interpreter("prompts_error", target=target, recipe=recipe, settings=settings, tokens=5)
+    assert found["whole"] < bound and found["steps"] < bound, found
+    assert found["replays"] == 4
+    assert not found["idle"], "kernels that no launch uses"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["plain", "absorbed"])
+def test_both_forms_of_attention_in_both_phases(interpreter: Any, form: str) -> None:
+    spec = f"mla-absorb{{prefill={form},decode={form}}}"
+    found = interpreter("prompts_error", target="h800", recipe="fp32", settings=SMALL, tokens=5, passes=[spec])
+    assert found["whole"] < 1e-5 and found["steps"] < 1e-5, found

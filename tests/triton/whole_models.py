@@ -1,0 +1,54 @@
+"""Whole artifacts through the GPU engine, the driver's stand-in and the interpreter, against the IR's evaluator."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from oracle import reference_logits
+from standin import StandIn, fake_compile
+
+import moec
+from moec.codegen.triton.program import Program
+from moec.frontend.checkpoint import RandomWeights
+from moec.runtime.artifact import open_artifact
+from moec.runtime.cuda.engine import GpuEngine
+from moec.runtime.model import Model
+
+CAPABILITY = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0)}
+
+
+def compile_uncompiled(program: Program, jobs: int = 2) -> list[Any]:
+    """In place of `Program.compile`: the stand-in runs sources."""
+    return [fake_compile(e.instance) for e in program.table.entries.values()]
+
+
+def prompts_error(
+    target: str, recipe: str, settings: Mapping[str, str], tokens: int, passes: Sequence[str] = (), phase: str = "both"
+) -> dict[str, Any]:
+    """The worst error of the logits in units of their standard deviation, whole prompts and token by token."""
+    plan = moec.trace("tiny-deepseek-v3", settings).optimize(
+        target, batch=2, context=128, chunk=32, recipe=recipe, passes=passes, phase=phase
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "m.moec"
+        with mock.patch.object(Program, "compile", compile_uncompiled):
+            plan.compile(out, random_weights=0)
+        artifact = open_artifact(out)
+        driver = StandIn(out / "kernels", CAPABILITY[plan.context.target.device.arch])
+        model = Model(artifact, engine=GpuEngine(artifact, library=driver))
+        ids = np.random.default_rng(0).integers(0, model.vocab, (2, tokens))
+        got = {"whole": model.logits(ids), "steps": model.logits(ids, chunk=1)}
+        listed = {r["name"] for r in driver.records.values()}
+    worst = {}
+    for name, logits in got.items():
+        errors = []
+        for row, sequence in zip(logits, ids, strict=True):
+            want = reference_logits(plan.ir, RandomWeights(0).load, sequence, plan.phases[0]).numpy()
+            errors.append(float(np.abs(row - want).max() / want.std()))
+        worst[name] = max(errors)
+    return {**worst, "replays": driver.replays, "idle": sorted(listed - set(driver.launches))}
