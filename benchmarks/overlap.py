@@ -1,6 +1,7 @@
 """How close `moec overlap` comes to an exact solver, and what the schedules of MoE layers and pipelines reach.
 
 python benchmarks/overlap.py                    200 random graphs against CP-SAT with 10 s each, about an hour
+python benchmarks/overlap.py --seed 40 --graphs 20             a part of them, for a machine that others use too
 python benchmarks/overlap.py --graphs 6 --exact-seconds 1      small enough for CI
 python benchmarks/overlap.py --out results.json                the numbers as JSON too
 """
@@ -12,6 +13,7 @@ import json
 import os
 import random
 import statistics
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ from moec.simulate.step import ChunkTimes, bubble_formula, pipeline_timeline, re
 Json = dict[str, Any]
 
 DECODE_US = {"attn0": 60, "attn1": 180, "shared": 40, "dispatch": 190, "mlp": 90, "combine": 360}
+_PATIENCE = 6
+"""Wall time that the exact solver may take on a busy machine, in multiples of its own limit."""
+
 DECODE_EDGES = ["attn0 attn1", "attn1 dispatch", "dispatch mlp", "mlp combine", "attn1 shared"]
 
 
@@ -41,7 +46,7 @@ def main() -> None:
     console.print(
         f"{summary['graphs']} random graphs of 20-60 tasks against CP-SAT with {options.exact_seconds:g} s: "
         f"median {summary['median']:.4f}, 95 % at most {summary['p95']:.4f}, worst {summary['worst']:.4f}; "
-        f"slowest {summary['slowest_s']:.2f} s"
+        f"slowest {summary['slowest_s']:.2f} s ({summary['most_cpu_s']:.2f} s of CPU)"
     )
     for title, rows in (("Decode layer, two micro-batches", "decode_layers"), ("Pipelines, 16 stages", "pipelines")):
         console.print(_table(title, results[rows]))
@@ -57,9 +62,9 @@ def random_graphs(count: int, exact_seconds: float, seed: int) -> Json:
     rows = []
     for k in range(count):
         data = random_graph(seed + k)
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         found = solve(graph_from_json(data))
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         exact, proven = exact_makespan(data, exact_seconds)
         rows.append(
             {
@@ -71,6 +76,7 @@ def random_graphs(count: int, exact_seconds: float, seed: int) -> Json:
                 "optimal": found.optimal,
                 "exact_optimal": proven,
                 "seconds": seconds,
+                "cpu_seconds": cpu,
             }
         )
     ratios = sorted(row["ratio"] for row in rows)
@@ -80,6 +86,7 @@ def random_graphs(count: int, exact_seconds: float, seed: int) -> Json:
         "p95": ratios[min(int(0.95 * count), count - 1)],
         "worst": ratios[-1],
         "slowest_s": max(row["seconds"] for row in rows),
+        "most_cpu_s": max(row["cpu_seconds"] for row in rows),
         "rows": rows,
     }
 
@@ -121,7 +128,10 @@ def _random_task(draw: random.Random, kind: int, capacity: dict[str, int]) -> Js
 
 
 def exact_makespan(data: Json, seconds: float) -> tuple[float, bool]:
-    """What a plain CP-SAT model finds in so many seconds, and whether it is proven."""
+    """What a plain CP-SAT model finds in so many seconds of every core, and whether it is proven.
+
+    The limit is on CPU time, so that the solver gets its due on a machine that is busy with other things.
+    """
     from ortools.sat.python import cp_model
 
     model = cp_model.CpModel()
@@ -143,9 +153,21 @@ def exact_makespan(data: Json, seconds: float) -> tuple[float, bool]:
     makespan = model.new_int_var(0, horizon, "")
     model.add_max_equality(makespan, list(ends.values()))
     model.minimize(makespan)
-    solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = seconds
+    solver, cores = cp_model.CpSolver(), len(os.sched_getaffinity(0))
+    solver.parameters.num_workers = cores
+    solver.parameters.max_time_in_seconds = _PATIENCE * seconds
+    ended, deadline = threading.Event(), time.process_time() + cores * seconds
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            if time.process_time() > deadline:
+                solver.stop_search()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     status = solver.solve(model)
+    ended.set()
+    watcher.join()
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return float(horizon), False
     return solver.objective_value, status == cp_model.OPTIMAL

@@ -68,6 +68,11 @@ class Dim:
         """Names of the free symbols."""
         return frozenset(str(s) for s in self.expr.free_symbols)
 
+    def renamed(self, names: Mapping[str, str]) -> Size:
+        """The same expression with other names for some of its symbols."""
+        symbols = {s: symbol(names[str(s)]).expr for s in self.expr.free_symbols if str(s) in names}
+        return _wrap(self.expr.xreplace(symbols)) if symbols else self
+
     def bind(self, values: Mapping[str, int]) -> int:
         """The integer value under `values`; raises DimError when a symbol is missing."""
         missing = self.symbols() - set(values)

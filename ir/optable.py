@@ -53,6 +53,17 @@ class Attr:
 INT, FLOAT, BOOL, STR, INTS = Attr("int"), Attr("float"), Attr("bool"), Attr("str"), Attr("ints")
 Attrs = dict[str, Any]
 
+PLACEMENT: dict[str, tuple[Attr, str]] = {
+    "stream": (STR, "the stream that the op is issued to; ops of a stream run in the order of the text"),
+    "micro_batch": (INT, "the part of the batch that the op belongs to"),
+    "sms": (INT, "SMs that the op's kernel may occupy"),
+    "us": (FLOAT, "predicted microseconds at that share, without waiting"),
+    "send_us": (FLOAT, "of `us`, what an exchange keeps all SMs busy for when it starts"),
+    "receive_us": (FLOAT, "of `us`, what an exchange keeps all SMs busy for when it ends"),
+    "buffers": (INTS, "the buffer that each result lies in; -1 for a view of an operand"),
+}
+"""Attributes that any op of a function may have beside its own: when and where a schedule runs it."""
+
 
 class OpDef:
     """One op of the IR. The docstring of a subclass is its line in the reference."""
@@ -119,6 +130,10 @@ def operand_type(operand: Operand) -> Type:
 def check_attrs(op: OpDef, attrs: Attrs) -> None:
     """Raise TypeRuleError for an unknown, missing or ill-typed attribute."""
     for key, value in attrs.items():
+        if key in PLACEMENT and key not in op.attrs and not op.name.startswith("weight."):
+            if not PLACEMENT[key][0].accepts(value):
+                raise TypeRuleError(f"attribute {key} of {op.name} must be {PLACEMENT[key][0]}, got {value!r}")
+            continue
         if key not in op.attrs:
             known = ", ".join(op.attrs) or "none"
             raise TypeRuleError(f"{op.name} has no attribute {key!r} (it has: {known})")
@@ -199,4 +214,15 @@ def known(size: Size, what: str) -> int:
 
 
 # Declarations register themselves on import.
-from moec.ir.ops import attention, collective, control, core, heads, moe, quant, sharding, weights  # noqa: E402, F401
+from moec.ir.ops import (  # noqa: E402
+    attention,  # noqa: F401
+    collective,  # noqa: F401
+    control,  # noqa: F401
+    core,  # noqa: F401
+    heads,  # noqa: F401
+    moe,  # noqa: F401
+    quant,  # noqa: F401
+    schedule,  # noqa: F401
+    sharding,  # noqa: F401
+    weights,  # noqa: F401
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from moec.ir.issue import CALLS
 from moec.ir.module import Function, Module, Op, Operand, Value, Weight, WeightRef
 from moec.ir.optable import OPS, infer
 
@@ -109,7 +110,7 @@ def remove_unused(module: Module, entries: Iterable[str]) -> int:
         name = pending.pop()
         if name not in reached:
             reached.add(name)
-            pending += [str(op.attrs["func"]) for op in module.functions[name].ops if op.name == "repeat"]
+            pending += [str(op.attrs["func"]) for op in module.functions[name].ops if op.name in CALLS]
     before = len(module.functions) + len(module.weights)
     module.functions = {n: f for n, f in module.functions.items() if n in reached}
     used = {o.name for _, op in module.ops() for o in op.operands if isinstance(o, WeightRef)}

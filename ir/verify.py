@@ -11,6 +11,7 @@ from moec.ir.dims import DimError
 from moec.ir.module import Function, Module, Op, Value, WeightRef
 from moec.ir.optable import OPS, TypeRuleError, infer, placement
 from moec.ir.printer import print_op
+from moec.ir.schedule import check_schedule
 from moec.ir.types import IndexType
 
 CONTEXT = 2
@@ -33,6 +34,12 @@ def verify(module: Module) -> None:
             raise VerifyError(function=weight.name, message=message, context="")
     for function in module.functions.values():
         _function(module, function)
+    check_schedule(module, _refusal)
+
+
+def _refusal(function: Function, position: int, message: str) -> VerifyError:
+    context = context_of(function, position) if position >= 0 else ""
+    return VerifyError(function=function.name, message=message, context=context)
 
 
 def _function(module: Module, function: Function, *, in_program: bool = False) -> None:

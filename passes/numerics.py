@@ -19,6 +19,7 @@ import torch
 from moec.errors import InputError
 from moec.ir import CacheType, Function, IndexType, Module, Op, TensorType, print_op
 from moec.ir.evaluate import EvaluationError, Evaluator, WeightPrograms
+from moec.ir.issue import CALLS
 from moec.ir.mesh import Mesh, mesh_of
 from moec.ir.numeric import TORCH
 from moec.ir.spmd import Peers, run_ranks
@@ -113,7 +114,7 @@ class Numerics:
         """Evaluate every entry that the rank runs, with its data-parallel share of the sequences."""
         run = _Run()
         weights = WeightPrograms(module, self._loader, rank)
-        called = {str(op.attrs["func"]) for _, op in module.ops() if op.name == "repeat"}
+        called = {str(op.attrs["func"]) for _, op in module.ops() if op.name in CALLS}
         stage, share = mesh.index(rank, "pp"), (mesh.index(rank, "dp"), mesh.dp)
         for function in module.functions.values():
             if function.name in called or function.attrs.get("stage", stage) != stage:
@@ -123,7 +124,7 @@ class Numerics:
             evaluator = _Routed(module, weights, run, like.of_rank(rank, mesh.ranks) if like else None, peers)
             for number, tokens in enumerate(self._chunks):
                 outputs = evaluator.call(function, inputs.chunk(tokens))
-                for i, y in enumerate(outputs):
+                for i, y in enumerate(inputs.joined(outputs)):
                     run.results[name, number, i] = y
                     run.rows[name, number, i] = inputs.taken
             for i, cache in enumerate(inputs.caches.values()):
@@ -240,6 +241,7 @@ class _Inputs:
         self.share = share
         self.taken: list[int] = []
         """Tokens of the whole chunk that the last one of this replica holds."""
+        self.parts = int(str(function.attrs.get("micro_batches", 1)))
         self.caches: dict[str, torch.Tensor] = {}
         self.used = (0, 0)
         self._random = torch.Generator().manual_seed(0)
@@ -255,51 +257,55 @@ class _Inputs:
                 layers, pages, _, *width = TensorType(arg.type.dtype, arg.type.shape).bound(symbols)
                 self.caches[arg.name] = torch.zeros(layers, pages, PAGE, *width, dtype=torch.float64)
 
+    def joined(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The results of all micro-batches one after the other, as the whole batch has them."""
+        parts = self.parts
+        return [torch.cat(outputs[i : i + parts]) for i in range(0, len(outputs), parts)] if parts > 1 else outputs
+
     def chunk(self, tokens: tuple[int, ...]) -> list[Any]:
-        """Arguments for the next `tokens` of each sequence."""
-        count, sequences = sum(tokens), len(tokens)
+        """Arguments for the next `tokens` of each sequence, of which this replica gets its own."""
         ends = [u + t for u, t in zip(self.used, tokens, strict=True)]
-        seq = [b for b, t in enumerate(tokens) for _ in range(t)]
-        pos = [p for u, t in zip(self.used, tokens, strict=True) for p in range(u, u + t)]
-        # Pages of the sequences lie interleaved and backwards, so that a wrong page shows.
-        pages = [
-            [self._pages * sequences - 1 - sequences * n - b for n in range(self._pages)] for b in range(sequences)
-        ]
-        known = {
-            "ids": torch.randint(0, self._vocabulary, (count,), generator=self._random),
-            "seq": torch.tensor(seq),
-            "pos": torch.tensor(pos),
-            "pages": torch.tensor(pages),
-            "starts": torch.tensor([sum(ends[:b]) for b in range(sequences + 1)]),
-            "rows": torch.arange(count),
-        }
-        self.used = (ends[0], ends[1])
-        known["rows"] = known["rows"][: len(self._take(known, ends))]
-        count = len(self.taken)
-        return [self._argument(arg.name, arg.type, known, count) for arg in self.function.args]
-
-    def _take(self, known: dict[str, torch.Tensor], ends: list[int]) -> list[int]:
-        """Leave this replica's sequences in the arguments of a chunk; returns its tokens."""
+        ids = torch.randint(0, self._vocabulary, (sum(tokens),), generator=self._random)
+        owner = [b for b, t in enumerate(tokens) for _ in range(t)]
         replica, replicas = self.share
-        mine = [b for b in range(len(ends)) if b % replicas == replica]
-        seq = known["seq"].tolist()
-        self.taken = [t for t, b in enumerate(seq) if b in mine]
-        for name in ("ids", "pos"):
-            known[name] = known[name][self.taken]
-        known["seq"] = torch.tensor([mine.index(seq[t]) for t in self.taken], dtype=torch.int64)
-        known["pages"] = known["pages"][mine]
-        starts = [0]
-        for b in mine:
-            starts.append(starts[-1] + ends[b])
-        known["starts"] = torch.tensor(starts)
-        return self.taken
+        mine = [b for b in range(len(tokens)) if b % replicas == replica]
+        self.taken = [t for t, b in enumerate(owner) if b in mine]
+        known: dict[str, torch.Tensor] = {}
+        counts: dict[str, int] = {}
+        for k in range(self.parts):
+            # Part k of a split batch has the sequences from k / parts of them on; it may have none.
+            few = mine[len(mine) * k // self.parts : len(mine) * (k + 1) // self.parts]
+            described = self._describe(few, tokens, ends)
+            described["ids"] = ids[[t for t, b in enumerate(owner) if b in few]]
+            suffix = f"_{k}" if self.parts > 1 else ""
+            known |= {name + suffix: value for name, value in described.items()}
+            counts |= {f"{symbol}{k}": len(described["ids"]) for symbol in "TRSB"}
+        self.used = (ends[0], ends[1])
+        return [self._argument(arg.name, arg.type, known, len(self.taken), counts) for arg in self.function.args]
 
-    def _argument(self, name: str, type: Any, known: dict[str, torch.Tensor], count: int) -> Any:
+    def _describe(self, few: list[int], tokens: tuple[int, ...], ends: list[int]) -> dict[str, torch.Tensor]:
+        """Where the next tokens of some of the sequences stand."""
+        sequences = len(tokens)
+        seq = [i for i, b in enumerate(few) for _ in range(tokens[b])]
+        pos = [p for b in few for p in range(ends[b] - tokens[b], ends[b])]
+        # Pages of the sequences lie interleaved and backwards, so that a wrong page shows.
+        pages = [[self._pages * sequences - 1 - sequences * n - b for n in range(self._pages)] for b in few]
+        return {
+            "seq": torch.tensor(seq, dtype=torch.int64),
+            "pos": torch.tensor(pos, dtype=torch.int64),
+            "pages": torch.tensor(pages, dtype=torch.int64).reshape(len(few), self._pages),
+            "starts": torch.tensor([sum(ends[b] for b in few[:i]) for i in range(len(few) + 1)]),
+            "rows": torch.arange(len(seq)),
+        }
+
+    def _argument(
+        self, name: str, type: Any, known: dict[str, torch.Tensor], count: int, counts: dict[str, int]
+    ) -> Any:
         if isinstance(type, IndexType):
             return 0
         if isinstance(type, CacheType):
             return self.caches[name]
-        shape = type.bound(dict.fromkeys(type.symbols(), count))
+        shape = type.bound(dict.fromkeys(type.symbols(), count) | counts)
         if type.dtype.startswith(("i", "u", "b")) and not type.dtype.startswith("bf"):
             return known[name].int() if name in known else torch.zeros(shape, dtype=TORCH[type.dtype])
         return torch.randn(shape, generator=self._random, dtype=torch.float64)

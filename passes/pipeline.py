@@ -34,6 +34,8 @@ GPU = (
     "fuse",
     "select-kernels",
     "canonicalise",
+    "split-microbatches",
+    "overlap",
 )
 """NVIDIA and AMD devices; both phases take the form of attention that costs less."""
 
@@ -54,5 +56,5 @@ def pipeline(target: Target, recipe: str = "auto", given: Sequence[str] = (), ra
         if same:
             steps[same[0]] = new
         else:
-            steps.insert(-2, new)
+            steps.insert(next(i for i, s in enumerate(steps) if s.name == "select-kernels"), new)
     return steps

@@ -13,11 +13,23 @@ from moec.passes.canonicalise import Canonicalise
 from moec.passes.fp8_cast import Fp8Cast
 from moec.passes.fuse import Fuse
 from moec.passes.mla_absorb import MlaAbsorb
+from moec.passes.overlap import Overlap
 from moec.passes.select_kernels import SelectKernels
 from moec.passes.shard import Shard
+from moec.passes.split_microbatches import SplitMicrobatches
 from moec.plugins import plugins
 
-BUILT_IN: tuple[type[Pass], ...] = (Canonicalise, BindLimits, Shard, MlaAbsorb, Fp8Cast, Fuse, SelectKernels)
+BUILT_IN: tuple[type[Pass], ...] = (
+    Canonicalise,
+    BindLimits,
+    Shard,
+    MlaAbsorb,
+    Fp8Cast,
+    Fuse,
+    SelectKernels,
+    SplitMicrobatches,
+    Overlap,
+)
 
 
 class PassSpecError(InputError):

@@ -1,4 +1,4 @@
-"""Calling layer functions once or per layer, and arithmetic on the index of a layer."""
+"""Calling layer functions, for one layer or for a range, and arithmetic on the layer's index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moec.ir.types import IndexType, Type
 
 
 class IndexAffine(OpDef):
-    """The layer `scale · l + offset`: the number of one of several layers that make up one turn of a `repeat`."""
+    """The layer `scale · l + offset`: one of several layers that a turn of a `repeat` is made of, or works behind."""
 
     name = "index.affine"
     operands = "l"
@@ -19,7 +19,7 @@ class IndexAffine(OpDef):
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
         index(t[0])
-        require(int(a["scale"]) >= 1 and int(a["offset"]) >= 0, "scale must be at least 1 and offset at least 0")
+        require(int(a["scale"]) >= 1, "scale must be at least 1")
         return [IndexType()]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
@@ -55,6 +55,29 @@ class Repeat(OpDef):
             results = ctx.call(function, [layer, *state])
             state[: len(results)] = results
         return state[: len(function.returns)]
+
+
+class Call(OpDef):
+    """Run a layer function for one layer: the index `layer` comes first, the operands follow."""
+
+    name = "call"
+    operands = "args*"
+    attrs = {"func": STR, "layer": INT}
+    results = "results*"
+    effect = "write"
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        name = str(a["func"])
+        if module is None or name not in module.functions:
+            raise TypeRuleError(f"no function @{name} above this line")
+        wanted = [v.type for v in module.functions[name].args]
+        require(wanted[:1] == [IndexType()], f"@{name} must take the layer index first")
+        require(list(t) == wanted[1:], f"arguments of @{name} differ: want {_list(wanted[1:])}, got {_list(t)}")
+        return [v.type for v in module.functions[name].returns]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        results: list[Any] = ctx.call(ctx.module.functions[str(a["func"])], [a["layer"], *x])
+        return results
 
 
 def _list(types: Sequence[Type]) -> str:

@@ -96,7 +96,7 @@ def _head_weights(module: Module) -> Iterator[str]:
 
 def cache_bytes(module: Module, sequences: int, context: int) -> float:
     """Bytes of the latent cache of `sequences` with `context` tokens each, in whole pages; every device has all."""
-    kv = next(a.type for a in module.functions["decode"].args if isinstance(a.type, CacheType))
+    kv = next(a.type for f in module.functions.values() for a in f.args if isinstance(a.type, CacheType))
     page = int(kv.shape[2])  # type: ignore[arg-type]
     bound = bound_type(kv, {"P": sequences * -(-context // page)})
     assert isinstance(bound, CacheType)

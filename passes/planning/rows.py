@@ -123,7 +123,9 @@ def _linear(rows: Rows, op: Op, role: Role) -> list[Row]:
     out = rows.recipe.head if op.attrs.get("out") == "f32" else rows.recipe.product
     row: dict[str, Any] = {"op": "gemm", "m": m, "n": n, "k": k, "dtype": out}
     x = op.operands[0]
-    if out == "fp8_block" and rows.target.device.fp8.matrix and isinstance(x, Value) and x not in rows.quantised:
+    plain = isinstance(x, Value) and isinstance(x.type, TensorType) and x.type.quant is None
+    if out == "fp8_block" and rows.target.device.fp8.matrix and plain and x not in rows.quantised:
+        assert isinstance(x, Value)
         rows.quantised.add(x)
         row["quantise_a"] = True
     if role == "row" and tp > 1:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from moec.ir import Function, Module, Op, WeightRef
+from moec.ir.issue import CALLS, EVENTS
 from moec.passes.planning.balance import expected_balance
 from moec.passes.planning.layout import Layout
 from moec.passes.planning.precision import Recipe
+from moec.passes.planning.rank_rows import rank_layout, rank_rows
 from moec.passes.planning.rows import COMMUNICATION, Row, Rows, Step
 from moec.passes.planning.sharding import roles
 from moec.targets import Target
@@ -251,18 +253,31 @@ def functions_of(module: Module, phase: str) -> Iterator[tuple[Function, int]]:
             yield module.functions[str(op.attrs["func"])], last - first + 1
 
 
-def _function(module: Module, function: Function, calls: int, step: Step, setting: Setting) -> Iterator[Line]:
+def rows_of(
+    function: Function, step: Step, setting: Setting, chosen: Callable[[Op], bool] = lambda op: True, rank: bool = False
+) -> Iterator[tuple[Op, Row]]:
+    """The rows of the cost model of the chosen ops, in order; an op may have several, one after the other.
+
+    rank: the function is sharded, its types are those of one rank.
+    """
     route = next((op for op in function.ops if op.name == "moe.route"), None)
     top_k = int(route.attrs["top_k"]) if route else 1  # type: ignore[arg-type]
     balance = setting.balance_of(step, top_k)
-    rows = Rows(step, setting.layout, setting.recipe, setting.target, balance, top_k, _top_groups(route))
+    layout = rank_layout(setting.layout) if rank else setting.layout
+    rows = Rows(step, layout, setting.recipe, setting.target, balance, top_k, _top_groups(route))
     kinds = roles(function)
+    rule = rank_rows if rank else Rows.of
     for op in function.ops:
-        if op.name == "repeat":
-            continue
-        for row in rows.of(op, kinds[id(op)]):
-            share = balance if row["op"] == "moe_experts" else 1.0
-            yield Line(function.name, _label(function, op), calls, row, share)
+        if op.name not in CALLS and op.name not in EVENTS and chosen(op):
+            for row in rule(rows, op, kinds[id(op)]):
+                yield op, row
+
+
+def _function(module: Module, function: Function, calls: int, step: Step, setting: Setting) -> Iterator[Line]:
+    balance = setting.balance_of(step, routed_to(module))
+    for op, row in rows_of(function, step, setting):
+        share = balance if row["op"] == "moe_experts" else 1.0
+        yield Line(function.name, _label(function, op), calls, row, share)
 
 
 def routed_to(module: Module) -> int:

@@ -59,19 +59,20 @@ class Solution:
     interval_bound_us: float | None = None
 
 
-def solve(graph: TaskGraph, time_limit: float | None = None, seed: int = 0) -> Solution:
+def solve(graph: TaskGraph, time_limit: float | None = None, seed: int = 0, effort: float = 1.0) -> Solution:
     """The best schedule found within `time_limit` seconds, on two threads at most.
 
-    Without a time limit the effort is a fixed amount of work, about a second (cyclic: three): the same graph then gets
-    the same schedule, unless the machine is so busy that thirty seconds do not suffice. A graph that runs once gets the
-    least makespan; one with `repeat` edges the least interval and, at that interval, a short iteration. A proof ends
-    the search early. The schedule has passed `check`.
+    Without a time limit the search does a fixed amount of work, about a second (cyclic: three) for an `effort` of 1:
+    the same graph then gets the same schedule, unless the machine is so busy that thirty seconds do not suffice. A
+    graph that runs once gets the least makespan; one with `repeat` edges the least interval and, at that interval, a
+    short iteration. A proof ends the search early. The schedule has passed `check`.
     """
     import ortools.sat.python.cp_model  # noqa: F401  the limit is for the search, not for loading the solver
 
-    work = CYCLIC_EFFORT if graph.cyclic else EFFORT
-    effort = Effort.within(time_limit) if time_limit is not None else work.until(_PATIENCE)
-    solution = (_solve_cyclic if graph.cyclic else _solve_once)(graph, effort, seed)
+    full = CYCLIC_EFFORT if graph.cyclic else EFFORT
+    work = Effort(placements=full.placements * effort, exact=full.exact * effort)
+    spent = Effort.within(time_limit) if time_limit is not None else work.until(_PATIENCE)
+    solution = (_solve_cyclic if graph.cyclic else _solve_once)(graph, spent, seed)
     check(graph, solution.schedule)
     return solution
 

@@ -76,7 +76,9 @@ class Traced:
         found = targets.load(target) if isinstance(target, str) else target
         few, short = _DEFAULTS["cpu" if found.kind == "cpu" else "gpu"]
         context = min(4096, self.source.config.max_position_embeddings) if context is None else context
-        limits = Limits(few if batch is None else batch, context, min(short if chunk is None else chunk, context))
+        # A device with many cores prefills several prompts in a step.
+        most = context if found.kind == "cpu" else context * (batch or few)
+        limits = Limits(few if batch is None else batch, context, min(short if chunk is None else chunk, most))
         module = clone_module(self.ir)
         if phase != "both":
             _keep_phase(module, phase)

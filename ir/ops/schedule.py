@@ -1,0 +1,47 @@
+"""Events between streams, as CUDA has them: recorded on one stream, waited for on another. They compute nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moec.ir.module import Module
+from moec.ir.optable import INT, STR, Attrs, OpDef, require
+from moec.ir.types import Type
+
+_ATTRS = {"event": INT, "stream": STR}
+
+
+def _numbered(a: Attrs) -> list[Type]:
+    require(int(a["event"]) >= 0, f"an event is a number from 0 up, got {a['event']}")
+    return []
+
+
+class EventRecord(OpDef):
+    """Signal `event` once all ops issued to `stream` so far have ended; recording again replaces the signal."""
+
+    name = "event.record"
+    results = ""
+    attrs = _ATTRS
+    effect = "write"
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        return _numbered(a)
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return []
+
+
+class EventWait(OpDef):
+    """Ops issued to `stream` from here on start after the last signal of `event` that was recorded before this line."""
+
+    name = "event.wait"
+    results = ""
+    attrs = _ATTRS
+    effect = "write"
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        return _numbered(a)
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        return []

@@ -1,0 +1,91 @@
+"""split-microbatches: divide a batch so that the exchanges of one part hide behind the computation of another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moec.ir import Function, Module
+from moec.ir.issue import entries
+from moec.ir.rewrite import clone_module
+from moec.passes.base import Context, Outcome, Pass, PassError
+from moec.passes.overlap import Overlap
+from moec.passes.streams.costs import work_of
+from moec.passes.streams.split import split_entry
+
+_EFFORT = 0.3
+"""Part of the usual search that a comparison is worth."""
+
+TRIED = (2, 4)
+"""Numbers of micro-batches that are compared with the whole batch."""
+
+
+@dataclass(frozen=True)
+class SplitMicrobatches(Pass):
+    """Split the batch of each phase into micro-batches where that shortens a layer by `least` (relative) or more.
+
+    Consumes entries whose repeated layers exchange data between devices; produces entries with the arguments and
+    results of every part (`%ids_0`, `%ids_1`, ...) and layer functions with the ops of all parts. Results change by
+    nothing: rows are independent. `count` is auto, or a number that is taken without asking whether it pays. The
+    schedules compared are those that `overlap` finds, for rows as `balance` says (see there).
+    """
+
+    name: ClassVar[str] = "split-microbatches"
+    count: str = "auto"
+    least: float = 0.01
+    balance: float = 0.0
+
+    def run(self, module: Module, ctx: Context) -> Outcome:
+        out = Outcome()
+        if self.count != "auto" and not (self.count.isdigit() and 1 <= int(self.count) <= 16):
+            raise PassError(name=self.name, message=f"count must be auto or a number from 1 to 16, got {self.count!r}")
+        for entry in entries(module):
+            count = int(self.count) if self.count != "auto" else self._best(module, entry, ctx, out)
+            if count > 1:
+                split_entry(module, entry, count)
+                out.matched += 1
+                out.notes.append(f"@{entry.name}: {count} micro-batches")
+        return out
+
+    def _best(self, module: Module, entry: Function, ctx: Context, out: Outcome) -> int:
+        if ctx.layout is None or ctx.layout.ranks == 1:
+            out.notes.append(f"@{entry.name}: one device, the batch stays whole")
+            return 1
+        times: dict[int, float] = {}
+        for count in (1, *TRIED):
+            time = layers_us(module, entry, ctx, count, self.balance)
+            if time is None:
+                break
+            times[count] = time
+            if len(times) > 1 and time > times[1] * (1 - self.least):
+                break
+        if len(times) < 2:
+            out.notes.append(f"@{entry.name}: the batch stays whole: {'one sequence' if times else 'no exchanges'}")
+            return 1
+        best = min(times, key=lambda c: (times[c], c))
+        best = best if times[best] <= times[1] * (1 - self.least) else 1
+        shown = ", ".join(f"{count} {time / 1e3:.4g} ms" for count, time in times.items())
+        verdict = "stays whole: splitting loses" if best == 1 else f"{best} micro-batches"
+        out.notes.append(f"@{entry.name}: {verdict} (layers with exchanges, by number of micro-batches: {shown})")
+        return best
+
+
+def layers_us(module: Module, entry: Function, ctx: Context, count: int, balance: float = 0.0) -> float | None:
+    """Predicted microseconds of the layers that exchange data, in so many micro-batches.
+
+    None when there are no such layers or fewer sequences than parts.
+    """
+    work = work_of(module, str(entry.attrs.get("phase", "")), ctx, count, balance)
+    if work is None or work.parts < count:
+        return None
+    if count > 1:
+        module = clone_module(module)
+        split_entry(module, module.functions[entry.name], count)
+        entry = module.functions[entry.name]
+    total = 0.0
+    for op in entry.ops:
+        if op.name == "repeat":
+            found = Overlap(effort=_EFFORT).schedule(module.functions[str(op.attrs["func"])], work)
+            if found is not None:
+                total += found.interval_us * (int(str(op.attrs["last"])) - int(str(op.attrs["first"])) + 1)
+    return total or None

@@ -1,0 +1,112 @@
+"""The schedule of a layer: when its ops start, on which stream and with how many SMs, and what is proven of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moec.ir import Function, Op
+from moec.ir.module import Attribute
+from moec.passes.scheduling import Schedule, Solution, Task, exposed_communication, solve
+from moec.passes.scheduling.order import shortest_interval
+from moec.passes.streams.costs import Costs
+from moec.passes.streams.rotate import Timing
+from moec.passes.streams.tasks import COMPUTE, LINK, RECEIVE, SEND, LayerTasks, layer_tasks
+
+STREAMS = {False: "compute", True: "comm"}
+"""Streams of computation and of exchanges."""
+
+
+@dataclass(frozen=True)
+class LayerSchedule:
+    """A solved layer. Times in microseconds; `serial_us` is one op after the other with all SMs."""
+
+    tasks: LayerTasks
+    solution: Solution
+    costs: Costs
+    serial_us: float
+
+    @property
+    def interval_us(self) -> float:
+        """Time between the starts of two layers."""
+        assert self.solution.interval_us is not None
+        return self.solution.interval_us
+
+    @property
+    def bound_us(self) -> float:
+        """The best lower bound on the interval of these tasks."""
+        assert self.solution.interval_bound_us is not None
+        return self.solution.interval_bound_us
+
+    @property
+    def communication_us(self) -> float:
+        """Exchanges of a layer while the data are under way."""
+        return sum(
+            self.solution.schedule.mode_of(t).us for t in self.tasks.graph.tasks if self.tasks.graph.communicates(t)
+        )
+
+    @property
+    def exposed_us(self) -> float:
+        """Communication that no computation hides."""
+        pieces = exposed_communication(self.tasks.graph, self.solution.schedule)
+        return sum(end - start for start, end in pieces)
+
+    @property
+    def sms(self) -> int:
+        """Most SMs that an exchange keeps."""
+        graph, schedule = self.tasks.graph, self.solution.schedule
+        return max((int(schedule.mode_of(t).share or 0) for t in graph.tasks if graph.communicates(t)), default=0)
+
+    def order(self, resource: str = COMPUTE) -> list[str]:
+        """Tasks on a resource by their place in the interval."""
+        from moec.passes.scheduling import orders
+
+        return orders(self.tasks.graph, self.solution.schedule)[resource]
+
+    def timing(self) -> dict[Op, Timing]:
+        """Start and placement of every op."""
+        graph, schedule = self.tasks.graph, self.solution.schedule
+        task = {t.name: t for t in graph.tasks}
+        found: dict[Op, Timing] = {}
+        for block in self.tasks.blocks.values():
+            if block.exchange:
+                found[block.ops[0]] = self._exchange(block.name, block.ops[0], task)
+                continue
+            mode = schedule.mode_of(task[block.name])
+            sms = int(mode.share or self.costs.cores)
+            alone = mode.share == self.costs.cores
+            start = schedule.start_us[block.name]
+            for op in block.ops:
+                us = self.costs.whole[op].us if alone else self.costs.beside_us(op, sms)
+                attrs: dict[str, Attribute] = {"stream": STREAMS[False]}
+                if us:
+                    attrs |= {"us": round(us, 3)} | ({"sms": int(mode.share)} if mode.share else {})
+                found[op] = Timing(start, attrs)
+                start += us
+        return found
+
+    def _exchange(self, name: str, op: Op, task: Mapping[str, Task]) -> Timing:
+        schedule, time = self.solution.schedule, self.costs.whole[op]
+        mode = schedule.mode_of(task[name])
+        parts = {"send_us": time.send_us, "receive_us": time.receive_us}
+        us = mode.us + sum(parts.values())
+        attrs: dict[str, Attribute] = {"stream": STREAMS[True], "us": round(us, 3)}
+        attrs |= {key: round(value, 3) for key, value in parts.items() if value}
+        if mode.share:
+            attrs["sms"] = int(mode.share)
+        start = schedule.start_us[f"{name}:{SEND}" if time.send_us else name]
+        return Timing(start, attrs)
+
+
+def schedule_layer(function: Function, costs: Costs, pieces: int = 4, effort: float = 1.0) -> LayerSchedule:
+    """Schedule a layer function that repeats: the least interval found for its task graph, and the bound."""
+    tasks = layer_tasks(function, costs, pieces)
+    return LayerSchedule(tasks, solve(tasks.graph, effort=effort), costs, costs.serial_us(function.ops))
+
+
+def published_interval(schedule: LayerSchedule, order: Mapping[str, list[str]]) -> float:
+    """Microseconds of a layer under a given order of tasks on each resource, with the same durations and SM shares."""
+    return shortest_interval(schedule.tasks.graph, schedule.solution.schedule.mode, order)
+
+
+__all__ = ["COMPUTE", "LINK", "RECEIVE", "LayerSchedule", "Schedule", "published_interval", "schedule_layer"]
