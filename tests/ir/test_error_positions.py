@@ -10,7 +10,7 @@ from moec.ir import ParseError, parse_module, print_module
 CASES = {
     "missing type": ("@w[%l] : bf16[T, 16] loc", "@w[%l] loc", 7, 28, "expected ':' and the type of %0"),
     "unknown op, near name": ("swiglu %0", "swigl %0", 8, 10,
-                              "unknown op swigl (did you mean swiglu, weight.load?)"),
+                              "unknown op swigl (did you mean swiglu, weight.slot, weight.load?)"),
     "redefined value": ("%1 = swiglu", "%0 = swiglu", 8, 5, "%0 is defined twice"),
     "redefined argument": ("%l: index, %x", "%x: index, %x", 6, 26, "argument %x is defined twice"),
     "use before definition": ("swiglu %0", "swiglu %2", 8, 17, "%2 is used before it is defined"),
