@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import sys
 import time
@@ -24,8 +25,10 @@ import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.tvm.formats import BF16, FP8_E4M3, ROWS, Format
+from moec import targets
+from moec.codegen.tvm.compile import machine_of
 from moec.codegen.tvm.gemm import panel_product
+from moec.codegen.tvm.gemv import PREFETCH_BYTES, prefetch
 from moec.codegen.tvm.linear import LinearSpec, build, scratch_size
 from moec.codegen.tvm.tir import (
     Kernel,
@@ -40,6 +43,8 @@ from moec.codegen.tvm.tir import (
     splat,
     variables,
 )
+from moec.ir.lane16 import FORMATS, ROWS, Format
+from moec.runtime.machine import allow_tiles
 
 Shape = tuple[int, int]
 
@@ -57,6 +62,7 @@ def read_kernel(machine: Machine) -> Kernel:
         with T.serial(0, (last - first) // 2) as i:
             for j, s in enumerate(sums):
                 at = T.Cast("int64", first + i * 2) * ROWS + j * lanes
+                prefetch(w, at + PREFETCH_BYTES // 4)
                 assign(s, s[0] + w.vload([at], f"int32x{lanes}"))
         total = sums[0][0]
         for s in sums[1:]:
@@ -121,6 +127,25 @@ def fma_peak(machine: Machine, rounds: int) -> float:
     return machine.cores * repeats * 2 * rows * ROWS * 128 / seconds / 1e9
 
 
+def pool_of(lanes: int) -> torch.Tensor:
+    """int32 lanes in huge pages, bytes of moderate E4M3 and BF16 values alike; no kernel's time depends on them."""
+    memory = mmap.mmap(-1, 4 * lanes + (2 << 20))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    pool = np.frombuffer(memory, dtype=np.int32, count=lanes)
+    drawn = np.random.default_rng(0).integers(0x30303030, 0x3F3F3F3F, min(lanes, 1 << 22), dtype=np.int32)
+    for start in range(0, lanes, len(drawn)):
+        pool[start : start + len(drawn)] = drawn[: lanes - start]
+    return torch.from_numpy(pool)
+
+
+def read_bandwidth(machine: Machine, rounds: int, nbytes: int = 1 << 30) -> float:
+    """Bytes a second that all cores read from huge pages, with the prefetches of the kernels."""
+    read, pool = compiled(read_kernel(machine), machine), pool_of(nbytes // 4)
+    sums = torch.zeros(1 << 16, dtype=torch.int32)
+    return nbytes / best(lambda _: read(pool, 0, sums, 0, nbytes // 4 // ROWS), rounds, 1)
+
+
 def measure(
     shape: Shape, fmt: Format, tokens: list[int], pool: int, rounds: int, machine: Machine
 ) -> list[dict[str, Any]]:
@@ -130,11 +155,8 @@ def measure(
     main, read = compiled(build(spec, machine), machine), compiled(read_kernel(machine), machine)
     lanes, scales = fmt.lanes(n, k), fmt.scales(n, k)
     copies = max(1, pool // (4 * lanes))
-    # Bytes of moderate E4M3 and BF16 values alike; no value depends on them.
-    weights = torch.from_numpy(
-        np.random.default_rng(0).integers(0x30303030, 0x3F3F3F3F, copies * lanes, dtype=np.int32)
-    )
-    scale = torch.ones(max(1, copies * scales))
+    weights = pool_of(copies * lanes)
+    scale = torch.ones(max(1, copies * scales)) if not fmt.row_scales else torch.full((copies * scales,), 127).byte()
     scratch, sums = torch.zeros(scratch_size(spec, machine)), torch.zeros(1 << 16, dtype=torch.int32)
     dense = torch.randn(n, k)
     rows = []
@@ -169,17 +191,26 @@ def main() -> None:
     """Measure and print a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="one small shape, few rounds")
+    parser.add_argument("--shapes", help="NxK,NxK (default: of experts and projections)")
+    parser.add_argument("--tokens", help="numbers of rows, with commas between them")
+    parser.add_argument("--formats", default="fp8_e4m3,bf16,fp4_e2m1", help=f"of {','.join(FORMATS)}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    machine = Machine(cores=os.cpu_count() or 1)
+    allow_tiles()
+    machine = machine_of(targets.load("cpu"))
     torch.set_num_threads(machine.cores)
     shapes: list[Shape] = [(512, 512)] if options.small else [(2048, 7168), (2816, 2048), (7168, 2048)]
     tokens = [1, 16] if options.small else [1, 2, 4, 8, 16, 64, 256, 1024]
-    rounds, pool = (1, 8 << 20) if options.small else (5, 256 << 20)
+    if options.shapes:
+        shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in options.shapes.split(","))]
+    if options.tokens:
+        tokens = [int(t) for t in options.tokens.split(",")]
+    # Larger than the last-level cache of most servers.
+    rounds, pool = (1, 8 << 20) if options.small else (5, 1 << 30)
     peak = fma_peak(machine, rounds)
     rows = []
     for shape in shapes:
-        for fmt in (FP8_E4M3, BF16):
+        for fmt in (FORMATS[name] for name in options.formats.split(",")):
             print(f"{shape[0]} x {shape[1]} {fmt.name}", file=sys.stderr)
             rows += measure(shape, fmt, tokens, pool, rounds, machine)
     if options.json:

@@ -61,6 +61,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=None, help="rounds (default 3; 2 with --small)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every peer")
     parser.add_argument("--work", type=Path, default=Path("out/cpu-peers"), help="folder for models, kept between runs")
+    parser.add_argument(
+        "--artifact",
+        action="append",
+        default=[],
+        metavar="PEER=FOLDER",
+        help="a compiled artifact instead of a new one",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write everything to a file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="write a picture (needs matplotlib)")
     return parser.parse_args()
@@ -149,10 +156,11 @@ def compare(o: argparse.Namespace) -> None:
     tokens = -(-max(*prefill, max(context) + max(new, 4) + 1) // 256) * 256
     o.work.mkdir(parents=True, exist_ok=True)
     jobs = {}
+    given = registry.artifacts(o.artifact)
     for name in names:
         note(f"{name}: model")
         make = registry.PEERS[name].make
-        file = str(make(o.work, o.model, o.small, tokens)) if make else ""
+        file = given.get(name) or (str(make(o.work, o.model, o.small, tokens)) if make else "")
         settings = Settings(o.model, o.small, file, o.threads, tokens, max(prefill))
         jobs[name] = Job(name, settings, prefill, context, new, c.vocab_size, o.seconds, 0.0)
     measured: dict[str, list[Measured]] = {name: [] for name in names}

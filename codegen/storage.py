@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from math import prod
 
 from moec.ir import TensorType, Weight
+from moec.ir.lane16 import FORMATS
 
-SAFETENSORS = {"f32": "F32", "bf16": "BF16", "fp8_e4m3": "U8"}
-"""FP8 is stored as bytes: the order of packed ones is the kernel's, not the format's."""
+SAFETENSORS = {"f32": "F32", "bf16": "BF16", "fp8_e4m3": "U8", "fp4_e2m1": "U8"}
+"""Packed elements of fewer than 16 bits are stored as bytes: their order is the kernel's, not the format's."""
 BYTES = {"F32": 4, "BF16": 2, "U8": 1}
 PLAIN = {"f32": "float32", "bf16": "uint16", "fp8_e4m3": "uint8"}
 SCALES = {"f32": ("F32", "float32"), "ue8m0": ("U8", "uint8")}
@@ -61,12 +62,10 @@ def stored_arrays(weight: Weight) -> list[StoredArray]:
             plain.append(StoredArray(f"{weight.name}.scale", kind, lead + scale_shape(t), lane))
         return plain
     *stack, n, k = shape
-    size = BYTES[SAFETENSORS[t.dtype]]
-    q = 4 // size
-    padded = -(-k // 128) * 128 if t.quant else -(-k // 8) * 8
-    tiles = -(-n // 16)
-    head = (*lead, *stack)
-    arrays = [StoredArray(weight.name, SAFETENSORS[t.dtype], (*head, tiles, padded // q, 16, q), "int32")]
+    fmt, head = FORMATS[t.dtype], (*lead, *stack)
+    stored = SAFETENSORS[t.dtype]
+    arrays = [StoredArray(weight.name, stored, (*head, *fmt.shape(n, k), 4 // BYTES[stored]), "int32")]
     if t.quant:
-        arrays.append(StoredArray(f"{weight.name}.scale", "F32", (*head, tiles, padded // 128), "float32"))
+        kind = "U8" if fmt.row_scales else "F32"
+        arrays.append(StoredArray(f"{weight.name}.scale", kind, (*head, *fmt.scale_shape(n, k)), fmt.scale_dtype))
     return arrays

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moec.ir.lane16 import FORMATS, ROWS, Format
 from moec.ir.types import QUANTISED
 
 TORCH = {
@@ -130,6 +131,13 @@ def _encode(x: torch.Tensor, dtype: str) -> torch.Tensor:
     return x.to(TORCH[dtype])
 
 
+def _nibbles(values: torch.Tensor) -> torch.Tensor:
+    """FP4 values `[..., K]` as their codes, two in a byte, the first in its low half: uint8 `[..., ceil(K/2)]`."""
+    codes = torch.bucketize(values.abs(), _FP4).to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
 def concat_quantised(parts: list[Quantised], axis: int) -> Quantised:
     """Join quantised parts; along a blocked axis the blocks shrink to what divides every inner boundary."""
     first = parts[0]
@@ -169,42 +177,62 @@ class Packed:
 
     value: torch.Tensor | Quantised
 
+    @property
+    def format(self) -> Format:
+        """How the elements are stored."""
+        v = self.value
+        return FORMATS[v.dtype if isinstance(v, Quantised) else {torch.float32: "f32", torch.bfloat16: "bf16"}[v.dtype]]
+
     def data(self) -> torch.Tensor:
-        """Bytes in storage order: uint8 `[..., ceil(N/16), ceil(K/q), 16, q * itemsize]`, zero-padded."""
+        """Lanes in storage order: int32 `[..., ceil(N/16), K'/q, 16]`, zero-padded."""
         raw = self.value.data if isinstance(self.value, Quantised) else self.value
-        size = raw.itemsize
-        q = 4 // size
+        fmt = self.format
         n, k = raw.shape[-2:]
-        kpad = -(-k // 128) * 128 if isinstance(self.value, Quantised) else -(-k // 8) * 8
-        view = raw.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[size])
-        view = torch.nn.functional.pad(view, (0, kpad - k, 0, -n % 16))
-        tiles = view.reshape(*view.shape[:-2], view.shape[-2] // 16, 16, kpad // q, q)
-        return tiles.transpose(-3, -2).contiguous().view(torch.uint8)
+        tiles, groups, rows = fmt.shape(n, k)
+        raw = raw.contiguous().view(torch.uint8) if fmt.bits >= 8 else _nibbles(raw)
+        if (missing := tiles * rows - n) or groups * 4 != raw.shape[-1]:
+            raw = torch.nn.functional.pad(raw, (0, groups * 4 - raw.shape[-1], 0, missing))
+        lanes = raw.view(torch.int32).reshape(*raw.shape[:-2], tiles, rows, groups)
+        return lanes.transpose(-2, -1).contiguous()
 
     def scales(self) -> torch.Tensor | None:
-        """FP32 scales `[..., ceil(N/16), ceil(K/128)]`, one per tile of 16 rows; None when not quantised."""
+        """Scales in storage order, as the format says; None when not quantised."""
         if not isinstance(self.value, Quantised):
             return None
-        tiles = -(-self.value.data.shape[-2] // 16)
-        rows = self.value.block[-2]
-        scale = self.value.scale.repeat_interleave(rows // 16, dim=-2)
-        return scale.narrow(-2, 0, tiles).contiguous()
+        n, k = self.value.data.shape[-2:]
+        fmt, scale = self.format, self.value.scale
+        if not fmt.row_scales:
+            scale = scale.repeat_interleave(self.value.block[-2] // ROWS, dim=-2)
+            return scale.narrow(-2, 0, fmt.shape(n, k)[0]).contiguous()
+        tiles, blocks, rows = fmt.scale_shape(n, k)
+        # The least exponent, 2^-127, is subnormal in FP32: such weights are as good as zero, whatever their scale.
+        exponents = (torch.log2(scale).round() + 127).clamp(1, 254).to(torch.uint8)
+        padding = (0, blocks - scale.shape[-1], 0, tiles * rows - n)
+        exponents = torch.nn.functional.pad(exponents, padding, value=127)
+        return exponents.reshape(*scale.shape[:-2], tiles, rows, blocks).transpose(-2, -1).contiguous()
 
     def logical(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix that the stored bytes stand for, read back element by element as the layout says.
 
-        Element (n, k) lies in tile (n / 16, k / q), row n % 16, place k % q; its scale is that of (n / 16, k / 128).
+        Element (n, k) lies in lane (n / 16, k / q, n % 16), place k % q; its scale is that of its block of k.
         """
         raw = self.value.data if isinstance(self.value, Quantised) else self.value
-        q = 4 // raw.itemsize
+        fmt, q = self.format, self.format.per_lane
         n, k = (torch.arange(size) for size in raw.shape[-2:])
-        tiles = self.data().view(raw.dtype)
-        stored = tiles[..., (n // 16)[:, None], (k // q)[None], (n % 16)[:, None], (k % q)[None]]
+        tile, row, block = (n // ROWS)[:, None], (n % ROWS)[:, None], (k // max(1, fmt.scale_block))[None]
+        if fmt.bits >= 8:
+            lanes = self.data().view(raw.dtype).reshape(*raw.shape[:-2], *fmt.shape(*raw.shape[-2:]), q)
+            stored = lanes[..., tile, (k // q)[None], row, (k % q)[None]]
+        else:
+            codes = (self.data()[..., tile, (k // q)[None], row] >> (k % q * fmt.bits)) & 15
+            stored = torch.where(codes < 8, _FP4[codes & 7], -_FP4[codes & 7])
         scales = self.scales()
         if scales is None:
             return stored.to(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        scale = scales[..., (n // 16)[:, None], (k // 128)[None]]
+        scale = scales[..., tile, block]
+        if fmt.row_scales:
+            scale = torch.exp2(scales[..., tile, block, row].to(wide) - 127)
         return (stored.to(wide) * scale.to(wide)).to(dtype)
 
 

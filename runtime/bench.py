@@ -76,6 +76,7 @@ def bench(
     prompt = prompt_tokens if prompt_tokens is not None else max(1, min(_PROMPT, model.context // 2))
     new = new_tokens if new_tokens is not None else min(_NEW, model.context - prompt + 1)
     _check(model, prompt, new, repeat, batch)
+    model.engine.weights.settle()
     ids = np.random.default_rng(0).integers(0, model.vocab, (batch, prompt))
     runs = []
     for run in range(repeat + 1):
@@ -85,7 +86,7 @@ def bench(
     prefill = [rates.prefill or 0.0 for rates in runs[1:]]
     decode = [rates.decode or 0.0 for rates in runs[1:]]
     peak = peak_memory()  # before the bandwidth test takes its own buffers
-    touched = _step_bytes(model, ids)
+    touched = _step_bytes(load(path, threads=threads, huge_pages=False), ids)
     bandwidth = measure_read_bandwidth(model.engine.threads)
     bound = batch * bandwidth / touched if touched else None
     manifest = model.artifact.manifest
@@ -136,7 +137,10 @@ def _check(model: Model, prompt: int, new: int, repeat: int, batch: int) -> None
 
 
 def _step_bytes(model: Model, ids: Ids) -> int | None:
-    """Bytes of weights that the decode step of the prompts' last tokens reads; all pages were mapped before."""
+    """Bytes of weights that the decode step of the prompts' last tokens reads.
+
+    The system tells of pages of a mapped file: the model must be loaded without huge pages.
+    """
     engine = model.engine
     engine.use_threads()
     sequences = [engine.pool.open() for _ in ids]
@@ -144,6 +148,8 @@ def _step_bytes(model: Model, ids: Ids) -> int | None:
         for sequence, prompt in zip(sequences, ids, strict=True):
             for start in range(0, len(prompt) - 1, engine.chunk):
                 engine.prefill(sequence, prompt[start : min(start + engine.chunk, len(prompt) - 1)])
+        # Pages are mapped as they are first read, with their neighbours: once before.
+        engine.decode(sequences, ids[:, -1])
         return bytes_read(model.artifact.weights.resolve(), lambda: engine.decode(sequences, ids[:, -1]))
     finally:
         for sequence in sequences:

@@ -46,11 +46,11 @@ class Steps(Protocol):
 class Engine:
     """Kernels, weights and cache of an artifact. Not for two threads at once: calls share their buffers."""
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+    def __init__(self, artifact: Artifact, threads: int | None = None, huge_pages: bool = True) -> None:
         plan = artifact.plan
         assert isinstance(plan, Plan)
         self.library = Library(artifact.kernels, threads)
-        self.weights = Weights(artifact.weights)
+        self.weights = Weights(artifact.weights, huge_pages)
         self.pool = PagePool(plan.pages, plan.page_size, artifact.manifest.context)
         kept = [a for entry in (plan.prefill, plan.decode) for a in entry.args if a.kind in ("cache", "workspace")]
         self.memory = Memory(kept)
@@ -69,11 +69,15 @@ class Engine:
         """Give the calling thread's pool this engine's number of threads."""
         self.library.use_threads()
 
-    def _entry(self, entry: Entry, sequences: int) -> _Call:
+    def _entry(self, entry: Entry, sequences: int) -> Call:
         def fixed(arg: Argument) -> NDArray[np.generic]:
             return self.weights.view(arg) if arg.kind == "weight" else self.memory.view(arg)
 
-        return _Call(entry, sequences, self.pool.table_width, self.library, fixed)
+        return Call(entry, sequences, self.pool.table_width, self.library, fixed)
+
+    def call(self, phase: str) -> Call:
+        """The call of an entry, "prefill" or "decode"."""
+        return self._prefill if phase == "prefill" else self._decode
 
     def prefill(self, sequence: Sequence, tokens: Ids, last_only: bool = True) -> Logits:
         """Append `tokens` int64[T], T <= chunk, to `sequence`.
@@ -112,7 +116,7 @@ class Engine:
         return arrays["logits"]
 
 
-class _Call:
+class Call:
     """One entry with its buffers, and the argument list for each combination of sizes that occurred."""
 
     def __init__(

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from moec.runtime.errors import KernelsDoNotLoad, NoRuntimeLibrary, WrongOption
+from moec.runtime.machine import allow_tiles
 
 
 def default_threads() -> int:
@@ -37,6 +38,7 @@ class Library:
         if threads is not None and threads < 1:
             raise WrongOption(option="threads", expected="at least 1", value=threads)
         self.threads = threads or default_threads()
+        allow_tiles()
         self._ffi = load_runtime()
         self._path = path
         try:

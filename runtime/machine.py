@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import sys
@@ -13,6 +14,9 @@ from moec.runtime.manifest import Manifest
 
 _SAME: Final = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 _SYSTEMS: Final = {"linux": "linux", "darwin": "darwin", "macos": "darwin", "windows": "win32"}
+_ARCH_PRCTL: Final = 158
+_REQUEST_PERMISSION: Final = 0x1023
+_TILE_DATA: Final = 18
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
@@ -37,3 +41,13 @@ def cpu_features() -> frozenset[str]:
     text = _CPUINFO.read_text(encoding="utf-8", errors="replace") if _CPUINFO.exists() else ""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return frozenset(found[1].split()) if found else frozenset()
+
+
+def allow_tiles() -> bool:
+    """Ask the system for the use of matrix tiles (AMX) in this process, threads to come included; whether it agrees.
+
+    Linux keeps the 8 KiB of tile state away from threads until a process asks, see its x86/xstate documentation.
+    """
+    if "amx_tile" not in cpu_features() or sys.platform != "linux":
+        return False
+    return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)) == 0

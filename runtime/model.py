@@ -25,22 +25,30 @@ if TYPE_CHECKING:
     from moec.runtime.tokenizer import Tokenizer
 
 
-def load(path: str | Path, check: bool = False, threads: int | None = None) -> Model:
+def load(path: str | Path, check: bool = False, threads: int | None = None, huge_pages: bool = True) -> Model:
     """Open the artifact at `path` on this machine.
 
     `check` compares the hashes of weights too. `threads`: how many run the kernels (default: TVM_NUM_THREADS, or every
-    CPU that this process may use). Raises an InputError of `moec.runtime.errors` that says why it cannot run.
+    CPU that this process may use). `huge_pages`: copy the mapped weights into such in the background, for faster
+    reading, where the system has them and the memory suffices. Raises an InputError of `moec.runtime.errors` that says
+    why it cannot run.
     """
-    return Model(open_artifact(path, check), threads)
+    return Model(open_artifact(path, check), threads, huge_pages=huge_pages)
 
 
 class Model:
     """A loaded artifact. One call runs at a time: others wait."""
 
-    def __init__(self, artifact: Artifact, threads: int | None = None, engine: Steps | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        engine: Steps | None = None,
+        huge_pages: bool = True,
+    ) -> None:
         """`engine` runs the steps in place of the one that the artifact's kind of device has."""
         self.artifact = artifact
-        self.engine: Steps = engine or _engine(artifact, threads)
+        self.engine: Steps = engine or _engine(artifact, threads, huge_pages)
         self._lock = RLock()
 
     def __repr__(self) -> str:
@@ -167,10 +175,10 @@ class Model:
                         self.engine.pool.close(sequence)
 
 
-def _engine(artifact: Artifact, threads: int | None) -> Steps:
+def _engine(artifact: Artifact, threads: int | None, huge_pages: bool) -> Steps:
     """The engine of the artifact's kind of device."""
     if artifact.manifest.kind == "cpu":
-        return Engine(artifact, threads)
+        return Engine(artifact, threads, huge_pages)
     from moec.runtime.cuda.engine import GpuEngine
 
     return GpuEngine(artifact)

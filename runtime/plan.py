@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Final, Literal, cast, get_args
+from typing import Any, Final, Literal, cast, get_args
 
 import numpy as np
 
@@ -69,6 +70,11 @@ def parse_plan(raw: bytes, file: str, manifest: Manifest) -> Plan:
     if decode.max_tokens < manifest.batch or decode.max_rows < manifest.batch:
         raise fields.problem("entries.decode", f"takes less than the batch of {manifest.batch} sequences")
     return Plan(_entry(entries.table("prefill")), decode, page_size, cache[1])
+
+
+def parse_entry(described: dict[str, Any]) -> Entry:
+    """An entry as the compiler describes it; raises MalformedFile."""
+    return _entry(Fields.parse(json.dumps(described).encode(), "entry"))
 
 
 def _entry(fields: Fields) -> Entry:

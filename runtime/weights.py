@@ -1,4 +1,4 @@
-"""Weights by memory map: a safetensors file whose tensors are views of the page cache, never copies.
+"""Weights by memory map: a safetensors file whose tensors are views of its mapping.
 
 The safetensors library hands out copies in numpy and knows no raw bytes for types that numpy lacks, so the header (an
 8-byte length, then JSON; see the format's own description) is read here.
@@ -17,14 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.errors import WrongWeights
+from moec.runtime.huge_pages import HugePages, possible
 from moec.runtime.plan import Argument
 
 
 class Weights:
     """The tensors of one safetensors file as views; they live as long as this object."""
 
-    def __init__(self, path: Path) -> None:
-        """Map `path`; raises WrongWeights when it is truncated or no safetensors file."""
+    def __init__(self, path: Path, huge_pages: bool = False) -> None:
+        """Map `path`; with `huge_pages` a thread moves it into such, where the system has them (see `huge_pages`).
+
+        Raises WrongWeights when the file is truncated or no safetensors file.
+        """
         self.path = path
         try:
             with path.open("rb") as file:
@@ -36,6 +40,18 @@ class Weights:
         raw = (ctypes.c_uint8 * len(shared)).from_address(shared.ctypes.data)
         self._bytes: NDArray[np.uint8] = np.ctypeslib.as_array(raw)
         self._spans = _read_header(self._bytes, path)
+        self._moving: HugePages | None = None
+        if huge_pages and possible(len(shared)):
+            self._moving = HugePages(path, shared.ctypes.data, len(shared))
+
+    def __del__(self) -> None:
+        if getattr(self, "_moving", None):
+            self._moving.close()
+
+    def settle(self) -> None:
+        """Wait until the weights lie where they will stay: before a measurement."""
+        if self._moving:
+            self._moving.settle()
 
     def __len__(self) -> int:
         return len(self._spans)

@@ -123,6 +123,24 @@ def chosen(names: str | None) -> list[str]:
     return wanted
 
 
+class NoArtifact(InputError):
+    """An --artifact that names no compiled artifact of a peer."""
+
+    template: ClassVar[str] = "--artifact {text}: expected PEER=FOLDER with a peer of {peers} and a compiled artifact"
+
+
+def artifacts(given: list[str]) -> dict[str, str]:
+    """Peer -> folder of every `PEER=FOLDER`; raises NoArtifact."""
+    found = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        ours = [n for n, peer in PEERS.items() if peer.runner is runners.Moec]
+        if name not in ours or not Path(folder, "manifest.json").is_file():
+            raise NoArtifact(text=text, peers=", ".join(ours))
+        found[name] = folder
+    return found
+
+
 def weight_bytes(peer: Peer, c: Config) -> float:
     """Bytes of all weights as the peer stores them."""
     return geometry.parameters(c) * peer.bytes_per_weight

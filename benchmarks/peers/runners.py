@@ -25,6 +25,9 @@ class Runner(Protocol):
     def generate(self, ids: Ids, new: int, emit: Emit) -> None:
         """Feed `ids` to an empty cache and draw `new` tokens greedily; `emit` is called when each is known."""
 
+    def settle(self) -> None:
+        """Wait for what still goes on in the background after loading."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -49,6 +52,9 @@ class Moec:
         from moec.runtime import load
 
         self._model = load(s.file, threads=s.threads)
+
+    def settle(self) -> None:
+        self._model.engine.weights.settle()
 
     def generate(self, ids: Ids, new: int, emit: Emit) -> None:
         self._model.complete(ids, new, stop=(), stream=lambda prompt, token: emit())
@@ -82,6 +88,9 @@ class Llama:
         self._piece = int(params.n_batch)
         vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab = int(llama_cpp.llama_vocab_n_tokens(vocab))
+
+    def settle(self) -> None:
+        pass
 
     def generate(self, ids: Ids, new: int, emit: Emit) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
@@ -133,6 +142,9 @@ class Transformers:
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         _fill(model)
         self._model, self._torch = model, torch
+
+    def settle(self) -> None:
+        pass
 
     def generate(self, ids: Ids, new: int, emit: Emit) -> None:
         with self._torch.inference_mode():

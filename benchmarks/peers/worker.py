@@ -51,6 +51,7 @@ def measure(job: Job) -> Measured:
     ids = np.random.default_rng(0).integers(0, job.vocab, max(*job.prefill, *job.context)).astype(np.int64)
     first: list[float] = []
     runner.generate(ids[: job.context[0]], 1, lambda: first.append(time.time() - job.started))
+    runner.settle()
     warm = steps(runner, ids[: job.context[0]], 4)
     new = int(max(4, min(job.new, job.seconds / median(warm))))
     prefill = {}

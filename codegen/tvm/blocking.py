@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from moec.codegen.tvm.formats import ROWS
 from moec.codegen.tvm.tir import Machine
+from moec.ir.lane16 import ROWS
 
 PAD = 16  # keeps rows of a power-of-two length out of one cache set
 
@@ -48,3 +48,20 @@ def blocking(machine: Machine) -> Blocking:
     mc = max(mr, machine.l2_bytes * 9 // 16 // (4 * (kc + PAD)) // mr * mr)
     results = max(machine.l2_bytes // 4, mc * columns)
     return Blocking(tiles, vectors, mr, kc, mc, results, chunk=4, skinny=12)
+
+
+@dataclass(frozen=True)
+class TileBlocking:
+    """Block sizes of products by matrix tiles; panels have 32 columns."""
+
+    kc: int  # k of a panel, a multiple of 128
+    mc: int  # rows of x kept in L2, split into pairs of BF16 numbers
+    results: int  # floats of the results that share one copy of an x block
+
+
+@cache
+def tile_blocking(machine: Machine) -> TileBlocking:
+    """Block sizes for `machine`: a BF16 panel fills half of L1, the x block half of L2."""
+    kc = max(128, machine.l1_bytes // 2 // (2 * 2 * ROWS) // 128 * 128)
+    mc = max(16, machine.l2_bytes // 2 // (4 * kc) // 16 * 16)
+    return TileBlocking(kc, mc, max(machine.l2_bytes // 4, mc * 2 * ROWS))

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 PAGE = 64
 
 
+FEATURES = {
+    "avx_vnni": "avxvnni", "avx512_vbmi": "avx512vbmi", "avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16",
+    "avx512_fp16": "avx512fp16", "amx_tile": "amx-tile", "amx_bf16": "amx-bf16", "amx_int8": "amx-int8",
+}  # fmt: skip
+"""Instruction sets of a target beyond its architecture level that kernels use: the target's name -> LLVM's."""
+
+
 class NoKernel(InputError):
     """An op that the CPU back end cannot run."""
 
@@ -58,13 +65,14 @@ class Compiled:
 
 
 @dataclass(frozen=True)
-class Traced:
-    """A traced prefill: its library, how to call it, and where each op's results lie in its output `trace`."""
+class Watched:
+    """A library whose functions have one more output; `phases`: {symbol: {entry, points}}.
+
+    `entry` says how to call one, `points` are the fields of `tracing.TracePoint` or `profiling.ProfilePoint`.
+    """
 
     library: Path
-    entry: dict[str, Any]
-    points: list[dict[str, Any]]
-    """The fields of `tracing.TracePoint`."""
+    phases: dict[str, Any]
 
 
 def machine_of(target: Target) -> Machine:
@@ -82,6 +90,7 @@ def machine_of(target: Target) -> Machine:
         l1_bytes=int(caches.get("l1", 32 << 10)),
         l2_bytes=int(caches.get("l2", 512 << 10)) // max(1, int(d.cores)),
         mcpu=d.arch,
+        features=tuple(FEATURES[i] for i in d.isa if i in FEATURES),
     )
 
 
@@ -96,12 +105,14 @@ def compile_module(module: Module, target: Target, limits: Mapping[str, int]) ->
     return Compiled(entry.folder / "kernels.so", described["entries"], described["kernels"], entry.cached, entry.note)
 
 
-def compile_traced(module: Module, target: Target, limits: Mapping[str, int]) -> Traced:
-    """Compile `@prefill` so that it keeps every op's results; cached as `compile_module`'s, raises the same."""
-    key = _key(module, target, {**limits, "trace": 1})
-    folder = find_or_build(key, lambda work: _build_traced(module, target, limits, work)).folder
-    described = json.loads((folder / "program.json").read_text())
-    return Traced(folder / "kernels.so", described["entry"], described["trace"])
+def compile_watched(module: Module, target: Target, limits: Mapping[str, int], watch: str) -> Watched:
+    """Compile so that a call tells more, see `build_phase`: `@prefill` with "trace", both phases with "ticks".
+
+    Cached as `compile_module`'s, raises the same.
+    """
+    key = _key(module, target, {**limits, watch: 1})
+    folder = find_or_build(key, lambda work: _build_watched(module, target, limits, watch, work)).folder
+    return Watched(folder / "kernels.so", json.loads((folder / "program.json").read_text()))
 
 
 def _key(module: Module, target: Target, limits: Mapping[str, int]) -> str:
@@ -132,7 +143,7 @@ def _functions_text(module: Module) -> str:
 
 def _machine_facts(target: Target) -> list[Any]:
     d = target.device
-    return [d.vector_bits, d.arch, d.cores, dict(d.cache_bytes)]
+    return [d.vector_bits, d.arch, list(d.isa), d.cores, dict(d.cache_bytes)]
 
 
 def _build(module: Module, target: Target, limits: Mapping[str, int], folder: Path) -> None:
@@ -146,14 +157,15 @@ def _build(module: Module, target: Target, limits: Mapping[str, int], folder: Pa
     (folder / "program.json").write_text(json.dumps(described, sort_keys=True))
 
 
-def _build_traced(module: Module, target: Target, limits: Mapping[str, int], folder: Path) -> None:
+def _build_watched(module: Module, target: Target, limits: Mapping[str, int], watch: str, folder: Path) -> None:
     from moec.codegen.tvm.program import build_phase
 
     _require_kernels(module)
     machine = machine_of(target)
-    phase = build_phase(module, "prefill", _sizes("prefill", limits), machine, trace=True)
-    _export([phase], machine, folder)
-    described = {"entry": phase.entry.as_json(), "trace": [asdict(point) for point in phase.trace]}
+    names = ("prefill",) if watch == "trace" else ("prefill", "decode")
+    phases = [build_phase(module, name, _sizes(name, limits), machine, watch) for name in names]
+    _export(phases, machine, folder)
+    described = {p.entry.symbol: {"entry": p.entry.as_json(), "points": [asdict(q) for q in p.points]} for p in phases}
     (folder / "program.json").write_text(json.dumps(described, sort_keys=True))
 
 

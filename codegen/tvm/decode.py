@@ -14,8 +14,8 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.tvm.formats import Format
-from moec.codegen.tvm.tir import splat
+from moec.codegen.tvm.tir import Machine, const, intrinsic, splat
+from moec.ir.lane16 import ROWS, Format
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,44 @@ def _fp8_e4m3(v: Any, lanes: int) -> list[Any]:
     return [_as_f32(T.bitwise_and(b, mask), lanes) for b in bits]
 
 
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def _fp4_e2m1(v: Any, lanes: int) -> list[Any]:
+    """By arithmetic: with the exponent moved to FP32's, codes 0 and 1 alone come out wrong, as 0.5 and 0.75."""
+    out = []
+    for k in range(8):
+        bits = T.shift_left(v, splat(28 - 4 * k, lanes, "int32")) if k < 7 else v
+        magnitude = T.bitwise_and(T.shift_right(bits, splat(6, lanes, "int32")), splat(0x7 << 22, lanes, "int32"))
+        t = T.Bind(_as_f32(magnitude + splat(126 << 23, lanes, "int32"), lanes))
+        value = T.min(t, t + t - splat(1.0, lanes))
+        sign = T.bitwise_and(bits, splat(-(1 << 31), lanes, "int32"))
+        out.append(T.Bind(_as_f32(T.bitwise_or(T.reinterpret(f"int32x{lanes}", value), sign), lanes)))
+    return out
+
+
+def _fp4_avx2(v: Any, lanes: int) -> list[Any]:
+    """By a table of the magnitudes in a register."""
+    table = T.Bind(T.Shuffle([const(m, "float32") for m in _E2M1], [const(i) for i in range(8)]))
+    out = []
+    for k in range(8):
+        index = T.shift_right(v, splat(4 * k, lanes, "int32")) if k else v
+        value = T.reinterpret("int32x8", intrinsic("llvm.x86.avx2.permps", table, index, returns="float32x8"))
+        high = T.shift_left(v, splat(28 - 4 * k, lanes, "int32")) if k < 7 else v
+        sign = T.bitwise_and(high, splat(-(1 << 31), lanes, "int32"))
+        out.append(T.Bind(_as_f32(T.bitwise_or(value, sign), lanes)))
+    return out
+
+
+def _fp4_avx512(v: Any, lanes: int) -> list[Any]:
+    """By a table of all values in a register; an index is the low four bits of a lane."""
+    values = [*_E2M1, *(-m for m in _E2M1)]
+    table = T.Bind(T.Shuffle([const(m, "float32") for m in values], [const(i) for i in range(16)]))
+    indices = [T.shift_right(v, splat(4 * k, lanes, "int32")) if k else v for k in range(8)]
+    name = "llvm.x86.avx512.permvar.sf.512"
+    return [T.Bind(intrinsic(name, table, index, returns="float32x16")) for index in indices]
+
+
 _DECODERS = {
     "f32": Decoder(_f32),
     "bf16": Decoder(_bf16),
@@ -64,6 +102,19 @@ _DECODERS = {
 }
 
 
-def decoder(fmt: Format) -> Decoder:
-    """The decoder of a storage format."""
+def decoder(fmt: Format, machine: Machine) -> Decoder:
+    """The decoder of a storage format on a machine."""
+    if fmt.name == "fp4_e2m1":
+        if machine.mcpu == "x86-64-v4" and machine.lanes == 16:
+            return Decoder(_fp4_avx512)
+        x86 = machine.mcpu in ("x86-64-v3", "x86-64-v4")
+        return Decoder(_fp4_avx2 if x86 and machine.lanes == 8 else _fp4_e2m1)
     return _DECODERS[fmt.name]
+
+
+def block_scale(fmt: Format, scale: Any, block: Any, first_row: int, lanes: int) -> Any:
+    """The scales of `lanes` rows of a tile from `first_row` on for one block of k, as a vector."""
+    if not fmt.row_scales:
+        return T.broadcast(scale[block], lanes)
+    exponents = scale.vload([block * ROWS + first_row], f"uint8x{lanes}")
+    return _as_f32(T.shift_left(T.Cast(f"int32x{lanes}", exponents), splat(23, lanes, "int32")), lanes)

@@ -28,11 +28,11 @@ from moec.codegen.tvm import (
     router,
 )
 from moec.codegen.tvm.cache import CacheAppendSpec, CacheGatherSpec, CacheLayout, build_cache_append, build_cache_gather
-from moec.codegen.tvm.formats import FORMATS, Format
 from moec.codegen.tvm.memory import Layout, Place
 from moec.codegen.tvm.tir import Kernel, Machine, call, const
 from moec.codegen.tvm.vector import KernelSpecError
 from moec.ir import CacheType, Dim, Function, Module, Op, TensorType, Value, WeightRef
+from moec.ir.lane16 import FORMATS, Format
 from moec.ir.module import Operand
 from moec.plugins import plugins
 

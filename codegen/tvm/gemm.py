@@ -9,10 +9,10 @@ import tvm
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm.blocking import PAD, Blocking, blocking
-from moec.codegen.tvm.decode import decoder
-from moec.codegen.tvm.formats import ROWS, Format
+from moec.codegen.tvm.decode import block_scale, decoder
 from moec.codegen.tvm.gemv import PREFETCH_BYTES, STEP, prefetch
 from moec.codegen.tvm.tir import Kernel, Machine, Param, assign, const, kernel_body, variables
+from moec.ir.lane16 import ROWS, Format
 
 
 @cache
@@ -48,21 +48,22 @@ def unpack_tile(fmt: Format, machine: Machine) -> Kernel:
     name = f"unpack_tile_{fmt.name}"
     kernel = Kernel(name, tvm.ir.GlobalVar(name))
     lanes, columns = machine.lanes, blocking(machine).columns
-    block = fmt.scale_block or STEP
+    block, decode = fmt.scale_block or STEP, decoder(fmt, machine)
     params: list[Param] = [("w", "int32", (1 << 30,))]
-    params += [("scale", "float32", (1 << 20,))] if fmt.scale_block else []
+    params += [("scale", fmt.scale_dtype, (1 << 20,))] if fmt.scale_block else []
     params += [("panel", "float32", (1 << 24,)), ("k", "int32")]
     with kernel_body(kernel, params) as (w, *scales, panel, k), T.serial(0, k // block) as b:
         if fmt.scale_block:
-            s = T.Bind(T.broadcast(scales[0][b] * const(decoder(fmt).pre, "float32"), lanes))
+            pre = T.broadcast(const(decode.pre, "float32"), lanes)
+            factors = [T.Bind(block_scale(fmt, scales[0], b, first, lanes) * pre) for first in range(0, ROWS, lanes)]
         with T.serial(0, block // fmt.per_lane) as i:
             group = T.Bind(b * (block // fmt.per_lane) + i)
             prefetch(w, group * ROWS + PREFETCH_BYTES // 4)
             for h in range(ROWS // lanes):
                 v = T.Bind(w.vload([group * ROWS + h * lanes], f"int32x{lanes}"))
-                for j, value in enumerate(decoder(fmt).unpack(v, lanes)):
+                for j, value in enumerate(decode.unpack(v, lanes)):
                     at = T.ramp((group * fmt.per_lane + j) * columns + h * lanes, 1, lanes)
-                    T.buffer_store(panel, value * s if fmt.scale_block else value, [at])
+                    T.buffer_store(panel, value * factors[h] if fmt.scale_block else value, [at])
     return kernel
 
 

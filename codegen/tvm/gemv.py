@@ -13,11 +13,11 @@ from typing import Any
 import tvm
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.tvm.decode import decoder
-from moec.codegen.tvm.formats import ROWS, Format
+from moec.codegen.tvm.decode import block_scale, decoder
 from moec.codegen.tvm.tir import Kernel, Machine, Param, assign, kernel_body, splat, variables
+from moec.ir.lane16 import ROWS, Format
 
-PREFETCH_BYTES = 4096
+PREFETCH_BYTES = 2048
 STEP = 8  # k of one iteration, a divisor of every format's k_multiple
 
 
@@ -30,7 +30,7 @@ def prefetch(buffer: Any, index: Any) -> None:
 def row_lane(fmt: Format, m: int, machine: Machine) -> Kernel:
     """out[m, 16] = x[m, k'] . (one packed tile)^T, without `Decoder.post`.
 
-    Parameters: w int32[k'/q * 16], scale f32[k'/block] (scaled formats only), x f32[m, ldx] already multiplied by
+    Parameters: w int32[k'/q * 16], scale (scaled formats only), x f32[m, ldx] already multiplied by
     `Decoder.pre` and zero beyond k, out f32[m, 16], ldx, k' (i32).
     """
     kernel = Kernel(f"row_lane_{fmt.name}_m{m}", tvm.ir.GlobalVar(f"row_lane_{fmt.name}_m{m}"))
@@ -40,7 +40,7 @@ def row_lane(fmt: Format, m: int, machine: Machine) -> Kernel:
     copies = max(1, min(STEP, machine.registers // 2 // (vectors * m)))
     sums = [(h, r) for h in range(vectors) for r in range(m)]
     params: list[Param] = [("w", "int32", (1 << 30,))]
-    params += [("scale", "float32", (1 << 20,))] if fmt.scale_block else []
+    params += [("scale", fmt.scale_dtype, (1 << 20,))] if fmt.scale_block else []
     params += [("x", "float32", (1 << 30,)), ("out", "float32", (m * ROWS,)), ("ldx", "int32"), ("k", "int32")]
     with kernel_body(kernel, params) as args:
         w, *scales, x, out, ldx, k = args
@@ -65,13 +65,8 @@ def row_lane(fmt: Format, m: int, machine: Machine) -> Kernel:
             for u in range(STEP // fmt.per_lane):
                 line = T.Bind((k0 // fmt.per_lane + u) * ROWS)
                 prefetch(w, line + PREFETCH_BYTES // 4)
-                parts = [
-                    [
-                        T.Bind(d)
-                        for d in decoder(fmt).unpack(T.Bind(w.vload([line + h * lanes], f"int32x{lanes}")), lanes)
-                    ]
-                    for h in range(vectors)
-                ]
+                vs = [T.Bind(w.vload([line + h * lanes], f"int32x{lanes}")) for h in range(vectors)]
+                parts = [[T.Bind(d) for d in decoder(fmt, machine).unpack(v, lanes)] for v in vs]
                 for b in range(fmt.per_lane):
                     kk = u * fmt.per_lane + b
                     for r in range(m):
@@ -88,9 +83,9 @@ def row_lane(fmt: Format, m: int, machine: Machine) -> Kernel:
                 clear()
                 with T.serial(0, fmt.scale_block // STEP) as step:
                     accumulate(block * fmt.scale_block + step * STEP)
-                s = T.Bind(T.broadcast(scales[0][block], lanes))
-                for i in range(len(sums)):
-                    assign(totals[i], totals[i][0] + total(i) * s)
+                factors = [T.Bind(block_scale(fmt, scales[0], block, h * lanes, lanes)) for h in range(vectors)]
+                for i, (h, _) in enumerate(sums):
+                    assign(totals[i], totals[i][0] + total(i) * factors[h])
             for i in range(len(sums)):
                 store(i, totals[i][0])
         else:

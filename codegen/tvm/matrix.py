@@ -12,99 +12,32 @@ by variants. A kernel of a spec only adds its constants.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import tvm
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.tvm.blocking import PAD, blocking
-from moec.codegen.tvm.decode import decoder
-from moec.codegen.tvm.formats import ROWS, Format
-from moec.codegen.tvm.gemm import copy_row, panel_product, unpack_tile
-from moec.codegen.tvm.gemv import row_lane
-from moec.codegen.tvm.tir import (
-    Kernel,
-    Machine,
-    Param,
-    assign,
-    call,
-    const,
-    kernel_body,
-    parallel_kernel,
-    splat,
-    variables,
-)
+from moec.codegen.tvm import amx
+from moec.codegen.tvm.tile_worker import TileWorker
+from moec.codegen.tvm.tir import Kernel, Machine, Param, call, const, kernel_body, parallel_kernel
+from moec.codegen.tvm.variant import Variant, reach
+from moec.codegen.tvm.worker import Worker
+from moec.ir.lane16 import Format
 
-UNBOUNDED = (1 << 40,)
 SERIAL_PRODUCTS = 1 << 16  # below this many multiplications a second core costs more than it saves
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What is compiled once for all sizes.
-
-    `rows`: "even" groups all have the rows 0 .. tokens - 1, row i of group g at i * ldx + g * hx (y likewise); "sorted"
-    groups own the rows offsets[g] .. offsets[g + 1] - 1 of x and y; of "gathered" ones row r is row_index[r] of x.
-    `reach` is the most rows of a group that occur, 0 for more than a chunk.
-    """
-
-    fmt: Format
-    rows: Literal["even", "sorted", "gathered"]
-    reach: int
-    bias: bool = False
-    accumulate: bool = False
-
-    @property
-    def name(self) -> str:
-        """Readable and unique."""
-        options = ("_bias" if self.bias else "") + ("_acc" if self.accumulate else "")
-        return f"matrix_{self.rows}_{self.fmt.name}_m{self.reach or 'any'}{options}"
-
-    @property
-    def scalars(self) -> tuple[str, ...]:
-        """Sizes, strides, and the floats of scratch memory of one core."""
-        even = self.rows == "even"
-        strides = ("ldx", "hx", "ldy", "hy") if even else ("ldx", "ldy")
-        return (*(("tokens",) if even else ()), "groups", "n", "k", *strides, "core_floats")
-
-    @property
-    def buffers(self) -> list[Param]:
-        """x, [row_index], [offsets], w, [scale], [bias], y, scratch."""
-        index = {"even": (), "sorted": ("offsets",), "gathered": ("row_index", "offsets")}[self.rows]
-        operands = ["w", *(["scale"] if self.fmt.scale_block else []), *(["bias"] if self.bias else [])]
-        integers = {*index, "w"}
-        names = ["x", *index, *operands, "y", "scratch"]
-        return [(n, "int32" if n in integers else "float32", UNBOUNDED) for n in names]
-
-    @property
-    def params(self) -> list[Param]:
-        """Parameters of the driver."""
-        return [*self.buffers, *[(s, "int32") for s in self.scalars]]
-
-
-def reach(max_rows: int, machine: Machine) -> int:
-    """`Variant.reach` of groups with at most `max_rows` rows."""
-    return max_rows if max_rows <= blocking(machine).chunk else 0
-
-
-def _panel_floats(limit: int, machine: Machine) -> int:
-    return 0 if limit else blocking(machine).kc * blocking(machine).columns
-
-
-def _result_floats(limit: int, machine: Machine) -> int:
-    return limit * ROWS if limit else max(blocking(machine).results, blocking(machine).skinny * ROWS)
+def _worker(fmt: Format, machine: Machine) -> type[Worker]:
+    return TileWorker if machine.tiles and amx.multiplies(fmt) else Worker
 
 
 def core_floats(k: int, fmt: Format, max_rows: int, machine: Machine) -> int:
     """Scratch memory of one core, in floats: a weight panel, results, rows of x."""
-    sizes, limit = blocking(machine), reach(max_rows, machine)
-    x = min(max_rows, sizes.skinny) * (fmt.padded_k(k) + PAD)
-    if max_rows > sizes.skinny:
-        x = max(x, min(max_rows, sizes.mc) * (sizes.kc + PAD))
+    worker, limit = _worker(fmt, machine), reach(max_rows, machine)
+    floats = worker.panel_size(limit, machine) + worker.result_size(limit, machine)
     # Whole cache lines, so that cores share none.
-    return -(-(_panel_floats(limit, machine) + _result_floats(limit, machine) + x) // 16) * 16
+    return -(-(floats + worker.x_size(k, fmt, max_rows, machine)) // 16) * 16
 
 
 def scratch_floats(k: int, fmt: Format, max_rows: int, machine: Machine) -> int:
@@ -134,203 +67,6 @@ def build_driver(variant: Variant, machine: Machine) -> Kernel:
         rows = args["tokens"] * args["groups"] if variant.rows == "even" else args["offsets"][args["groups"]]
         return T.Cast("int64", rows) * args["n"] * args["k"] <= const(SERIAL_PRODUCTS, "int64")
 
-    return parallel_kernel(variant.name, variant.params, _Worker(variant, machine).build(), machine, small)
-
-
-class _Worker:
-    """Emits the function that one core runs: its share of the panels of every group."""
-
-    def __init__(self, variant: Variant, machine: Machine) -> None:
-        self.variant, self.machine = variant, machine
-        self.fmt = variant.fmt
-        self.sizes = blocking(machine)
-        self.panel_floats = _panel_floats(variant.reach, machine)
-        self.result_floats = _result_floats(variant.reach, machine)
-        self.helpers: dict[str, Kernel] = {}
-        self.args: dict[str, Any] = {}
-
-    def build(self) -> Kernel:
-        """The worker kernel: the driver's parameters, then part and parts."""
-        name = f"{self.variant.name}_part"
-        kernel = Kernel(name, tvm.ir.GlobalVar(name))
-        params: list[Param] = [*self.variant.params, ("part", "int32"), ("parts", "int32")]
-        with kernel_body(kernel, params) as values:
-            args = self.args = dict(zip([p[0] for p in params], values, strict=True))
-            multiple = self.fmt.k_multiple
-            self.padded = T.Bind((args["k"] + multiple - 1) // multiple * multiple)
-            self.tiles = T.Bind((args["n"] + ROWS - 1) // ROWS)
-            self.panels = T.Bind((args["n"] + self.sizes.columns - 1) // self.sizes.columns)
-            self.base = T.Bind(T.Cast("int64", args["part"]) * args["core_floats"])
-            self._groups()
-        kernel.helpers = list(self.helpers.values())
-        return kernel
-
-    def _call(self, helper: Kernel, *args: Any) -> None:
-        self.helpers[helper.name] = helper
-        call(helper, *args)
-
-    def _count(self, g: Any) -> Any:
-        if self.variant.rows == "even":
-            return self.args["tokens"]
-        return self.args["offsets"][g + 1] - self.args["offsets"][g]
-
-    def _at(self, g: Any, i: Any, operand: Literal["x", "y"]) -> Any:
-        """Element offset of row i of group g, in int64."""
-        stride = self.args[f"ld{operand}"]
-        if self.variant.rows == "even":
-            return T.Cast("int64", i) * stride + T.Cast("int64", g) * self.args[f"h{operand}"]
-        row = self.args["offsets"][g] + i
-        if self.variant.rows == "gathered" and operand == "x":
-            row = self.args["row_index"][row]
-        return T.Cast("int64", row) * stride
-
-    def _groups(self) -> None:
-        """Walk the groups; this core's share of the summed cost falls on some panels of each."""
-        part, parts, panels = (T.Cast("int64", v) for v in (self.args["part"], self.args["parts"], self.panels))
-        (passed,) = variables(1, "int64")
-        assign(passed, const(0, "int64"))
-        with T.serial(0, self.args["groups"]) as g:
-            assign(passed, passed[0] + self._panel_cost(g) * panels)
-        total = T.Bind(passed[0])
-        low, high = T.Bind(part * total // parts), T.Bind((part + 1) * total // parts)
-        assign(passed, const(0, "int64"))
-        with T.serial(0, self.args["groups"]) as g:
-            cost = T.Bind(self._panel_cost(g))
-
-            def panel(limit: Any, cost: Any = cost) -> Any:
-                inside = T.min(T.max(limit - passed[0], const(0, "int64")), cost * panels)
-                return T.Bind(T.Cast("int32", (inside + cost - 1) // T.max(cost, const(1, "int64"))))
-
-            first, last = panel(low), panel(high)
-            assign(passed, passed[0] + cost * panels)
-            with T.If(first < last), T.Then():
-                self._group(g, T.Bind(self._count(g)), first, last)
-
-    def _panel_cost(self, g: Any) -> Any:
-        """Relative time of one panel: reading it costs as much as about two rows of arithmetic."""
-        count = T.Cast("int64", self._count(g))
-        return T.Select(count > 0, count + 2, const(0, "int64"))
-
-    def _group(self, g: Any, count: Any, first: Any, last: Any) -> None:
-        if self.variant.reach:
-            self._skinny(g, count, first, last)
-            return
-        with T.If(count <= self.sizes.skinny):
-            with T.Then():
-                self._skinny(g, count, first, last)
-            with T.Else():
-                self._blocked(g, count, first, last)
-
-    def _panel(self, offset: Any) -> Any:
-        return T.address_of(self.args["scratch"][self.base + offset])
-
-    def _result(self, offset: Any) -> Any:
-        return self._panel(self.panel_floats + offset)
-
-    def _x(self, offset: Any) -> Any:
-        return self._panel(self.panel_floats + self.result_floats + offset)
-
-    def _weight(self, g: Any, tile: Any, k: Any) -> list[Any]:
-        """Pointers to a packed tile of group g and its scales, from k on."""
-        index = T.Bind(T.Cast("int64", g) * self.tiles + T.Cast("int64", tile))
-        lane = index * (self.padded // self.fmt.per_lane) + T.Cast("int64", k // self.fmt.per_lane)
-        pointers = [T.address_of(self.args["w"][lane * ROWS])]
-        if self.fmt.scale_block:
-            block = index * (self.padded // self.fmt.scale_block) + T.Cast("int64", k // self.fmt.scale_block)
-            pointers.append(T.address_of(self.args["scale"][block]))
-        return pointers
-
-    def _skinny(self, g: Any, count: Any, first: Any, last: Any) -> None:
-        """Rows in even chunks; a second chunk finds the tile in cache."""
-        ldx = T.Bind(self.padded + PAD)
-        pre = const(decoder(self.fmt).pre, "float32")
-        with T.serial(0, count) as r:
-            source = T.address_of(self.args["x"][self._at(g, r, "x")])
-            self._call(copy_row(self.machine), source, self._x(r * ldx), self.args["k"], self.padded, pre)
-        chunks = T.Bind((count + self.sizes.chunk - 1) // self.sizes.chunk)
-        start = T.Bind(first * self.sizes.tiles)
-        stop = T.Bind(T.min(last * self.sizes.tiles, self.tiles))
-        with T.serial(0, stop - start) as i:
-            tile = T.Bind(start + i)
-            pointers = self._weight(g, tile, const(0))
-            with T.serial(0, chunks) as c:
-                row = T.Bind(c * count // chunks)
-                height = T.Bind((c + 1) * count // chunks - row)
-                for m in range(1, (self.variant.reach or self.sizes.chunk) + 1):
-                    with T.If(height == m), T.Then():
-                        operands = [*pointers, self._x(row * ldx), self._result(row * ROWS)]
-                        self._call(row_lane(self.fmt, m, self.machine), *operands, ldx, self.padded)
-            self._finish(const(0), g, const(0), count, tile * ROWS, ROWS)
-
-    def _blocked(self, g: Any, count: Any, first: Any, last: Any) -> None:
-        """Blocks of x rows in L2; for each, groups of panels whose results fit their memory; for these, blocks of k."""
-        sizes, k = self.sizes, self.args["k"]
-        blocks = T.Bind((count + sizes.mc - 1) // sizes.mc)
-        with T.serial(0, blocks) as b:
-            row0 = T.Bind(b * count // blocks)
-            rows = T.Bind((b + 1) * count // blocks - row0)
-            one_panel = T.Bind(rows * sizes.columns)
-            fitting = T.Bind(const(self.result_floats) // one_panel)
-            with T.serial(0, (last - first + fitting - 1) // fitting) as pb:
-                panel0 = T.Bind(first + pb * fitting)
-                panels = T.Bind(T.min(last - panel0, fitting))
-                self._clear(panels * one_panel)
-                with T.serial(0, (k + sizes.kc - 1) // sizes.kc) as kb:
-                    k0 = T.Bind(kb * sizes.kc)
-                    length = T.Bind(T.min(k - k0, sizes.kc))
-                    with T.serial(0, rows) as r:
-                        source = T.address_of(self.args["x"][self._at(g, row0 + r, "x") + T.Cast("int64", k0)])
-                        target = self._x(r * (sizes.kc + PAD))
-                        self._call(copy_row(self.machine), source, target, length, length, const(1.0, "float32"))
-                    with T.serial(0, panels) as p:
-                        panel = self._unpacked(g, panel0 + p, k0, length)
-                        result = self._result(p * one_panel)
-                        self._call(panel_product(self.machine), panel, self._x(const(0)), result, rows, length)
-                with T.serial(0, panels) as p:
-                    self._finish(p * one_panel, g, row0, rows, (panel0 + p) * sizes.columns, sizes.columns)
-
-    def _clear(self, floats: Any) -> None:
-        lanes = self.machine.lanes
-        with T.serial(0, floats // lanes) as i:
-            at = T.ramp(self.base + self.panel_floats + i * lanes, 1, lanes)
-            T.buffer_store(self.args["scratch"], splat(0.0, lanes), [at])
-
-    def _unpacked(self, g: Any, panel: Any, k0: Any, length: Any) -> Any:
-        """Pointer to the fp32 panel [length, columns]; float32 tiles are panels already."""
-        if self.fmt.name == "f32" and self.sizes.tiles == 1:
-            return self._weight(g, panel, k0)[0]
-        multiple = self.fmt.k_multiple
-        padded = T.Bind((length + multiple - 1) // multiple * multiple)
-        for i in range(self.sizes.tiles):
-            # A panel past the last tile repeats it; those columns are not stored.
-            tile = T.Bind(T.min(panel * self.sizes.tiles + i, self.tiles - 1))
-            target = self._panel(const(i * ROWS))
-            self._call(unpack_tile(self.fmt, self.machine), *self._weight(g, tile, k0), target, padded)
-        return self._panel(const(0))
-
-    def _finish(self, c: Any, g: Any, row0: Any, rows: Any, column: Any, width: int) -> None:
-        """y[rows, column : column + width] = results * post (+ bias) (+ y), cut off at n."""
-        lanes, n = self.machine.lanes, self.args["n"]
-        y, scratch = self.args["y"], self.args["scratch"]
-        results = T.Bind(self.base + self.panel_floats + c)
-        post = decoder(self.fmt).post
-
-        def store(at: Any, source: Any, column: Any, size: int) -> None:
-            def span(start: Any) -> Any:
-                return T.ramp(start, 1, size) if size > 1 else start
-
-            value = scratch[span(source)] * (splat(post, size) if size > 1 else const(post, "float32"))
-            if self.variant.bias:
-                value = value + self.args["bias"][span(column)]
-            if self.variant.accumulate:
-                value = value + y[span(at)]
-            T.buffer_store(y, value, [span(at)])
-
-        with T.serial(0, rows) as r:
-            at = T.Bind(self._at(g, row0 + r, "y") + T.Cast("int64", column))
-            source = T.Bind(results + r * width)
-            with T.If(column + width <= n):
-                with T.Then(), T.serial(0, width // lanes) as h:
-                    store(at + h * lanes, source + h * lanes, column + h * lanes, lanes)
-                with T.Else(), T.serial(0, n - column) as j:
-                    store(at + j, source + j, column + j, 1)
+    return parallel_kernel(
+        variant.name, variant.params, _worker(variant.fmt, machine)(variant, machine).build(), machine, small
+    )

@@ -26,8 +26,9 @@ from typing import Any
 import tvm
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.tvm.matrix import SERIAL_PRODUCTS, UNBOUNDED
+from moec.codegen.tvm.matrix import SERIAL_PRODUCTS
 from moec.codegen.tvm.tir import Kernel, Machine, Param, assign, const, kernel_body, parallel_kernel, variables
+from moec.codegen.tvm.variant import UNBOUNDED
 
 COLUMNS = 512  # of one unit of work in combine
 

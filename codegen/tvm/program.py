@@ -13,8 +13,9 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.storage import stored_arrays
 from moec.codegen.tvm.emit import FunctionEmitter, Program, WeightBuffer, extra_sizes
 from moec.codegen.tvm.memory import Layout, loop_result, plan_function, symbol_bounds
+from moec.codegen.tvm.profiling import ProfilePoint, Profiler
 from moec.codegen.tvm.tir import Kernel, Machine, const
-from moec.codegen.tvm.tracing import TracePoint, Tracer, TracingEmitter
+from moec.codegen.tvm.tracing import TracePoint, Tracer
 from moec.ir import CacheType, Function, Module, Op, TensorType, Value, WeightRef
 
 TIR_TYPES = {"f32": "float32", "bf16": "uint16", "i32": "int32"}
@@ -41,13 +42,14 @@ class Entry:
 
 @dataclass
 class Phase:
-    """A built phase: its exported function, the kernels that it calls, how to call it, and what its trace holds."""
+    """A built phase: its exported function, the kernels that it calls, how to call it."""
 
     entry: Entry
     function: Any
     kernels: list[Kernel]
     uses: dict[str, set[str]]
-    trace: list[TracePoint] = field(default_factory=list)
+    points: list[TracePoint] | list[ProfilePoint] = field(default_factory=list)
+    """Where the watched output holds what."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class Sizes:
     pages: int
 
 
-def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine, trace: bool = False) -> Phase:
+def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine, watch: str = "") -> Phase:
     """Emit the entry function `name` of a module whose ops all have kernels.
 
-    With `trace` it has one more output, `trace` f32[words], into which the results of every op are copied; such a
-    program is called for a sequence's first tokens only.
+    With `watch` it has one more output: "trace" f32[words], into which the results of every op are copied (such a
+    program is called for a sequence's first tokens only), or "ticks" i64[words], the time after every op.
     """
     function = module.functions[name]
     kv = next(a for a in function.args if isinstance(a.type, CacheType))
@@ -77,7 +79,9 @@ def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine, trace
     layers = _layer_layouts(module, function, symbols)
     layer_size = max((lay.size for lay in layers.values()), default=0)
     limits = {**symbols, "rank": _rank(module)}
-    tracer = Tracer(module, function, symbols) if trace else None
+    watcher: Tracer | Profiler | None = None
+    if watch:
+        watcher = Tracer(module, function, symbols) if watch == "trace" else Profiler(module, function)
     entry = Entry(name, sizes.max_tokens, sizes.max_rows)
     # Scratch stands last, and how much of it there is shows only once everything is emitted: build twice.
     scratch = 0
@@ -91,24 +95,24 @@ def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine, trace
             workspace = _array(entry, "workspace", "workspace", "float32", (arena + scratch,))
             vocab = int(result.type.shape[1])  # type: ignore[union-attr, arg-type]
             out = _matched(entry, "logits", "output", "float32", ("R", vocab), env.sizes)
-            words = _array(entry, "trace", "output", "float32", (tracer.words,)) if tracer else None
+            words = _array(entry, watcher.output, "output", watcher.dtype, (watcher.words,)) if watcher else None
             arrays = {w: _weight_arrays(entry, module, w) for w in _used_weights(module, function)}
             # Every argument is declared: from here on views of them may be.
             weights = {w: _weight(module, w, a) for w, a in arrays.items()}
             program = Program(machine, limits, sizes.page, workspace, weights, env.counts(), scratch_at=arena)
             loops = _Loops(program, module, layers, layout.size)
-            if tracer is None:
+            if watcher is None:
                 emitter = FunctionEmitter(program, module, function, layout, 0)
             else:
                 sink = _flat(words)
-                loops = _TracedLoops(program, module, layers, layout.size, tracer, sink)
-                emitter = TracingEmitter(program, module, function, layout, 0, tracer.frame, sink)
+                loops = _WatchedLoops(program, module, layers, layout.size, watcher, sink)
+                emitter = watcher.emitter(program, module, function, layout, 0, watcher.frame, sink)  # type: ignore[arg-type]
             emitter.env = env.views()
             emitter.env[logits] = (_flat(out), 0)
             emitter.repeat = loops
             emitter.emit()
         scratch = program.scratch_size
-    points = tracer.points if tracer else []
+    points = list(watcher.points) if watcher else []
     return Phase(entry, builder.get(), list(program.kernels.values()), program.uses, points)
 
 
@@ -162,8 +166,8 @@ class _Loops:
         return outer.buffer_of(operand)
 
 
-class _TracedLoops(_Loops):
-    """Such loops with a trace of every layer."""
+class _WatchedLoops(_Loops):
+    """Such loops whose every layer has its own part of what is watched."""
 
     def __init__(
         self,
@@ -171,16 +175,16 @@ class _TracedLoops(_Loops):
         module: Module,
         layouts: Mapping[str, Layout],
         base: int,
-        tracer: Tracer,
+        watcher: Tracer | Profiler,
         sink: Any,
     ) -> None:
         super().__init__(program, module, layouts, base)
-        self.tracer = tracer
+        self.watcher = watcher
         self.sink = sink
 
     def _emitter(self, op: Op, callee: Function, layout: Layout, layer: Any) -> FunctionEmitter:
-        origin, frame = self.tracer.layers[op]
-        emitter = TracingEmitter(self.program, self.module, callee, layout, self.base, frame, self.sink)
+        origin, frame = self.watcher.layers[op]
+        emitter = self.watcher.emitter(self.program, self.module, callee, layout, self.base, frame, self.sink)  # type: ignore[arg-type]
         number = T.Cast("int64", layer - int(op.attrs["first"]))  # type: ignore[arg-type]
         emitter.origin = const(origin, "int64") + number * const(frame.words, "int64")
         return emitter

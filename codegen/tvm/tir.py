@@ -30,6 +30,18 @@ class Machine:
     l2_bytes: int = 512 << 10
     mcpu: str = "x86-64-v3"
     triple: str = ""
+    features: tuple[str, ...] = ()
+    """LLVM's names of instruction sets beyond those of `mcpu`."""
+
+    @property
+    def name(self) -> str:
+        """Architecture, vector width and extensions, for people."""
+        return " ".join([self.mcpu, f"{32 * self.lanes} bits", *self.features])
+
+    @property
+    def tiles(self) -> bool:
+        """Whether products can use the matrix tiles of `amx`."""
+        return {"amx-tile", "amx-bf16", "avx512fp16"} <= set(self.features)
 
     def tvm_target(self) -> Any:
         """The TVM target; string targets are refused by TVM 0.27."""
@@ -38,6 +50,8 @@ class Machine:
         # same memory then has two classes, and stores of the one move past loads of the other: such analysis has to
         # be off.
         config["cl-opt"] = ["-enable-tbaa:bool=0"]
+        if self.features:
+            config["mattr"] = [f"+{feature}" for feature in self.features]
         if self.triple:
             config["mtriple"] = self.triple
         return tvm.target.Target(config)
@@ -56,6 +70,12 @@ class Kernel:
 def const(value: float | int, dtype: str = "int32") -> Any:
     """A TIR constant."""
     return tvm.tirx.const(value, dtype)
+
+
+def intrinsic(name: str, *args: Any, returns: str = "void") -> Any:
+    """A call of an LLVM intrinsic."""
+    number = const(tvm.target.codegen.llvm_lookup_intrinsic_id(name), "uint32")
+    return T.Call("tirx.call_llvm_intrin", [number, *args], ret_ty=returns)
 
 
 def splat(value: float | int, lanes: int, dtype: str = "float32") -> Any:

@@ -49,6 +49,9 @@ class Tracer:
     `symbols` are the greatest sizes of a call; a traced call starts with an empty cache, so S is at most T.
     """
 
+    output = "trace"
+    dtype = "float32"
+
     def __init__(self, module: Module, entry: Function, symbols: Mapping[str, int]) -> None:
         self._symbols = {**symbols, "S": symbols["T"]}
         self.points: list[TracePoint] = []
@@ -82,6 +85,12 @@ class Tracer:
                 shape = tuple(map(str, value.type.shape))
                 result, offset = op.results.index(value), base + frame.offsets[value]
                 self.points.append(TracePoint(function.name, layer, index, result, offset, shape, value.type.dtype))
+
+    def emitter(
+        self, program: Program, module: Module, function: Function, layout: Layout, base: int, frame: _Frame, sink: Any
+    ) -> TracingEmitter:
+        """The emitter of one function, whose frame is `frame`."""
+        return TracingEmitter(program, module, function, layout, base, frame, sink)
 
 
 def computed(op: Op) -> list[Value]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from math import gcd, prod
 from typing import Any
 
+from moec.ir.lane16 import FORMATS
 from moec.ir.module import Module
 from moec.ir.ops.core import FLOATS
 from moec.ir.ops.quant import QUANT_ATTRS, parse_block, quantised
@@ -337,11 +338,13 @@ class WeightPack(OpDef):
             x.layout is None and len(x.shape) >= 2,
             f"x must be an unpacked matrix or stack of matrices, got {x}",
         )
-        require(
-            x.dtype in ("f32", "bf16", "fp8_e4m3"),
-            f"layout {a['layout']} stores f32, bf16 and fp8_e4m3, got {x.dtype}",
-        )
-        if x.quant:
+        require(x.dtype in FORMATS, f"layout {a['layout']} stores {', '.join(FORMATS)}, got {x.dtype}")
+        if x.quant and FORMATS[x.dtype].row_scales:
+            require(
+                x.quant == Quant("ue8m0", (1, 32)),
+                f"layout {a['layout']} stores {x.dtype} with scale(ue8m0, 1x32), got {x.quant}",
+            )
+        elif x.quant:
             block = x.quant.block
             require(
                 len(block) == 2 and block[0] > 0 and block[0] % 16 == 0 and block[1] == 128,

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from ops_runner import program
 
-from moec.codegen.tvm.formats import BF16, F32, Format, pack
 from moec.codegen.tvm.tir import Kernel, Machine, build_module, compile_module
+from moec.ir.lane16 import BF16, F32, MXFP4, Format
+from moec.ir.numeric import Packed, Quantised, quantise
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,22 @@ def random_weight(fmt: Format, *shape: int, seed: int = 0) -> Weight:
     """A random matrix [..., N, K] in `fmt`; FP8 with a different scale for each block of 128x128."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(*shape, generator=generator)
-    if fmt is F32:
-        return Weight((torch.from_numpy(pack(w.numpy(), fmt)[0]),), w.double())
+    stored: torch.Tensor | Quantised = w
     if fmt is BF16:
-        bits = w.bfloat16()
-        return Weight((torch.from_numpy(pack(bits.view(torch.uint16).numpy(), fmt)[0]),), bits.double())
-    *lead, n, k = shape
-    scales = 0.01 + torch.rand(*lead, -(-n // 128), -(-k // 128), generator=generator)
-    stored = (w * 40).to(torch.float8_e4m3fn)
-    packed, tile_scales = pack(stored.view(torch.uint8).numpy(), fmt, scales.numpy())
-    assert tile_scales is not None
-    full = scales.double().repeat_interleave(128, -2).repeat_interleave(128, -1)[..., :n, :k]
-    return Weight((torch.from_numpy(packed), torch.from_numpy(tile_scales)), stored.double() * full)
+        stored = w.bfloat16()
+    elif fmt is MXFP4:
+        sizes = torch.exp2(torch.randint(-6, 6, (w.shape[-2], 1), generator=generator))
+        stored = quantise(w * sizes, fmt.name, (1, 32), "ue8m0")
+    elif fmt is not F32:
+        scales = 0.01 + torch.rand(*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128), generator=generator)
+        stored = Quantised((w * 40).to(torch.float8_e4m3fn), scales, fmt.name, (128, 128))
+    return packed_weight(Packed(stored))
+
+
+def packed_weight(packed: Packed) -> Weight:
+    """Kernel operands of a packed matrix and its values."""
+    scales = packed.scales()
+    return Weight((packed.data(), *([] if scales is None else [scales])), packed.logical(torch.float64))
 
 
 def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:

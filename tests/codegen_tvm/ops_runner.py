@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,10 +12,17 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm.tir import Kernel, Machine, build_module, call, compile_module
+from moec.runtime.machine import allow_tiles, cpu_features
 
 MACHINE = Machine()
 SERIAL = Machine(cores=1)
-DTYPES = {torch.float32: "float32", torch.int32: "int32", torch.uint16: "uint16"}
+AVX512 = Machine(lanes=16, registers=32, mcpu="x86-64-v4")
+AMX = replace(AVX512, l2_bytes=1 << 20, features=("avx512fp16", "amx-tile", "amx-bf16"))
+_NEEDS = {MACHINE: {"avx2", "fma"}, AVX512: {"avx512f", "avx512bw", "avx512vl"}, AMX: {"amx_tile", "avx512_fp16"}}
+MACHINES = [m for m in _NEEDS if cpu_features() >= _NEEDS[m]]
+"""Instruction sets that can run here."""
+allow_tiles()
+DTYPES = {torch.float32: "float32", torch.int32: "int32", torch.uint16: "uint16", torch.uint8: "uint8"}
 
 
 def program(kernel: Kernel, signature: tuple[str, ...]) -> Any:

@@ -2,65 +2,102 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from ops_runner import normal, run
+from matrix_operands import packed_weight
+from ops_runner import MACHINES, normal, run
 
-from moec.codegen.tvm.formats import BF16, F32, FORMATS, FP8_E4M3, Format, pack, packed_shape, scale_shape
 from moec.codegen.tvm.linear import LinearSpec, build, scratch_size
 from moec.codegen.tvm.tir import Machine
+from moec.ir.lane16 import BF16, FORMATS, FP8_E4M3, MXFP4, Format
+from moec.ir.numeric import Packed, Quantised
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def codes_of(fmt: Format, n: int, k: int) -> torch.Tensor:
+    """A matrix of distinct-looking stored elements of a format, not zero: int64 bit patterns [3, n, k]."""
+    return torch.randint(1, 2 ** min(fmt.bits - 1, 30), (3, n, k), generator=torch.Generator().manual_seed(0))
+
+
+def packed(codes: torch.Tensor, fmt: Format, scale: torch.Tensor | None = None) -> Packed:
+    """Bit patterns as a packed weight."""
+    if fmt is MXFP4:
+        values = torch.tensor(E2M1)[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
+        scales = torch.ones(*codes.shape[:-1], -(-codes.shape[-1] // 32)) if scale is None else scale
+        return Packed(Quantised(values, scales, fmt.name, (1, 32)))
+    if fmt is FP8_E4M3:
+        blocks = (-(-codes.shape[-2] // 128), -(-codes.shape[-1] // 128))
+        scales = torch.ones(*codes.shape[:-2], *blocks) if scale is None else scale
+        stored = codes.to(torch.uint8).view(torch.float8_e4m3fn)
+        return Packed(Quantised(stored, scales, fmt.name, (128, 128)))
+    words = codes.to(torch.int16).view(torch.bfloat16) if fmt is BF16 else codes.to(torch.int32).view(torch.float32)
+    return Packed(words)
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 128), (33, 130), (100, 77)])
 def test_layout_puts_each_element_where_the_docstring_says(fmt: Format, n: int, k: int) -> None:
-    high = 255 if fmt.storage == "uint8" else 4000
-    weight = np.random.default_rng(0).integers(1, high, (3, n, k)).astype(fmt.storage)
-    scales = np.ones((3, -(-n // 128), -(-k // 128)), np.float32) if fmt.scale_block else None
-    packed, _ = pack(weight, fmt, scales)
-    assert packed.shape == (3, *packed_shape(n, k, fmt))
+    codes = codes_of(fmt, n, k)
+    lanes = packed(codes, fmt).data()
+    assert lanes.shape == (3, *fmt.shape(n, k)) and lanes.dtype == torch.int32
     q = fmt.per_lane
-    elements = packed.view(fmt.storage).reshape(3, packed.shape[1], packed.shape[2], 16, q)
-    unpacked = elements.transpose(0, 1, 3, 2, 4).reshape(3, packed.shape[1] * 16, packed.shape[2] * q)
-    assert np.array_equal(unpacked[:, :n, :k], weight)
+    shifts = torch.arange(q) * fmt.bits
+    elements = (lanes.long()[..., None] >> shifts) & (2**fmt.bits - 1)
+    unpacked = elements.permute(0, 1, 3, 2, 4).reshape(3, lanes.shape[1] * 16, lanes.shape[2] * q)
+    assert torch.equal(unpacked[:, :n, :k], codes)
     assert not unpacked[:, n:].any() and not unpacked[:, :, k:].any()
 
 
 def test_scales_repeat_for_each_tile_of_their_block() -> None:
     n, k = 300, 200
-    scales = np.arange(6, dtype=np.float32).reshape(3, 2)
-    _, tiles = pack(np.zeros((n, k), np.uint8), FP8_E4M3, scales)
-    assert tiles is not None and tiles.shape == scale_shape(n, k, FP8_E4M3)
+    scales = torch.arange(6.0).reshape(3, 2)
+    tiles = packed(torch.zeros(n, k, dtype=torch.int64), FP8_E4M3, scales).scales()
+    assert tiles is not None and tiles.shape == FP8_E4M3.scale_shape(n, k)
     assert [float(t) for t in tiles[:, 1]] == [scales[16 * i // 128, 1] for i in range(len(tiles))]
 
 
-def test_packing_refuses_what_does_not_fit_the_format() -> None:
-    with pytest.raises(ValueError, match="bf16 packs uint16 elements, not float32"):
-        pack(np.zeros((16, 16), np.float32), BF16)
-    with pytest.raises(ValueError, match="fp8_e4m3 needs scales"):
-        pack(np.zeros((16, 16), np.uint8), FP8_E4M3)
-    with pytest.raises(ValueError, match="f32 takes no scales"):
-        pack(np.zeros((16, 16), np.float32), F32, np.ones((1, 1), np.float32))
-    with pytest.raises(ValueError, match=r"shape \(2, 1\), not \(1, 1\)"):
-        pack(np.zeros((130, 16), np.uint8), FP8_E4M3, np.ones((1, 1), np.float32))
+def test_row_scales_are_exponents_in_the_order_of_the_rows() -> None:
+    n, k = 40, 96
+    scales = torch.exp2(torch.randint(-60, 60, (n, 3)).float())
+    stored = packed(torch.ones(n, k, dtype=torch.int64), MXFP4, scales).scales()
+    assert stored is not None and stored.shape == MXFP4.scale_shape(n, k) and stored.dtype == torch.uint8
+    rows = stored.permute(0, 2, 1).reshape(-1, 4)
+    assert torch.equal(torch.exp2(rows[:n, :3].float() - 127), scales)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 6])
-def test_every_finite_e4m3_value_is_exact(tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 2, 6, 9])
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.name)
+def test_every_finite_e4m3_value_is_exact(tokens: int, machine: Machine) -> None:
     """A unit vector picks out one column: all finite codes, subnormals and both zeros, in every byte of a lane."""
     codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8)
     n, k = 254, 4
     weight = torch.stack([codes.roll(i) for i in range(k)], 1)
-    packed, scales = pack(weight.numpy(), FP8_E4M3, np.ones((2, 1), np.float32))
-    assert scales is not None
-    machine = Machine()
-    spec = LinearSpec(n, k, FP8_E4M3, k, n, max_tokens=6)
+    operands = packed_weight(packed(weight.long(), FP8_E4M3)).operands
+    spec = LinearSpec(n, k, FP8_E4M3, k, n, max_tokens=9)
     scratch = torch.zeros(scratch_size(spec, machine))
     for column in range(k):
         x = torch.zeros(tokens, k)
         x[:, column] = 1
         y = normal(tokens, n)
-        run(build, spec, x, torch.from_numpy(packed), torch.from_numpy(scales), y, scratch, tokens)
+        run(build, spec, x, *operands, y, scratch, tokens, machine=machine)
         exact = weight[:, column].contiguous().view(torch.float8_e4m3fn).float()
         assert torch.equal(y, exact.expand(tokens, n))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 6, 9])
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.name)
+def test_every_mxfp4_value_and_scale_is_exact(tokens: int, machine: Machine) -> None:
+    """All 16 codes in every place of a lane, with scales from 2^-100 to 2^100."""
+    n, k = 48, 40
+    codes = torch.stack([torch.arange(n).roll(i) % 16 for i in range(k)], 1)
+    scales = torch.exp2(torch.linspace(-100, 100, 2 * n).round()).reshape(n, 2)
+    weight = packed_weight(packed(codes, MXFP4, scales))
+    spec = LinearSpec(n, k, MXFP4, k, n, max_tokens=9)
+    scratch = torch.zeros(scratch_size(spec, machine))
+    for column in range(k):
+        x = torch.zeros(tokens, k)
+        x[:, column] = 1
+        y = normal(tokens, n)
+        run(build, spec, x, *weight.operands, y, scratch, tokens, machine=machine)
+        assert torch.equal(y.double(), weight.values[:, column].expand(tokens, n))

@@ -7,10 +7,10 @@ import torch
 from matrix_operands import compiled_together, random_weight, relative_error
 from ops_runner import normal, run
 
-from moec.codegen.tvm.formats import FORMATS, FP8_E4M3, Format
 from moec.codegen.tvm.grouped import GroupedSpec, HeadwiseSpec, build_grouped, build_headwise, scratch_size
 from moec.codegen.tvm.moe import CombineSpec, SortSpec, build_combine, build_sort
 from moec.codegen.tvm.tir import Machine
+from moec.ir.lane16 import FORMATS, FP8_E4M3, Format
 
 MACHINE = Machine()
 TOLERANCE = 3e-6

@@ -8,16 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 from matrix_operands import compiled_together, random_weight, relative_error
-from ops_runner import normal, program
+from ops_runner import MACHINES, normal, program
 
 from moec.codegen.tvm.blocking import blocking
-from moec.codegen.tvm.formats import BF16, F32, FORMATS, FP8_E4M3
 from moec.codegen.tvm.gemm import panel_product
 from moec.codegen.tvm.linear import LinearSpec, build, scratch_size
 from moec.codegen.tvm.tir import Machine, build_module, compile_module
+from moec.ir.lane16 import BF16, F32, FORMATS, FP8_E4M3
 
 MACHINE = Machine()
 TOLERANCE = 3e-6
+TILE_TOLERANCE = 1e-5
+"""Pairs of BF16 numbers keep 16 bits of an activation."""
 ODD_SIZES = ((1, 1), (17, 5), (130, 257), (1000, 129))
 SPECS = (
     *(LinearSpec(272, 600, fmt, ldx=600, ldy=272, max_tokens=600) for fmt in FORMATS.values()),
@@ -41,20 +43,23 @@ def check(spec: LinearSpec, specs: tuple[LinearSpec, ...], tokens: int, machine:
     scratch = torch.full((scratch_size(spec, machine),), torch.nan)
     operands = [x, *weight.operands, *([bias] if spec.bias else []), y, scratch]
     compiled_together(build, specs, machine)[spec](*operands, tokens)
-    assert relative_error(y[:, : spec.n], exact) < TOLERANCE
+    tiled = machine.tiles and spec.fmt is not F32
+    assert relative_error(y[:, : spec.n], exact) < (TILE_TOLERANCE if tiled else TOLERANCE)
     assert torch.equal(y[:, spec.n :], outside)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 20])
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.name)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
-def test_every_path_and_sizes_that_fill_no_tile(spec: LinearSpec, tokens: int) -> None:
-    check(spec, SPECS, tokens)
+def test_every_path_and_sizes_that_fill_no_tile(spec: LinearSpec, machine: Machine) -> None:
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 20):
+        check(spec, SPECS, tokens, machine)
 
 
-@pytest.mark.parametrize("tokens", [269, 271, 600])
-@pytest.mark.parametrize("spec", SPECS[:3], ids=lambda s: s.name)
-def test_more_rows_than_a_block(spec: LinearSpec, tokens: int) -> None:
-    check(spec, SPECS, tokens)
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.name)
+@pytest.mark.parametrize("spec", SPECS[:4], ids=lambda s: s.name)
+def test_more_rows_than_a_block(spec: LinearSpec, machine: Machine) -> None:
+    for tokens in (269, 271, 600):
+        check(spec, SPECS, tokens, machine)
 
 
 def test_only_the_reachable_paths_are_generated() -> None:

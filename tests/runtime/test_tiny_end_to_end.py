@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moec
+from moec.cli import main
 from moec.runtime import Model
 from moec.runtime.errors import WrongHash
 from moec.runtime.perplexity import score_text
@@ -98,3 +100,18 @@ def test_a_flipped_byte_of_what_the_compiler_wrote_is_found(artifact: Path, tmp_
     (copy / name).write_bytes(raw)
     with pytest.raises(WrongHash, match=name):
         moec.load(copy)
+
+
+def test_a_profile_accounts_for_the_whole_step(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.json"
+    assert main(["bench", str(artifact), "--profile", "--prompt-tokens", "40", "--trace", str(trace), "--json"]) == 0
+    decode, prefill = json.loads(capsys.readouterr().out)
+    assert (decode["phase"], prefill["phase"], prefill["tokens"]) == ("decode", "prefill", 40)
+    for phase in (decode, prefill):
+        names = {op["name"] for op in phase["ops"]}
+        assert {"moe.experts", "moe.route", "linear", "embed"} <= names
+        assert all(op["us"] >= 0 and op["predicted_us"] >= 0 for op in phase["ops"])
+        # Ticks cover the call but for the work around it.
+        assert 0.2 * phase["step_us"] < sum(op["us"] for op in phase["ops"]) < 1.5 * phase["step_us"]
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    assert {e["name"] for e in events} == names

@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moec.errors import InputError
+
 if TYPE_CHECKING:
+    from moec.profile import Profile
     from moec.runtime.bench import Result
+
+
+class TraceWithoutProfile(InputError):
+    """--trace alone."""
+
+    template = "--trace writes what --profile measures: give both"
 
 
 def register(app: typer.Typer) -> None:
@@ -27,9 +37,20 @@ def bench(
     repeat: Annotated[int, typer.Option(help="Timed runs; the medians count.")] = 3,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels (default: all usable CPUs).")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Time every op of a step instead, beside what the machine allows.")
+    ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="OUT.json", help="With --profile: one step of each phase for Perfetto.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure prefill and decode rates, load time and memory."""
+    """Measure prefill and decode rates, load time and memory; or where the time of a step goes."""
+    if profile:
+        _profile(artifact, prompt_tokens, repeat, threads, trace, as_json)
+        return
+    if trace is not None:
+        raise TraceWithoutProfile()
     from moec.runtime import bench as measuring
 
     def note(text: str) -> None:
@@ -37,6 +58,47 @@ def bench(
 
     result = measuring.bench(artifact, prompt_tokens, new_tokens, repeat, batch, threads, note)
     print(json.dumps(asdict(result)) if as_json else _table(result))
+
+
+def _profile(
+    artifact: str, tokens: int | None, repeat: int, threads: int | None, trace: Path | None, as_json: bool
+) -> None:
+    from moec.profile import profile
+    from moec.runtime import load
+
+    model = load(artifact, threads=threads)
+    model.engine.weights.settle()
+    context = tokens or max(1, min(256, model.context // 2))
+    found = [profile(model, "decode", context, repeat)]
+    found.append(profile(model, "prefill", min(context, model.engine.chunk), repeat))
+    if trace is not None:
+        from moec.simulate.trace import Span, write_trace
+
+        write_trace(
+            trace,
+            [
+                Span(s.name, f"layer {s.layer}" if s.layer is not None else "step", s.start_us, s.us, p.phase)
+                for p in found
+                for s in p.spans
+            ],
+        )
+    print(json.dumps([p.as_json() for p in found]) if as_json else "\n\n".join(map(_profile_table, found)))
+
+
+def _profile_table(p: Profile) -> str:
+    least = sum(o.predicted_us for o in p.ops)
+    lines = [
+        f"{p.phase} of {p.tokens} tokens at context {p.context}: {p.plain_step_us:,.0f} us ({p.step_us:,.0f} "
+        f"profiled); bounds at {p.bandwidth / 1e9:.1f} GB/s and {p.peak / 1e9:.0f} GFLOP/s: {least:,.0f} us",
+        f"{'op':18} {'function':24} {'calls':>5} {'us':>9} {'share':>6} {'bound us':>9} {'of bound':>8}  result",
+    ]
+    whole = sum(o.us for o in p.ops)
+    for o in p.ops:
+        lines.append(
+            f"{o.name:18} {o.function:24} {o.calls:5} {o.us:9,.0f} {o.us / whole:6.1%} {o.predicted_us:9,.0f} "
+            f"{o.predicted_us / o.us:8.0%}  {o.result}"
+        )
+    return "\n".join(lines)
 
 
 def _table(r: Result) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from moec import targets
-from moec.codegen.tvm.compile import PAGE, compile_traced
+from moec.codegen.tvm.compile import PAGE, compile_watched
 from moec.compare.check import OpCheck, Trace
 from moec.compare.oracle import transformers_logits
 from moec.compare.result import Comparison, relative_error
@@ -98,10 +98,12 @@ def _run_traced(
 ) -> tuple[torch.Tensor, Trace]:
     """Logits f32[T, V] and trace of one call of the traced prefill on the artifact's weights."""
     m = model.artifact.manifest
-    traced = compile_traced(module, targets.load("cpu"), {"batch": m.batch, "context": m.context, "chunk": m.chunk})
+    limits = {"batch": m.batch, "context": m.context, "chunk": m.chunk}
+    traced = compile_watched(module, targets.load("cpu"), limits, "trace")
+    phase = traced.phases["prefill"]
     library = Library(traced.library, engine.threads)
     arrays: dict[str, Any] = {}
-    for described in traced.entry["args"]:
+    for described in phase["entry"]["args"]:
         name, kind, shape = described["name"], described["kind"], tuple(described["shape"])
         arg = Argument(name, kind, np.dtype(described["dtype"]), shape)
         if kind == "input":
@@ -113,7 +115,7 @@ def _run_traced(
             size = int(np.prod(sizes, dtype=np.int64)) * arg.dtype.itemsize
             arrays[name] = aligned_zeros(size).view(arg.dtype).reshape(sizes)
     library.use_threads()
-    library.function(traced.entry["symbol"])(*map(library.tensor, arrays.values()))
+    library.function(phase["entry"]["symbol"])(*map(library.tensor, arrays.values()))
     words = torch.from_numpy(arrays["trace"])
-    points = {(p["function"], p["layer"], p["op"], p["result"]): words[p["offset"] :] for p in traced.points}
+    points = {(p["function"], p["layer"], p["op"], p["result"]): words[p["offset"] :] for p in phase["points"]}
     return torch.from_numpy(arrays["logits"]), points

@@ -1,0 +1,131 @@
+"""One core's share of a matrix product by matrix tiles: for weights that are exact in BF16, see `amx`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.tvm import amx, tiles
+from moec.codegen.tvm.blocking import TileBlocking, tile_blocking
+from moec.codegen.tvm.tir import Machine, const
+from moec.codegen.tvm.worker import Worker
+from moec.ir.lane16 import ROWS, Format
+
+_COLUMNS = 2 * ROWS
+
+
+class TileWorker(Worker):
+    """Groups with up to `tiles.FEW` rows pass their weights once, from memory through one tile; larger ones in panels.
+
+    Rows of x are split into BF16 pairs once per block of x.
+    """
+
+    @staticmethod
+    def panel_size(limit: int, machine: Machine) -> int:
+        few = tiles.FEW_FLOATS
+        return few if limit else max(few, tile_blocking(machine).kc * ROWS + tiles.PAIR_FLOATS)
+
+    @staticmethod
+    def result_size(limit: int, machine: Machine) -> int:
+        return limit * ROWS if limit else max(tile_blocking(machine).results, tiles.FEW * ROWS)
+
+    @staticmethod
+    def x_size(k: int, fmt: Format, max_rows: int, machine: Machine) -> int:
+        sizes = tile_blocking(machine)
+        few = tiles.few_floats(min(max_rows, tiles.FEW), fmt.padded_k(k))
+        rows = -(-min(max_rows, sizes.mc) // 16) * 16
+        return max(few, rows * sizes.kc) if max_rows > tiles.FEW else few
+
+    @property
+    def blocks(self) -> TileBlocking:
+        """Block sizes."""
+        return tile_blocking(self.machine)
+
+    def _panel_cost(self, g: Any) -> Any:
+        """Relative time of one panel: widening its weights takes as long as the products of about 32 rows."""
+        count = T.Cast("int64", self._count(g))
+        return T.Select(count > 0, count + 32, const(0, "int64"))
+
+    def _group(self, g: Any, count: Any, first: Any, last: Any) -> None:
+        if self.variant.reach:
+            self._few(g, count, first, last)
+            return
+        with T.If(count <= tiles.FEW):
+            with T.Then():
+                self._few(g, count, first, last)
+            with T.Else():
+                self._many(g, count, first, last)
+
+    @property
+    def _half(self) -> float:
+        """Factor of x, and of results: together they undo the shift of the weights' exponents."""
+        return float(amx.post_scale(self.fmt) ** 0.5)
+
+    def _few(self, g: Any, count: Any, first: Any, last: Any) -> None:
+        """Every weight tile with all rows at once."""
+        amx.configure(count * 2)
+        step = T.Bind(count * (2 * ROWS))
+        with T.serial(0, count) as r:
+            source = T.address_of(self.args["x"][self._at(g, r, "x")])
+            high, low = self._x(r * ROWS), self._x((count + r) * ROWS)
+            split = amx.split_row(self.fmt, self.machine)
+            self._call(split, source, high, low, self.args["k"], self.padded, step, const(self._half, "float32"))
+        start = T.Bind(first * 2)
+        stop = T.Bind(T.min(last * 2, self.tiles))
+        with T.serial(0, stop - start) as i:
+            tile = T.Bind(start + i)
+            operands = [*self._weight(g, tile, const(0)), self._x(const(0)), self._result(const(0))]
+            self._call(tiles.few_rows(self.fmt, self.machine), *operands, self._panel(const(0)), count, self.padded)
+            self._finish(const(0), g, const(0), count, tile * ROWS, ROWS, self._half)
+        amx.release()
+
+    def _many(self, g: Any, count: Any, first: Any, last: Any) -> None:
+        """Blocks of x rows in L2; for each, groups of panels whose results fit their memory; for these, blocks of k."""
+        sizes, half = self.blocks, const(self._half, "float32")
+        amx.configure(const(16))
+        blocks = T.Bind((count + sizes.mc - 1) // sizes.mc)
+        with T.serial(0, blocks) as b:
+            row0 = T.Bind(b * count // blocks)
+            rows = T.Bind((b + 1) * count // blocks - row0)
+            row_tiles = T.Bind((rows + 15) // 16)
+            one_panel = T.Bind(row_tiles * (16 * _COLUMNS))
+            fitting = T.Bind(const(self.result_floats) // one_panel)
+            with T.serial(0, (last - first + fitting - 1) // fitting) as pb:
+                panel0 = T.Bind(first + pb * fitting)
+                panels = T.Bind(T.min(last - panel0, fitting))
+                self._clear(panels * one_panel)
+                with T.serial(0, (self.padded + sizes.kc - 1) // sizes.kc) as kb:
+                    k0 = T.Bind(kb * sizes.kc)
+                    length = T.Bind(T.min(self.padded - k0, sizes.kc))
+                    self._split_rows(g, row0, rows, k0, length, half)
+                    with T.serial(0, panels) as p:
+                        self._panel_product(g, panel0 + p, p * one_panel, row_tiles, k0, length)
+                with T.serial(0, panels) as p:
+                    column = (panel0 + p) * _COLUMNS
+                    self._finish(p * one_panel, g, row0, rows, column, _COLUMNS, self._half)
+        amx.release()
+
+    def _split_rows(self, g: Any, row0: Any, rows: Any, k0: Any, length: Any, half: Any) -> None:
+        per_tile = T.Bind(length // amx.STEP * (2 * amx.TILE))
+        given = T.Bind(T.max(T.min(self.args["k"] - k0, length), 0))
+        with T.serial(0, rows) as r:
+            source = T.address_of(self.args["x"][self._at(g, row0 + r, "x") + T.Cast("int64", k0)])
+            at = T.Bind(r // 16 * per_tile + r % 16 * amx.LANES)
+            split = amx.split_row(self.fmt, self.machine)
+            self._call(split, source, self._x(at), self._x(at + amx.TILE), given, length, const(2 * amx.TILE), half)
+
+    def _panel_product(self, g: Any, panel: Any, result: Any, row_tiles: Any, k0: Any, length: Any) -> None:
+        scales, stride = [], const(0)
+        for side in range(2):
+            # A panel past the last tile repeats it; those columns are not stored.
+            tile = T.Bind(T.min(panel * 2 + side, self.tiles - 1))
+            weight, *scale = self._weight(g, tile, k0)
+            scales += scale
+            target = self._panel(T.Bind(tiles.PAIR_FLOATS + side * (length // 2 * ROWS)))
+            self._call(tiles.tile_weights(self.fmt, self.machine), weight, target, length)
+        stride = T.Bind(length // 2 * ROWS)
+        self._call(
+            tiles.tile_panel(self.fmt, self.machine), self._panel(const(tiles.PAIR_FLOATS)), *scales,
+            self._x(const(0)), self._result(result), self._panel(const(0)), row_tiles, length, stride,
+        )  # fmt: skip
