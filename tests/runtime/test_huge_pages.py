@@ -29,7 +29,8 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_views_keep_their_bytes_and_addresses(file: Path) -> None:
     argument = Argument("a", "weight", np.dtype(np.uint8), (SIZE,))
-    plain = Weights(file).view(argument).copy()
+    mapped = Weights(file)
+    plain = mapped.view(argument).copy()
     weights = Weights(file, huge_pages=True)
     view = weights.view(argument)
     address = view.ctypes.data

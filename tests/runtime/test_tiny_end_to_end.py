@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,14 @@ def test_a_flipped_byte_of_what_the_compiler_wrote_is_found(artifact: Path, tmp_
         moec.load(copy)
 
 
-def test_a_profile_accounts_for_the_whole_step(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_profile_accounts_for_the_whole_step(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     trace = tmp_path / "trace.json"
-    assert main(["bench", str(artifact), "--profile", "--prompt-tokens", "40", "--trace", str(trace), "--json"]) == 0
+    options = ["--profile", "--prompt-tokens", "40", "--trace", str(trace), "--json"]
+    monkeypatch.setattr(sys, "argv", ["moec", "bench", str(artifact), *options])
+    with pytest.raises(SystemExit, match="0"):
+        main()
     decode, prefill = json.loads(capsys.readouterr().out)
     assert (decode["phase"], prefill["phase"], prefill["tokens"]) == ("decode", "prefill", 40)
     for phase in (decode, prefill):
