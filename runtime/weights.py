@@ -45,8 +45,9 @@ class Weights:
             self._moving = HugePages(path, shared.ctypes.data, len(shared))
 
     def __del__(self) -> None:
-        if getattr(self, "_moving", None):
-            self._moving.close()
+        moving: HugePages | None = getattr(self, "_moving", None)
+        if moving:
+            moving.close()
 
     def settle(self) -> None:
         """Wait until the weights lie where they will stay: before a measurement."""

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from moec.codegen.tvm.matrix import Variant, build_product, core_floats, reach, scratch_floats
+from moec.codegen.tvm.matrix import build_product, core_floats, scratch_floats
 from moec.codegen.tvm.tir import Kernel, Machine
+from moec.codegen.tvm.variant import Variant, reach
 from moec.ir.lane16 import Format
 
 

@@ -48,7 +48,7 @@ class Phase:
     function: Any
     kernels: list[Kernel]
     uses: dict[str, set[str]]
-    points: list[TracePoint] | list[ProfilePoint] = field(default_factory=list)
+    points: list[TracePoint | ProfilePoint] = field(default_factory=list)
     """Where the watched output holds what."""
 
 
@@ -112,7 +112,7 @@ def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine, watch
             emitter.repeat = loops
             emitter.emit()
         scratch = program.scratch_size
-    points = list(watcher.points) if watcher else []
+    points: list[TracePoint | ProfilePoint] = [*watcher.points] if watcher else []
     return Phase(entry, builder.get(), list(program.kernels.values()), program.uses, points)
 
 

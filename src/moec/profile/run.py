@@ -13,14 +13,21 @@ from numpy.typing import NDArray
 
 from moec import targets
 from moec.codegen.tvm.compile import compile_watched
+from moec.errors import InputError
 from moec.ir import Module, parse_module
 from moec.ir.cost import op_cost, phase_sizes
 from moec.runtime import Model
-from moec.runtime.engine import Call
+from moec.runtime.engine import Call, Engine
 from moec.runtime.library import Library
 from moec.runtime.memory import Memory
 from moec.runtime.plan import Argument, parse_entry
 from moec.targets.detect import measure_read_bandwidth
+
+
+class NoProfile(InputError):
+    """An artifact whose steps are not made of profiled CPU programs."""
+
+    template = "{path}: --profile times the ops of CPU artifacts; this one runs on a GPU"
 
 
 @dataclass(frozen=True)
@@ -72,18 +79,20 @@ class Profile:
 def profile(model: Model, phase: str, context: int, repeat: int = 8) -> Profile:
     """Profile `repeat` decode steps at `context` cached tokens, or as many prefills of `context` tokens, one chunk.
 
-    Raises CompilerFailed, NoCompiler.
+    Raises NoProfile, CompilerFailed, NoCompiler.
     """
-    artifact = model.artifact
+    artifact, engine = model.artifact, model.engine
+    if not isinstance(engine, Engine):
+        raise NoProfile(path=artifact.path)
     module = parse_module((artifact.path / "program.ir").read_text(), str(artifact.path / "program.ir"))
     m = artifact.manifest
     limits = {"batch": m.batch, "context": m.context, "chunk": m.chunk}
     target = targets.load("cpu")
     watched = compile_watched(module, target, limits, "ticks")
-    library = Library(watched.library, model.engine.library.threads)
+    library = Library(watched.library, engine.threads)
     described = watched.phases[phase]
     tokens = 1 if phase == "decode" else context
-    samples, walls, plain = _run(model, library, described["entry"], phase, context, repeat)
+    samples, walls, plain = _run(model.vocab, engine, library, described["entry"], phase, context, repeat)
     rate = median((s[-1] - s[0]) / w for s, w in zip(samples, walls, strict=True)) / 1e6
     best = samples[int(np.argsort(walls)[len(walls) // 2])]
     points = described["points"]
@@ -103,10 +112,9 @@ def profile(model: Model, phase: str, context: int, repeat: int = 8) -> Profile:
 
 
 def _run(
-    model: Model, library: Library, entry: dict[str, Any], phase: str, context: int, repeat: int
+    vocab: int, engine: Engine, library: Library, entry: dict[str, Any], phase: str, context: int, repeat: int
 ) -> tuple[list[NDArray[np.int64]], list[float], float]:
     """Ticks and seconds of every profiled call, and the median seconds of a plain one."""
-    engine = model.engine
     parsed = parse_entry(entry)
     memory = Memory([a for a in parsed.args if a.kind in ("cache", "workspace")])
 
@@ -114,9 +122,11 @@ def _run(
         return engine.weights.view(arg) if arg.kind == "weight" else memory.view(arg)
 
     call = Call(parsed, 1 if phase == "prefill" else engine.batch, engine.pool.table_width, library, fixed)
-    ids = np.random.default_rng(0).integers(0, model.vocab, context + 1)
+    ids = np.random.default_rng(0).integers(0, vocab, context + 1)
     tokens = context if phase == "prefill" else 1
-    samples, walls, plain = [], [], []
+    samples: list[NDArray[np.int64]] = []
+    walls: list[float] = []
+    plain: list[float] = []
     for target, kept in ((call, walls), (engine.call(phase), plain)):
         arrays, args = target.bind(tokens=tokens, rows=1, sequences=1)
         length = context if phase == "prefill" else context + 1
