@@ -16,7 +16,8 @@ UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 """Typer names only this subclass; its parent stands for every wrong option, argument and command."""
 
 _COMMANDS: tuple[str, ...] = (
-    "compile", "run", "bench", "eval", "ir", "models", "targets", "cost", "plan", "place", "overlap", "doctor",
+    "compile", "run", "bench", "eval", "export", "ir", "models", "targets", "cost", "plan", "place", "overlap",
+    "doctor",
 )  # fmt: skip
 
 

@@ -57,10 +57,19 @@ def read_module(file: str) -> Module:
     """The module of a file; raises UnreadableFile or ParseError."""
     from moec.ir import parse_module
 
+    if file.endswith(".onnx"):
+        from moec.frontend.onnx_file import read_exported
+
+        return read_exported([Path(f) for f in file.split(",")])
     return parse_module(read_text(file), file)
 
 
-File = Annotated[str, typer.Argument(help="IR text, an artifact folder, or - for stdin.")]
+File = Annotated[
+    str,
+    typer.Argument(
+        help="IR text, an artifact folder, ONNX files of `moec export` (with commas between), or - for stdin."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences in a batch.")]
 ContextLength = Annotated[int, typer.Option(min=1, help="Tokens of context.")]

@@ -1,0 +1,1 @@
+"""ONNX out: the IR as local functions over standard ops."""
