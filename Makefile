@@ -27,7 +27,7 @@ types: $(STAMP)
 	@for folder in tests tests/*/ benchmarks examples; do \
 		case $$folder in tests) files=tests/conftest.py;; *) files=$$folder;; esac; \
 		case $$folder in *__pycache__*) continue;; esac; \
-		echo "mypy $$files"; MYPYPATH=$$folder:tests/e2e $(BIN)/mypy $$files || exit 1; \
+		echo "mypy $$files"; MYPYPATH=$$folder:tests/e2e:tests/families $(BIN)/mypy $$files || exit 1; \
 	done
 
 # Tests share two cores: kernels and torch must not each start a thread per core and worker.

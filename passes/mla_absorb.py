@@ -53,7 +53,11 @@ class MlaAbsorb(Pass):
                     absorb(module, function, op)
                 remove_dead(function)
                 fresh_names(function)
-        if not out.matched and not out.warnings:
+        if not any(op.name == "attn.mla" for _, op in module.ops()) and any(
+            op.name == "attn.heads" for _, op in module.ops()
+        ):
+            out.notes.append("keys and values are cached per head: there is no latent to absorb")
+        elif not out.matched and not out.warnings:
             out.warnings.append("no attn.mla over a cached latent: nothing to absorb")
         return out
 

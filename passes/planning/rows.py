@@ -155,6 +155,19 @@ def _attention(rows: Rows, op: Op, role: Role) -> list[Row]:
     return [{"op": "mla_prefill", "new_tokens": step.new, "form": "absorbed", **row}]
 
 
+def _grouped(rows: Rows, op: Op, role: Role) -> list[Row]:
+    """Grouped heads: prefill computes as with a key for each head, decode reads each head of keys and values once."""
+    _, heads, dim = rows.shape(op, 0)
+    step, tp = rows.step, rows.layout.tp
+    bounds = [int(op.attrs[k]) for k in ("window", "chunk") if k in op.attrs]  # type: ignore[arg-type]
+    context = min([step.context, *(max(b, step.new) for b in bounds)])
+    row: dict[str, Any] = {"batch": step.sequences, "context": context, "heads": heads // tp, "v_head": op.attrs["v"]}
+    if step.phase == "decode":
+        groups = max(1, int(op.attrs["kv_heads"]) // tp)  # type: ignore[arg-type]
+        return [{"op": "gqa_decode", "kv_heads": groups, "dim": dim, "queries": step.new, **row}]
+    return [{"op": "mla_prefill", "new_tokens": step.new, "nope": dim, "rope": 0, "form": "plain", **row}]
+
+
 def _route(rows: Rows, op: Op, role: Role) -> list[Row]:
     experts, hidden = rows.shape(op, 1)
     return [{"op": "router", "tokens": rows.own_tokens, "hidden": hidden, "experts": experts}]
@@ -213,6 +226,7 @@ _RULES: dict[str, Callable[[Rows, Op, Role], list[Row]]] = {
     "linear.heads": _linear_heads,
     "attn.mla": _attention,
     "attn.mla_absorbed": _attention,
+    "attn.heads": _grouped,
     "moe.route": _route,
     "moe.experts": _experts,
     "moe.dispatch": _exchange,

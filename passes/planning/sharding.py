@@ -12,8 +12,8 @@ Role = Literal["whole", "column", "row", "heads", "tokens"]
 """Part of an op that one of `tp` devices does: all of it, its share of output columns, of the summed width (an
 all-reduce follows), of the heads, or of the tokens."""
 
-ATTENTION = ("attn.mla", "attn.mla_absorbed")
-_BEFORE_HEADS = ("unflatten", "rope", "split", "linear.heads")
+ATTENTION = ("attn.mla", "attn.mla_absorbed", "attn.heads")
+_BEFORE_HEADS = ("unflatten", "rope", "split", "linear.heads", "norm.rms", "clamp")
 _AFTER_HEADS = ("flatten", "linear.heads")
 
 
@@ -37,6 +37,10 @@ def roles(function: Function) -> dict[int, Role]:
             if isinstance(operand, Value):
                 users.setdefault(operand, []).append(op)
     for op in function.ops:
+        if op.name == "cache.append_heads":
+            found[id(op)] = "heads"
+            for operand in op.operands[2:4]:
+                _before(operand, made, found)
         if op.name in ATTENTION:
             found[id(op)] = "heads"
             for operand in op.operands[:2]:

@@ -46,7 +46,7 @@ def mla_decode(target: Target, batch: int, context: int, heads: int, kv_dtype: s
     tiles = batch * (rows // least)
     rate = device.matrix_rate("bf16") / device.cores * numbers["compute"]
     splits = max(1, min(device.cores // tiles, ceildiv(context, _SPLIT)))
-    latent = 2 * batch * context * wide.key
+    latent = 2 * batch * context * (wide.key if wide.shared else wide.key + wide.value)
     rows_moved = 2 * batch * heads * queries * (wide.key + wide.value)
     partial = 8 * batch * heads * queries * wide.value * splits if splits > 1 else 0
     moved = latent + rows_moved + partial

@@ -86,6 +86,17 @@ def _prefill(target: Target, row: Mapping[str, Any]) -> Cost:
     return attention.mla_prefill(target, row["batch"], new, context, row["heads"], wide)
 
 
+def _grouped(target: Target, row: Mapping[str, Any]) -> Cost:
+    """Each head of keys and values is a request of its own, which its share of the query heads attend to."""
+    heads, groups = row["heads"], row["kv_heads"]
+    if heads % groups:
+        raise WrongRow(op="gqa_decode", message=f"heads ({heads}) must be a multiple of kv_heads ({groups})")
+    wide = attention.Widths(row["dim"], row["v_head"], False)
+    return attention.mla_decode(
+        target, row["batch"] * groups, row["context"], heads // groups, "bf16", wide, row["queries"]
+    )
+
+
 def _exchange(direction: str, wire: str) -> Op:
     def cost(target: Target, row: Mapping[str, Any]) -> Cost:
         tokens, hidden, top_k, count, ep = (row[k] for k in ("tokens", "hidden", "top_k", "experts", "ep"))
@@ -159,6 +170,19 @@ OPS: Final[dict[str, Op]] = {
         lambda target, r: attention.mla_decode(
             target, r["batch"], r["context"], r["heads"], r["kv_dtype"], _wide(r, "absorbed"), r["queries"]
         ),
+    ),
+    "gqa_decode": Op(
+        "attention of grouped heads over a cache of keys and values per head, by the kernel of mla_decode",
+        {
+            "batch": Key("requests"),
+            "context": Key("cached tokens that each attends to"),
+            "heads": _HEADS,
+            "kv_heads": Key("heads of keys and values on this device"),
+            "dim": Key("width of a query and of a key"),
+            "v_head": Key("width of a value"),
+            "queries": _optional("new tokens of each request", 1),
+        },
+        _grouped,
     ),
     "mla_prefill": Op(
         "causal latent attention of new tokens",
