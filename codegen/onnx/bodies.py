@@ -90,7 +90,7 @@ def _split(g: Graph, op: Op, x: list[str]) -> list[str]:
 
 def _unflatten(g: Graph, op: Op, x: list[str]) -> list[str]:
     kept = len(_shape(op, 0)) - 1
-    return [g.reshape(x[0], *[0] * kept, *op.attrs["sizes"])]  # type: ignore[misc, arg-type]
+    return [g.reshape(x[0], *[0] * kept, *op.attrs["sizes"])]  # type: ignore[misc]
 
 
 def _flatten(g: Graph, op: Op, x: list[str]) -> list[str]:
