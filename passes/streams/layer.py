@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from moec.ir import Function, Op
 from moec.ir.module import Attribute
-from moec.passes.scheduling import Schedule, Solution, Task, exposed_communication, solve
-from moec.passes.scheduling.order import shortest_interval
+from moec.passes.scheduling import Solution, Task, exposed_communication, solve
+from moec.passes.scheduling.turns import better, by_turns
 from moec.passes.streams.costs import Costs
 from moec.passes.streams.rotate import Timing
-from moec.passes.streams.tasks import COMPUTE, LINK, RECEIVE, SEND, LayerTasks, layer_tasks
+from moec.passes.streams.tasks import COMPUTE, LINK, SEND, LayerTasks, layer_tasks
 
 STREAMS = {False: "compute", True: "comm"}
 """Streams of computation and of exchanges."""
@@ -99,14 +99,17 @@ class LayerSchedule:
 
 
 def schedule_layer(function: Function, costs: Costs, pieces: int = 4, effort: float = 1.0) -> LayerSchedule:
-    """Schedule a layer function that repeats: the least interval found for its task graph, and the bound."""
+    """Schedule a layer function that repeats: the least interval found for its task graph, and the bound.
+
+    Micro-batches of one size are first scheduled by turns, each the same way as the one before (see `by_turns`), then
+    freely; the better schedule stays.
+    """
     tasks = layer_tasks(function, costs, pieces)
-    return LayerSchedule(tasks, solve(tasks.graph, effort=effort), costs, costs.serial_us(function.ops))
+    turns = by_turns(tasks.graph, effort)
+    found = turns if turns is not None and turns.optimal else solve(tasks.graph, effort=effort)
+    if turns is not None and turns is not found:
+        found = better(turns, found)
+    return LayerSchedule(tasks, found, costs, costs.serial_us(function.ops))
 
 
-def published_interval(schedule: LayerSchedule, order: Mapping[str, list[str]]) -> float:
-    """Microseconds of a layer under a given order of tasks on each resource, with the same durations and SM shares."""
-    return shortest_interval(schedule.tasks.graph, schedule.solution.schedule.mode, order)
-
-
-__all__ = ["COMPUTE", "LINK", "RECEIVE", "LayerSchedule", "Schedule", "published_interval", "schedule_layer"]
+__all__ = ["COMPUTE", "LINK", "LayerSchedule", "schedule_layer"]

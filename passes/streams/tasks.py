@@ -162,16 +162,25 @@ def _tasks(block: Block, costs: Costs) -> list[Task]:
             modes.append(Mode(us, {COMPUTE: 1, SMS: sms}, sms))
         return [Task(block.name, tuple(modes))]
     time = costs.whole[block.ops[0]]
-    all_sms = {COMPUTE: 1.0} | ({SMS: float(costs.cores)} if divided else {})
+
+    def around(us: float) -> tuple[Mode, ...]:
+        """Kernels before or behind the exchange, which share SMs with other exchanges as all computation does."""
+        if not divided:
+            return (Mode(us, {COMPUTE: 1}),)
+        return tuple(
+            Mode(us if sms == costs.cores else us * costs.slowed, {COMPUTE: 1, SMS: sms}, sms)
+            for sms in sorted(costs.at, reverse=True)
+        )
+
     shares = [
         Mode(time.link_us * factor, {LINK: 1} | ({SMS: sms} if sms else {}), sms or None)
         for sms, factor in costs.shares
     ]
     found = [Task(block.name, tuple(shares))]
     if time.send_us:
-        found.insert(0, Task(f"{block.name}:{SEND}", (Mode(time.send_us, all_sms),)))
+        found.insert(0, Task(f"{block.name}:{SEND}", around(time.send_us)))
     if time.receive_us:
-        found.append(Task(f"{block.name}:{RECEIVE}", (Mode(time.receive_us, all_sms),)))
+        found.append(Task(f"{block.name}:{RECEIVE}", around(time.receive_us)))
     return found
 
 
