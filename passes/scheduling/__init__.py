@@ -9,6 +9,7 @@ from moec.passes.scheduling.graph import Mode, Task, TaskGraph
 from moec.passes.scheduling.read import graph_from_json, parse_tasks, read_tasks
 from moec.passes.scheduling.schedule import Schedule, exposed_communication, makespan, orders, utilisation
 from moec.passes.scheduling.solve import Solution, solve
+from moec.passes.scheduling.turns import by_turns
 
 __all__ = [
     "Mode",
@@ -16,6 +17,7 @@ __all__ = [
     "Solution",
     "Task",
     "TaskGraph",
+    "by_turns",
     "check",
     "exposed_communication",
     "graph_from_json",

@@ -17,7 +17,7 @@ UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 _COMMANDS: tuple[str, ...] = (
     "compile", "run", "bench", "eval", "export", "ir", "models", "targets", "cost", "plan", "place", "overlap",
-    "doctor",
+    "simulate", "doctor",
 )  # fmt: skip
 
 

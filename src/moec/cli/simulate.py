@@ -1,0 +1,123 @@
+"""`moec simulate`: the timeline of a planned run, from the text of the scheduled module alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import typer
+
+from moec.cli.output import note
+from moec.errors import MoecError
+
+if TYPE_CHECKING:
+    from moec.ir import Function, Module
+    from moec.simulate.trace import Span
+
+_SHOWN_LAYERS = 3
+"""Layers of the steady state in the picture."""
+
+
+class PictureNotWritten(MoecError):
+    """The disk is full, or the folder is missing or may not be written to."""
+
+    template: ClassVar[str] = "{path}: cannot write the picture: {reason}"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("simulate")(simulate)
+
+
+def simulate(
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="An artifact, a folder of --plan-only, or IR text.")],
+    phase: Annotated[str | None, typer.Option(help="prefill or decode [the first that there is].")] = None,
+    trace: Annotated[Path | None, typer.Option(metavar="OUT", help="Write a timeline for ui.perfetto.dev.")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="OUT", help="Write a picture of some layers.")] = None,
+    devices: Annotated[int, typer.Option(min=1, max=64, help="Devices that meet at every exchange.")] = 1,
+    spread: Annotated[float, typer.Option(min=0.0, help="Relative scatter of durations, such as 0.05.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the scatter.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
+) -> None:
+    """Simulate a scheduled phase event by event: total time, what is hidden, what stragglers cost."""
+    from moec.cli.ir import read_module
+    from moec.ir import verify
+    from moec.simulate.program import entry_of, run_program
+    from moec.simulate.trace import write_trace
+
+    module = read_module(plan)
+    verify(module)
+    entry = entry_of(module, phase)
+    spans = run_program(module, entry, _cores(module), devices, spread, seed)
+    if trace is not None:
+        write_trace(trace, spans)
+        note(f"wrote {trace} (open it at ui.perfetto.dev)")
+    if svg is not None:
+        _write_picture(svg, module, entry, spans)
+        note(f"wrote {svg}")
+    answer = _answer(entry, spans)
+    if as_json:
+        print(json.dumps(answer, allow_nan=False))
+    else:
+        _print(answer)
+
+
+def _cores(module: Module) -> int:
+    from moec import targets
+
+    return int(targets.load(str(module.attrs.get("target", "cpu"))).device.cores)
+
+
+def _answer(entry: Function, spans: list[Span]) -> dict[str, Any]:
+    from moec.simulate.program import LINK
+    from moec.simulate.trace import EXPOSED_TRACK
+
+    devices = list(dict.fromkeys(s.device for s in spans))
+    busy: dict[str, float] = {}
+    for span in spans:
+        busy[span.track] = busy.get(span.track, 0.0) + span.us / len(devices)
+    links = sum(s.us for s in spans if LINK in s.args) / len(devices)
+    exposed = busy.pop(EXPOSED_TRACK, 0.0)
+    return {
+        "phase": entry.name,
+        "devices": len(devices),
+        "time_us": max(s.start_us + s.us for s in spans),
+        "busy_us": busy,
+        "communication_us": links,
+        "exposed_us": exposed,
+        "hidden": 1 - exposed / links if links else 1.0,
+    }
+
+
+def _print(answer: dict[str, Any]) -> None:
+    print(f"{answer['phase']} on {answer['devices']} device(s): {answer['time_us'] / 1e3:.4g} ms")
+    for stream, us in answer["busy_us"].items():
+        print(f"  {stream:8} busy {us / 1e3:.4g} ms ({us / answer['time_us']:.1%})")
+    if answer["communication_us"]:
+        shown = f"{answer['communication_us'] / 1e3:.4g} ms, {answer['hidden']:.1%} of it hidden"
+        print(f"  communication {shown}, {answer['exposed_us'] / 1e3:.4g} ms exposed")
+
+
+def _write_picture(path: Path, module: Module, entry: Function, spans: list[Span]) -> None:
+    import os
+
+    from moec.simulate.picture import picture
+
+    start, end = _window(module, spans)
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_text(picture(spans, start, end, f"@{entry.name} of {module.name}"), encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise PictureNotWritten(path=path, reason=error.strerror) from None
+
+
+def _window(module: Module, spans: list[Span]) -> tuple[float, float]:
+    """A few layers of the steady state, or all of a short run."""
+    end = max(s.start_us + s.us for s in spans)
+    intervals = [float(str(f.attrs["interval_us"])) for f in module.functions.values() if "interval_us" in f.attrs]
+    width = _SHOWN_LAYERS * max(intervals, default=end)
+    middle = end / 2
+    return (0.0, end) if width >= end else (middle - width / 2, middle + width / 2)
