@@ -71,7 +71,7 @@ def run_program(
         activities = on_devices(activities, devices, meetings)
     if spread:
         activities = with_stragglers(activities, spread, seed)
-    capacities = {}
+    capacities: dict[str, float] = {}
     for device in range(devices):
         prefix = f"device {device}/" if devices > 1 else ""
         capacities |= {f"{prefix}{SM}": float(cores), f"{prefix}{LINK}": 1.0}
