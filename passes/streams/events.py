@@ -26,6 +26,7 @@ def add_events(module: Module, entry: Function, origin: Mapping[Op, Op]) -> int:
             waits = [_event("event.wait", events[s], stream) for s in dict.fromkeys(sources)]
             user.function.ops[at:at] = waits
         _record(module, origin, events)
+    _drop_unheard(module, entry)
     return len(events)
 
 
@@ -66,6 +67,21 @@ def _record(module: Module, origin: Mapping[Op, Op], events: Mapping[Op, int]) -
             if event is not None and not (behind and behind.name == "event.record" and behind.attrs["event"] == event):
                 ops.append(_event("event.record", event, op.attrs["stream"]))
         function.ops = ops
+
+
+def _drop_unheard(module: Module, entry: Function) -> None:
+    """Take away the signals that no wait meets, such as those of the last round."""
+    heard: set[Op] = set()
+    visited: set[Function] = set()
+    last: dict[object, Op] = {}
+    for issued in Tracer(module, rounds=3).run(entry):
+        visited.add(issued.function)
+        if issued.op.name == "event.record":
+            last[issued.op.attrs["event"]] = issued.op
+        elif issued.op.name == "event.wait":
+            heard.add(last[issued.op.attrs["event"]])
+    for function in visited:
+        function.ops = [op for op in function.ops if op.name != "event.record" or op in heard]
 
 
 def _event(name: str, event: int, stream: Attribute) -> Op:
