@@ -113,6 +113,11 @@ def _swap(a: Path, b: Path) -> bool:
     return bool(rename(here, os.fsencode(a), here, os.fsencode(b), ctypes.c_uint(exchange)) == 0)
 
 
+def library_name(stage: int) -> str:
+    """The kernel library of a pipeline stage, in `kernels/`."""
+    return "kernels.so" if stage == 0 else f"kernels-{stage}.so"
+
+
 def copy_tokenizer(source: Path | None, work: Path) -> None:
     """Take along the tokenizer of a model folder, when it has one."""
     found = [source / n for n in TOKENIZER_FILES if (source / n).is_file()] if source else []

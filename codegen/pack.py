@@ -19,15 +19,15 @@ ALIGN = 4096
 
 
 def pack_weights(
-    module: Module, loader: Loader, path: Path, progress: Callable[[int, int], None] | None = None
+    module: Module, loader: Loader, path: Path, progress: Callable[[int, int], None] | None = None, rank: int = 0
 ) -> None:
-    """Write all weights of a module to `path`; `progress(done, total)` is told bytes.
+    """Write all weights of a module, of a sharded one those of `rank`; `progress(done, total)` is told bytes.
 
     Raises OSError when the file cannot be written whole, and what the loader raises.
     """
     plan = [(w, stored_arrays(w)) for w in module.weights.values()]
     offsets, header, total = _header([a for _, arrays in plan for a in arrays])
-    programs = WeightPrograms(module, loader)
+    programs = WeightPrograms(module, loader, rank)
     done = 0
     with path.open("wb") as file:
         file.write(header)

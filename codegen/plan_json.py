@@ -17,13 +17,16 @@ ATTENTION = {"attn.mla": "plain", "attn.mla_absorbed": "absorbed"}
 def plan_document(module: Module, context: Context, records: Sequence[Record]) -> dict[str, Any]:
     """The decisions as plain data; equal decisions give an equal document (no times of this run)."""
     layout = context.layout
-    mesh = {} if layout is None else {"ranks": layout.ranks, "tp": layout.tp, "dp": layout.dp, "ep": layout.ep}
+    mesh: dict[str, int] = {}
+    if layout is not None:
+        mesh = {"ranks": layout.ranks, "pp": layout.pp, "dp": layout.dp, "tp": layout.tp, "ep": layout.ep}
     if layout is not None and layout.experts:
         mesh |= {"expert_slots": layout.slots, "slots_per_device": layout.slots_per_device}
     return {
         "target": context.target.name,
         "recipe": module.attrs.get("recipe", ""),
         "mesh": mesh,
+        **{key: module.attrs[key] for key in ("placement", "replica_shares") if key in module.attrs},
         "forms": attention_forms(module),
         "passes": [
             {"name": r.name, "matched": r.matched, "notes": list(r.notes), "warnings": list(r.warnings)}

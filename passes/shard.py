@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from moec.ir import Module
@@ -11,8 +12,9 @@ from moec.ir.mesh import Mesh, mesh_of, set_mesh
 from moec.ir.rewrite import fresh_names, retype
 from moec.passes.base import Context, Outcome, Pass, PassError
 from moec.passes.sharding.experts import Dispatching, shard_experts
+from moec.passes.sharding.placed import place_experts
 from moec.passes.sharding.stages import split_stages
-from moec.passes.sharding.tensor import cut_head, cut_layers
+from moec.passes.sharding.tensor import Widths, cut_head, cut_layers
 
 VIA = ("auto", "direct", "node")
 
@@ -33,6 +35,8 @@ class Shard(Pass):
     name: ClassVar[str] = "shard"
     via: str = "auto"
     per_node: int = 0
+    placement: str = ""
+    """A file that `moec place` wrote, or SGLang's form: the experts of every slot."""
 
     def requires(self, module: Module) -> str:
         return "the module is sharded already" if mesh_of(module).ranks > 1 else ""
@@ -46,6 +50,10 @@ class Shard(Pass):
             out.warnings.append("the layout has one rank: nothing to shard")
             return out
         mesh = Mesh(layout.pp, layout.dp, layout.tp, layout.ep)
+        slots = layout.slots
+        if self.placement:
+            slots = place_experts(module, Path(self.placement), layout.experts, mesh)
+            out.notes.append(f"experts placed as {self.placement} says")
         per_node = self.per_node or min(ctx.target.node.devices, mesh.ep)
         if mesh.ep % per_node and per_node < mesh.ep:
             message = f"EP {mesh.ep} does not divide over nodes of {per_node}; choose per_node among its divisors"
@@ -56,18 +64,19 @@ class Shard(Pass):
             )
             raise PassError(name=self.name, message=message)
         set_mesh(module, mesh)
+        widths = Widths(layout.block, layout.pad)
         for function in module.functions.values():
-            out.matched += cut_layers(module, function, mesh, out)
+            out.matched += cut_layers(module, function, mesh, widths, out)
         # Both phases share their weights: types follow once all are cut.
         retype(module)
         for function in module.functions.values():
-            route = Dispatching(layout.experts, layout.slots, self._via(function.attrs, mesh, per_node), per_node)
+            route = Dispatching(layout.experts, slots, self._via(function.attrs, mesh, per_node), per_node)
             out.matched += shard_experts(module, function, mesh, route)
             fresh_names(function)
         out.matched += cut_head(module, mesh, out)
         retype(module)
         out.matched += split_stages(module, mesh, out)
-        out.notes[:0] = _summary(mesh, layout.experts, layout.slots)
+        out.notes[:0] = _summary(mesh, layout.experts, slots)
         if not out.matched:
             out.warnings.append("no layer that the mesh divides: every rank holds the whole model")
         return out
@@ -83,6 +92,7 @@ def _summary(mesh: Mesh, experts: int, slots: int) -> Sequence[str]:
     lines = [f"{mesh.ranks} ranks: PP {mesh.pp} x DP {mesh.dp} x TP {mesh.tp}, EP {mesh.ep}"]
     if experts and mesh.ep > 1:
         extra = slots - experts
-        copies = f" and {extra} redundant ones, the fewest that divide" if extra else ""
+        least = ", the fewest that divide" if extra == -experts % mesh.ep else ""
+        copies = f" and {extra} redundant ones{least}" if extra else ""
         lines.append(f"{experts} experts{copies}: {slots // mesh.ep} slots on each of {mesh.ep} ranks")
     return lines

@@ -21,7 +21,7 @@ from moec.runtime.errors import (
 )
 from moec.runtime.machine import check_machine
 from moec.runtime.manifest import Manifest, parse_manifest
-from moec.runtime.plan import Plan, parse_plan
+from moec.runtime.plan import Plan, parse_plan, stage_of
 
 KERNELS: Final = "kernels/kernels.so"
 _NEEDED: Final = ("program.ir", "plan.json")
@@ -35,11 +35,13 @@ class Artifact:
     manifest: Manifest
     plan: Plan | GpuPlan
     weights: Path
+    rank: int = 0
 
     @property
     def kernels(self) -> Path:
-        """The kernel library, as an absolute path."""
-        return self.path / KERNELS
+        """The kernel library, of a pipeline that of this rank's stage, as an absolute path."""
+        stage = stage_of(self.plan.mesh, self.rank) if isinstance(self.plan, Plan) else 0
+        return self.path / (KERNELS if stage == 0 else f"kernels/kernels-{stage}.so")
 
     @property
     def tokenizer(self) -> Path:
@@ -47,9 +49,10 @@ class Artifact:
         return self.path / "tokenizer"
 
 
-def open_artifact(path: str | Path, check: bool = False) -> Artifact:
+def open_artifact(path: str | Path, check: bool = False, rank: int = 0, ranks: int = 1) -> Artifact:
     """Open the artifact at `path`; the hashes of weights are compared only with `check`, all others always.
 
+    `rank` of `ranks` processes: its part of an artifact that is split over so many.
     Raises an InputError of `moec.runtime.errors` that says what is wrong: no artifact, a file missing or changed,
     another format version, another machine, no weights.
     """
@@ -66,16 +69,26 @@ def open_artifact(path: str | Path, check: bool = False) -> Artifact:
         check_machine(manifest, shown)
     for name in sorted(manifest.files):
         file = _inside(root, name, shown)
-        if check or not name.startswith("weights/"):
+        # Each rank compares its own weights.
+        if not name.startswith("weights/") or (check and (ranks == 1 or f"-{rank:05}." in name)):
             _compare(_hash(file, name, shown), manifest.files[name], name, shown)
-    ranks = [name for name in manifest.files if name.startswith("weights/") and name.endswith(".safetensors")]
-    if not ranks:
+    files = _weight_files(manifest)
+    if not files:
         raise NoWeights(path=shown)
-    if len(ranks) > 1:
-        raise NeedsRanks(path=shown, ranks=len(ranks))
-    parse = parse_plan if on_cpu else parse_gpu_plan
-    plan = parse((root / "plan.json").read_bytes(), f"{shown}/plan.json", manifest)
-    return Artifact(root, manifest, plan, root / ranks[0])
+    if len(files) != ranks:
+        raise NeedsRanks(path=shown, ranks=len(files), started=ranks)
+    raw, where = (root / "plan.json").read_bytes(), f"{shown}/plan.json"
+    plan = parse_plan(raw, where, manifest, rank) if on_cpu else parse_gpu_plan(raw, where, manifest)
+    return Artifact(root, manifest, plan, root / sorted(files)[rank], rank)
+
+
+def rank_count(path: str | Path) -> int:
+    """Processes that run the artifact at `path`; 1 when it has no weights. Raises as `open_artifact`."""
+    return max(1, len(_weight_files(read_manifest(path))))
+
+
+def _weight_files(manifest: Manifest) -> list[str]:
+    return [name for name in manifest.files if name.startswith("weights/") and name.endswith(".safetensors")]
 
 
 def read_manifest(path: str | Path) -> Manifest:

@@ -47,6 +47,7 @@ class Engine:
     """Kernels, weights and cache of an artifact. Not for two threads at once: calls share their buffers."""
 
     def __init__(self, artifact: Artifact, threads: int | None = None, huge_pages: bool = True) -> None:
+        """Load kernels and weights of the artifact; raises NoRuntimeLibrary, KernelsDoNotLoad or WrongWeights."""
         plan = artifact.plan
         assert isinstance(plan, Plan)
         self.library = Library(artifact.kernels, threads)
@@ -69,11 +70,12 @@ class Engine:
         """Give the calling thread's pool this engine's number of threads."""
         self.library.use_threads()
 
-    def _entry(self, entry: Entry, sequences: int) -> Call:
-        def fixed(arg: Argument) -> NDArray[np.generic]:
-            return self.weights.view(arg) if arg.kind == "weight" else self.memory.view(arg)
+    def fixed(self, arg: Argument) -> NDArray[np.generic]:
+        """The memory of a weight, a cache or a workspace."""
+        return self.weights.view(arg) if arg.kind == "weight" else self.memory.view(arg)
 
-        return Call(entry, sequences, self.pool.table_width, self.library, fixed)
+    def _entry(self, entry: Entry, sequences: int) -> Call:
+        return Call(entry, sequences, self.pool.table_width, self.library, self.fixed)
 
     def call(self, phase: str) -> Call:
         """The call of an entry, "prefill" or "decode"."""
@@ -127,9 +129,9 @@ class Call:
         library: Library,
         fixed: Callable[[Argument], NDArray[np.generic]],
     ) -> None:
-        self.function = library.function(entry.symbol)
         self._entry = entry
         self._library = library
+        self.function = self._load(entry)
         self._table_width = table_width
         self._fixed = {a.name: library.tensor(fixed(a)) for a in entry.args if a.kind not in ("input", "output")}
         largest = self._symbols(entry.max_tokens, entry.max_rows, sequences)
@@ -139,6 +141,9 @@ class Call:
             if a.kind in ("input", "output")
         }
         self._bound: dict[tuple[int, int, int], tuple[dict[str, Any], list[Any]]] = {}
+
+    def _load(self, entry: Entry) -> Callable[..., Any]:
+        return self._library.function(entry.symbol)
 
     def bind(self, tokens: int, rows: int, sequences: int) -> tuple[dict[str, NDArray[Any]], list[Any]]:
         """Arrays to fill by name, and the arguments of the call, for exactly these sizes."""

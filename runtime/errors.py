@@ -85,7 +85,10 @@ class NoWeights(InputError):
 class NeedsRanks(InputError):
     """The artifact is split over several processes."""
 
-    template = "{path} is split over {ranks} ranks; a single process cannot run it"
+    template = (
+        "{path} is split over {ranks} ranks, {started} process(es) were started: "
+        "torchrun --nproc-per-node {ranks} -m moec run {path} ..."
+    )
 
 
 class WrongWeights(InputError):

@@ -147,14 +147,21 @@ class Model:
     def _complete(
         self, ids: Any, new: int, sampling: Sampling, stop: Iterable[int] | None, stream: Stream | None
     ) -> tuple[bool, Completions]:
+        prompts, single = self._prompts(ids, new)
+        return single, self._run(prompts, new, sampling, stop, stream)
+
+    def _prompts(self, ids: Any, new: int) -> tuple[list[Ids], bool]:
         if new < 1:
             raise WrongOption(option="max-new-tokens", expected="at least 1", value=new)
-        manifest = self.artifact.manifest
-        prompts, single = as_prompts(ids, manifest, new)
-        ends = frozenset(manifest.eos_token_ids if stop is None else stop)
+        return as_prompts(ids, self.artifact.manifest, new)
+
+    def _run(
+        self, prompts: list[Ids], new: int, sampling: Sampling, stop: Iterable[int] | None, stream: Stream | None
+    ) -> Completions:
+        ends = frozenset(self.artifact.manifest.eos_token_ids if stop is None else stop)
         with self._lock:
             self.engine.use_threads()
-            return single, complete(self.engine, prompts, new, sampling, ends, stream)
+            return complete(self.engine, prompts, new, sampling, ends, stream)
 
     def _pieces(self, batch: Ids, chunk: int | None) -> Iterator[tuple[slice, slice, Logits]]:
         """(rows, columns, logits f32[rows, columns, V]) in turn until all of `batch` is covered."""

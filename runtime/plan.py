@@ -10,6 +10,7 @@ import numpy as np
 
 from moec.runtime.fields import Fields
 from moec.runtime.manifest import Manifest
+from moec.runtime.steps import Step, parse_steps
 
 Kind = Literal["input", "weight", "cache", "workspace", "output"]
 SYMBOLS: Final = ("T", "R", "B", "B+1", "N")
@@ -20,6 +21,7 @@ INPUTS: Final[dict[str, tuple[int | str, ...]]] = {
     "pages": ("B", "N"),
     "starts": ("B+1",),
     "rows": ("R",),
+    "step": (3,),
 }
 
 
@@ -45,6 +47,25 @@ class Entry:
     max_tokens: int
     max_rows: int
     args: tuple[Argument, ...]
+    steps: tuple[Step, ...] = ()
+    """What a rank of several runs in place of one function: segments, collectives, loops over layers."""
+
+
+@dataclass(frozen=True)
+class MeshPlan:
+    """Degrees of parallelism, and per layer with experts the expert (and share of its tokens) of every slot."""
+
+    pp: int = 1
+    dp: int = 1
+    tp: int = 1
+    ep: int = 1
+    placement: tuple[tuple[int, ...], ...] = ()
+    shares: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """Processes that run the artifact."""
+        return self.pp * self.dp * self.tp
 
 
 @dataclass(frozen=True)
@@ -55,11 +76,22 @@ class Plan:
     decode: Entry
     page_size: int
     pages: int
+    mesh: MeshPlan = MeshPlan()
 
 
-def parse_plan(raw: bytes, file: str, manifest: Manifest) -> Plan:
-    """Read and check `plan.json` against the manifest's limits; raises MalformedFile."""
+def parse_plan(raw: bytes, file: str, manifest: Manifest, rank: int = 0) -> Plan:
+    """Read and check `plan.json`, of a pipeline the stage of `rank`, against the manifest's limits.
+
+    Raises MalformedFile.
+    """
     fields = Fields.parse(raw, file)
+    mesh = _mesh(fields)
+    stage = stage_of(mesh, rank)
+    if stage:
+        stages = fields.tables("stages")
+        if len(stages) < stage:
+            raise fields.problem("stages", f"lacks stage {stage}")
+        fields = stages[stage - 1]
     entries = fields.table("entries")
     cache = fields.table("cache").dims("shape")
     page_size = fields.integer("page_size", 1)
@@ -69,7 +101,21 @@ def parse_plan(raw: bytes, file: str, manifest: Manifest) -> Plan:
     decode = _entry(entries.table("decode"))
     if decode.max_tokens < manifest.batch or decode.max_rows < manifest.batch:
         raise fields.problem("entries.decode", f"takes less than the batch of {manifest.batch} sequences")
-    return Plan(_entry(entries.table("prefill")), decode, page_size, cache[1])
+    return Plan(_entry(entries.table("prefill")), decode, page_size, cache[1], mesh)
+
+
+def stage_of(mesh: MeshPlan, rank: int) -> int:
+    """The pipeline stage of a rank."""
+    return rank // (mesh.dp * mesh.tp)
+
+
+def _mesh(fields: Fields) -> MeshPlan:
+    given = fields.table("mesh") if "mesh" in fields.data else Fields({}, fields.file, "mesh")
+    sizes = {a: given.integer(a, 1) if a in given.data else 1 for a in ("pp", "dp", "tp", "ep")}
+    placement, shares = fields.data.get("placement") or [], fields.data.get("replica_shares") or []
+    if not all(isinstance(row, list) for row in (*placement, *shares)):
+        raise fields.problem("placement", "must list the experts of every slot, layer by layer")
+    return MeshPlan(**sizes, placement=tuple(map(tuple, placement)), shares=tuple(map(tuple, shares)))
 
 
 def parse_entry(described: dict[str, Any]) -> Entry:
@@ -81,7 +127,9 @@ def _entry(fields: Fields) -> Entry:
     args = tuple(_argument(arg) for arg in fields.tables("args"))
     if not any(arg.kind == "output" and arg.name == "logits" for arg in args):
         raise fields.problem("args", "has no output logits")
-    return Entry(fields.text("symbol"), fields.integer("max_tokens", 1), fields.integer("max_rows", 1), args)
+    sizes = (fields.integer("max_tokens", 1), fields.integer("max_rows", 1))
+    steps = parse_steps(fields.tables("steps")) if "steps" in fields.data else ()
+    return Entry(fields.text("symbol"), *sizes, args, steps)
 
 
 def _argument(fields: Fields) -> Argument:

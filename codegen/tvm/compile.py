@@ -20,7 +20,7 @@ from moec.targets import Target
 
 if TYPE_CHECKING:
     from moec.codegen.tvm.program import Phase, Sizes
-    from moec.codegen.tvm.tir import Machine
+    from moec.codegen.tvm.tir import Kernel, Machine
 
 PAGE = 64
 
@@ -148,12 +148,22 @@ def _machine_facts(target: Target) -> list[Any]:
 
 def _build(module: Module, target: Target, limits: Mapping[str, int], folder: Path) -> None:
     from moec.codegen.tvm.program import build_phase, kernel_table
+    from moec.codegen.tvm.segments import build_segmented, is_sharded
 
     _require_kernels(module)
     machine = machine_of(target)
-    phases = [build_phase(module, name, _sizes(name, limits), machine) for name in ("prefill", "decode")]
+    phases: list[Phase] = []
+    entries: dict[str, Any] = {}
+    shared: dict[str, Kernel] = {}
+    for name in ("prefill", "decode"):
+        if is_sharded(module):
+            segments, entries[name] = build_segmented(module, name, _sizes(name, limits), machine, shared)
+            phases += segments
+        else:
+            phases.append(build_phase(module, name, _sizes(name, limits), machine))
+            entries[name] = phases[-1].entry.as_json()
     _export(phases, machine, folder)
-    described = {"entries": {p.entry.symbol: p.entry.as_json() for p in phases}, "kernels": kernel_table(phases)}
+    described = {"entries": entries, "kernels": kernel_table(phases)}
     (folder / "program.json").write_text(json.dumps(described, sort_keys=True))
 
 

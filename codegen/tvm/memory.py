@@ -129,7 +129,7 @@ def _view(
         case "flatten":
             assert x.strides[1:] == _contiguous(x.shape)[1:], "flatten of rows that are not contiguous"
             return replace(x, shape=shape, strides=(x.ld, 1))
-        case "rope":
+        case "rope" | "comm.all_reduce":
             # In place, unless somebody still reads the unrotated value.
             return replace(x, shape=shape) if last_use[op.operands[0]] == position else None
         case "moe.dispatch" if result == 0:

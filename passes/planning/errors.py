@@ -27,7 +27,7 @@ class CutBlock(InputError):
 
     template: ClassVar[str] = (
         "TP {tp} cuts @{weight}: {width} over {tp} devices is {part}, not a multiple of its {block}-wide scale block; "
-        "use {proposal}, or pad the width to {padded}"
+        "use {proposal}, a recipe without scale blocks{padding}"
     )
 
 

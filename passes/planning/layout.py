@@ -31,6 +31,9 @@ class Layout:
     experts: int
     slots: int
     pp: int = 1
+    block: int = 1
+    """Width of the scale blocks that tensor parallelism must not cut."""
+    pad: bool = False
 
     @property
     def ranks(self) -> int:
@@ -53,6 +56,8 @@ class LayoutRequest:
     ep: int | None = None
     redundant: int | None = None
     pp: int = 1
+    pad: bool = False
+    """Fill up the widths of feed-forwards with zeros where scale blocks would be cut."""
 
 
 def resolve(
@@ -93,10 +98,10 @@ def resolve(
     if ep > 1 and not experts:
         raise WrongLayout(message=f"EP {ep}, but the model has no routed experts")
     slots = _slots(experts, ep, asked.redundant, even and target.kind != "cpu")
-    _check_tp(module, tp, recipe)
+    _check_tp(module, tp, recipe, asked.pad)
     if tp > sized.node.devices:
         raise WrongLayout(message=f"TP {tp} exceeds the {sized.node.devices} devices of a {target.name} node")
-    return Layout(tp, dp, ep, experts, slots, pp), sized
+    return Layout(tp, dp, ep, experts, slots, pp, BLOCK if recipe.blocks else 1, asked.pad), sized
 
 
 def layer_count(module: Module) -> int:
@@ -141,7 +146,7 @@ def _slots(experts: int, ep: int, redundant: int | None, even: bool) -> int:
     return experts + redundant
 
 
-def _check_tp(module: Module, tp: int, recipe: Recipe) -> None:
+def _check_tp(module: Module, tp: int, recipe: Recipe, pad: bool) -> None:
     if tp == 1:
         return
     for cut in sharded_weights(module):
@@ -153,18 +158,27 @@ def _check_tp(module: Module, tp: int, recipe: Recipe) -> None:
         # Gate and up projection lie one after the other in one weight; each is cut on its own.
         parts = 2 if cut.joined else 1
         block = BLOCK if recipe.blocks else 1
-        if width % (tp * parts) or (width // (tp * parts)) % block:
-            whole = width // parts
-            fits = [n for n in range(2, tp) if tp % n == 0 and whole % (n * block) == 0]
-            raise CutBlock(
-                tp=tp,
-                weight=cut.name,
-                width=whole,
-                part=f"{whole / tp:g}",
-                block=block,
-                proposal=f"TP {max(fits, default=1)}",
-                padded=-(-whole // (tp * block)) * tp * block,
-            )
+        if not (pad and not cut.heads):
+            check_blocks(cut.name, width // parts, tp, block, can_pad=not cut.heads)
+
+
+def check_blocks(weight: str, width: int, tp: int, block: int, can_pad: bool = True) -> None:
+    """Raise CutBlock unless `width` divides into `tp` parts of whole blocks."""
+    if width % (tp * block):
+        fits = [n for n in range(2, tp) if tp % n == 0 and width % (n * block) == 0]
+        padded = padded_width(width, tp, block)
+        advice = (
+            f", or --pad to fill it up to {padded}" if can_pad else f" (--pad cannot help: {padded} is no whole head)"
+        )
+        raise CutBlock(
+            tp=tp, weight=weight, width=width, part=f"{width / tp:g}", block=block,
+            proposal=f"TP {max(fits, default=1)}", padding=advice,
+        )  # fmt: skip
+
+
+def padded_width(width: int, tp: int, block: int) -> int:
+    """The least width from `width` on that divides into `tp` parts of whole blocks."""
+    return -(-width // (tp * block)) * tp * block
 
 
 def _divisor(of: int, wanted: int) -> int:

@@ -45,7 +45,7 @@ def _dispatch(module: Module, function: Function, old: Op, mesh: Mesh, route: Di
         message = f"@{function.name} dispatches tokens outside a layer function"
         raise PassError(name=PASS, message=message)
     first = _first_layer(module)
-    for position in (2, 3):
+    for position in range(2, len(experts.operands)):
         weight = weight_at(module, experts, position)
         if weight is None:
             raise PassError(name=PASS, message=f"@{function.name}: operand {position} of moe.experts is no weight")

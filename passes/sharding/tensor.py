@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from moec.ir import Function, Module, Op, TensorType, Value
+from dataclasses import dataclass
+
+from moec.ir import Function, Module, Op, TensorType, Value, Weight
 from moec.ir.mesh import Mesh
 from moec.ir.module import Attribute
 from moec.ir.rewrite import append_to_program
-from moec.passes.base import Outcome
+from moec.passes.base import Outcome, PassError
+from moec.passes.planning.layout import check_blocks, padded_width
 from moec.passes.planning.sharding import ATTENTION, roles
-from moec.passes.sharding.edit import behind, cut_weight, insert, use_instead, weight_at
+from moec.passes.sharding.edit import PASS, behind, cut_weight, insert, use_instead, weight_at
 
 
-def cut_layers(module: Module, function: Function, mesh: Mesh, out: Outcome) -> int:
+@dataclass(frozen=True)
+class Widths:
+    """Scale blocks along the widths that are cut, and whether widths may be filled up to whole ones."""
+
+    block: int = 1
+    pad: bool = False
+
+    def fit(self, weight: Weight, dim: int, parts: int, tp: int, out: Outcome) -> None:
+        """Make dim `dim` of a weight divide, of each of `parts` joined tensors. Raises CutBlock where it may not."""
+        assert isinstance(weight.type, TensorType)
+        if any(op.name in ("weight.shard", "weight.pad") for op in weight.program.ops):
+            return
+        width = int(weight.type.shape[dim]) // parts  # type: ignore[arg-type]
+        if not self.pad:
+            check_blocks(weight.name, width, tp, self.block)
+        padded = padded_width(width, tp, self.block)
+        if padded != width:
+            attrs: dict[str, object] = {"dim": dim, "size": padded, **({"parts": parts} if parts > 1 else {})}
+            append_to_program(weight, "weight.pad", **attrs)
+            out.notes.append(f"@{weight.name}: width {width} filled up with zeros to {padded}")
+
+
+def cut_layers(module: Module, function: Function, mesh: Mesh, widths: Widths, out: Outcome) -> int:
     """Cut attention and feed-forwards of a layer function; returns how many products were cut."""
     if mesh.tp == 1:
         return 0
@@ -23,9 +48,9 @@ def cut_layers(module: Module, function: Function, mesh: Mesh, out: Outcome) -> 
     for op in list(function.ops):
         match found[id(op)]:
             case "column" if op.name == "linear":
-                count += _column(module, function, op, mesh)
+                count += _column(module, function, op, mesh, widths, out)
             case "row" if op.name == "linear":
-                count += _row(module, function, op, mesh)
+                count += _row(module, function, op, mesh, widths, out)
             case "heads" if op.name == "unflatten":
                 sizes = op.attrs["sizes"]
                 assert isinstance(sizes, tuple) and isinstance(sizes[0], int)
@@ -38,7 +63,10 @@ def cut_layers(module: Module, function: Function, mesh: Mesh, out: Outcome) -> 
     if any(op.name.startswith("attn.") and op.name not in ATTENTION for op in function.ops):
         out.notes.append(f"@{function.name}: attention is whole on every rank of a tensor-parallel group")
     if routed:
-        count += _cut_experts(module, function, mesh) if mesh.ep == 1 else _divide_tokens(module, function, mesh)
+        if mesh.ep == 1:
+            count += _cut_experts(module, function, mesh, widths, out)
+        else:
+            count += _divide_tokens(module, function, mesh)
     _join_sums(module, function, mesh)
     return count
 
@@ -53,24 +81,31 @@ def _feed_forwards(function: Function, found: dict[int, str]) -> None:
             found[id(up)], found[id(down[0])] = "column", "row"
 
 
-def _column(module: Module, function: Function, op: Op, mesh: Mesh) -> bool:
+def _column(module: Module, function: Function, op: Op, mesh: Mesh, widths: Widths, out: Outcome) -> bool:
     """Cut the output columns of a product; of gate and up, which lie in one weight, each."""
     weight = weight_at(module, op, 1)
     if weight is None:
         return False
     joined = any(user.name == "swiglu" for user in function.uses().get(op.result, []))
+    if joined:
+        widths.fit(weight, 0, 2, mesh.tp, out)
     cut_weight(weight, mesh, "tp", 0, 2 if joined else 1)
     bias = weight_at(module, op, 2)
     if bias is not None:
+        if joined:
+            widths.fit(bias, 0, 2, mesh.tp, out)
         cut_weight(bias, mesh, "tp", 0, 2 if joined else 1)
     return True
 
 
-def _row(module: Module, function: Function, op: Op, mesh: Mesh) -> bool:
+def _row(module: Module, function: Function, op: Op, mesh: Mesh, widths: Widths, out: Outcome) -> bool:
     """Cut the summed width of a product, and sum over the ranks."""
     weight = weight_at(module, op, 1)
     if weight is None:
         return False
+    source = function.producer().get(op.operands[0]) if isinstance(op.operands[0], Value) else None
+    if source is not None and source.name == "swiglu":
+        widths.fit(weight, 1, 1, mesh.tp, out)
     cut_weight(weight, mesh, "tp", 1)
     bias = weight_at(module, op, 2)
     if bias is not None and not any(o.name == "weight.once" for o in bias.program.ops):
@@ -79,12 +114,17 @@ def _row(module: Module, function: Function, op: Op, mesh: Mesh) -> bool:
     return True
 
 
-def _cut_experts(module: Module, function: Function, mesh: Mesh) -> int:
+def _cut_experts(module: Module, function: Function, mesh: Mesh, widths: Widths, out: Outcome) -> int:
     """Every rank computes a part of every expert's width; the sum follows the combination."""
     count = 0
     for op in [o for o in function.ops if o.name == "moe.experts"]:
         up, down = weight_at(module, op, 2), weight_at(module, op, 3)
         if up is not None and down is not None:
+            if len(op.operands) > 4:
+                message = f"@{function.name}: experts with biases are not cut by width; choose --ep {mesh.tp}"
+                raise PassError(name=PASS, message=message)
+            widths.fit(up, 0, 2, mesh.tp, out)
+            widths.fit(down, 1, 1, mesh.tp, out)
             cut_weight(up, mesh, "tp", 0, 2)
             cut_weight(down, mesh, "tp", 1)
             count += 1

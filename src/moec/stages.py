@@ -72,6 +72,7 @@ class Traced:
         from moec.passes.base import Context, Limits
         from moec.passes.manager import Manager
         from moec.passes.pipeline import pipeline
+        from moec.passes.sharding.memory import check_memory
 
         found = targets.load(target) if isinstance(target, str) else target
         few, short = _DEFAULTS["cpu" if found.kind == "cpu" else "gpu"]
@@ -86,6 +87,7 @@ class Traced:
         module.attrs["target"] = sized.name
         manager = Manager(Context(sized, limits, where), verify, strict, Path(dump) if dump else None)
         manager.run(module, pipeline(sized, recipe, passes, where.ranks))
+        check_memory(module, manager.context)
         return Plan(self.source, module, manager.context, manager.records)
 
     def _layout(self, target: Target, asked: LayoutRequest | None, recipe: str) -> tuple[Layout, Target]:
@@ -131,19 +133,27 @@ class Plan:
         """
         from moec.codegen import artifact
         from moec.codegen.pack import pack_weights
+        from moec.codegen.stage import stage_module
+        from moec.ir.mesh import mesh_of
 
         say = note or (lambda line: None)
         if self.context.target.kind == "cpu" and len(self.phases) < 2:
             raise WrongPhase(phase=self.phases[0], reason="artifacts for CPUs hold both phases; leave --phase away")
         loader = None if no_weights else self._loader(weights, random_weights, say)
+        mesh = mesh_of(self.ir)
+        modules = [stage_module(self.ir, stage) for stage in range(mesh.pp)]
         with artifact.artifact_folder(Path(out)) as work:
             (work / "kernels").mkdir()
             on_cpu = self.context.target.kind == "cpu"
-            interface = (self._cpu_kernels if on_cpu else self._gpu_kernels)(work / "kernels", say)
+            kernels = work / "kernels"
+            interface = self._cpu_kernels(kernels, modules, say) if on_cpu else self._gpu_kernels(kernels, say)
             self._write_program(work, interface)
             if loader is not None:
                 (work / "weights").mkdir()
-                pack_weights(self.ir, loader, work / "weights" / "rank-00000.safetensors", progress)
+                for rank in range(mesh.ranks):
+                    part = None if progress is None else _part_of(progress, rank, mesh.ranks)
+                    file = work / "weights" / f"rank-{rank:05}.safetensors"
+                    pack_weights(modules[mesh.index(rank, "pp")], loader, file, part, rank)
             artifact.copy_tokenizer(self.source.folder, work)
             artifact.write_manifest(work, self._facts())
         return Artifact(Path(out))
@@ -153,15 +163,21 @@ class Plan:
         limits = self.context.limits
         return {"batch": limits.batch, "context": limits.context, "chunk": limits.chunk}
 
-    def _cpu_kernels(self, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    def _cpu_kernels(self, folder: Path, modules: Sequence[Module], say: Callable[[str], None]) -> dict[str, Any]:
+        """A library for the module of every pipeline stage; returns the call interface of the first and the others."""
         from moec.codegen import artifact
         from moec.codegen.tvm.compile import compile_module
 
-        compiled = compile_module(self.ir, self.context.target, self._sizes)
-        say(compiled.note)
-        shutil.copyfile(compiled.library, folder / "kernels.so")
-        artifact.write_json(folder / "kernels.json", compiled.kernels)
-        return self._call_interface(compiled.entries)
+        kernels: dict[str, Any] = {}
+        interfaces = []
+        for stage, module in enumerate(modules):
+            compiled = compile_module(module, self.context.target, self._sizes)
+            say(compiled.note)
+            shutil.copyfile(compiled.library, folder / artifact.library_name(stage))
+            kernels.update({k["name"]: k for k in compiled.kernels})
+            interfaces.append(self._call_interface(module, compiled.entries))
+        artifact.write_json(folder / "kernels.json", list(kernels.values()))
+        return {**interfaces[0], **({"stages": interfaces[1:]} if len(interfaces) > 1 else {})}
 
     def _gpu_kernels(self, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
         from moec.codegen.triton.program import lower_module
@@ -201,7 +217,7 @@ class Plan:
     @property
     def phases(self) -> list[str]:
         """The entry points of the program."""
-        return [name for name in ("prefill", "decode") if name in self.ir.functions]
+        return [n for n in ("prefill", "decode") if {n, f"{n}.0"} & set(self.ir.functions)]
 
     def _write_program(self, work: Path, interface: Mapping[str, Any]) -> None:
         from moec.codegen.artifact import write_json
@@ -211,12 +227,12 @@ class Plan:
         (work / "program.ir").write_text(print_module(self.ir))
         write_json(work / "plan.json", {**plan_document(self.ir, self.context, self.records), **interface})
 
-    def _call_interface(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+    def _call_interface(self, module: Module, entries: Mapping[str, Any]) -> dict[str, Any]:
         from moec.codegen.tvm.compile import PAGE
         from moec.ir import CacheType
 
         limits = self.context.limits
-        kv = next(a.type for a in self.ir.functions["decode"].args if isinstance(a.type, CacheType))
+        kv = next(a.type for a in module.functions["decode"].args if isinstance(a.type, CacheType))
         pages = limits.batch * -(-limits.context // PAGE)
         dtype = {"f32": "float32", "bf16": "uint16"}[kv.dtype]
         shape = [pages if str(d) == "P" else d for d in kv.shape]
@@ -261,6 +277,11 @@ def _needs(target: Target) -> dict[str, Any]:
         return {"kind": target.kind, "arch": device.arch, "cores": int(device.cores)}
     triple = "aarch64-linux-gnu" if device.arch.startswith(("arm", "aarch64")) else "x86_64-linux-gnu"
     return {"triple": triple, "mcpu": device.arch, "features": list(device.isa), "cores": int(device.cores)}
+
+
+def _part_of(progress: Callable[[int, int], None], rank: int, ranks: int) -> Callable[[int, int], None]:
+    """Progress of one of several files as progress of all."""
+    return lambda done, total: progress(rank * total + done, ranks * total)
 
 
 def _keep_phase(module: Module, phase: str) -> None:

@@ -54,9 +54,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make_model(name: str, seed: int = 0) -> Any:
+def make_model(name: str, seed: int = 0, **sizes: int) -> Any:
     """A transformers model of a variant with random weights of sensible size, in FP32."""
-    settings = {**BASE, **VARIANTS[name]}
+    settings = {**BASE, **VARIANTS[name], **sizes}
     v2 = settings.pop("family", "v3") == "v2"
     config_class = transformers.DeepseekV2Config if v2 else transformers.DeepseekV3Config
     model_class = transformers.DeepseekV2ForCausalLM if v2 else transformers.DeepseekV3ForCausalLM

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,7 @@ from moec.passes.planning.errors import CutBlock, WrongLayout
 from moec.passes.planning.layout import Layout, LayoutRequest, resolve
 from moec.passes.planning.precision import RECIPES
 from moec.passes.shard import Shard
+from moec.passes.sharding.memory import TooLittleMemory
 from moec.targets import load
 
 SMALL = {"num_hidden_layers": "3", "first_k_dense_replace": "1"}
@@ -118,6 +121,36 @@ def test_layouts_that_do_not_fit(request_: LayoutRequest, error: type[MoecError]
         resolve(module, load("cpu"), RECIPES["weight-only"], request_)
 
 
+def test_widths_are_filled_up_on_request() -> None:
+    """384 over two ranks cuts blocks of 128: refused with the sizes, or filled up to 512 with the same results."""
+    with pytest.raises(CutBlock, match=r"384 over 2 devices is 192, .* --pad to fill it up to 512"):
+        sharded(Layout(2, 1, 1, 16, 16, 1, 128))
+    module, before = sharded(Layout(2, 1, 1, 16, 16, 1, 128, pad=True))
+    assert before.check(module, 0.0) is None
+    (pad,) = [o for o in module.weights["dense_layers.mlp.down"].program.ops if o.name == "weight.pad"]
+    assert pad.attrs["size"] == 512
+
+
+def test_a_mesh_that_does_not_fit_the_memory() -> None:
+    with pytest.raises(
+        TooLittleMemory, match=r"of weights .* of cache, a device of h800.* has 80 GB: use --ranks 32 or"
+    ):
+        moec.trace("deepseek-v3").optimize("h800", batch=8, recipe="bf16", layout=LayoutRequest(ranks=8))
+    moec.trace("deepseek-v3").optimize("h800", batch=8, recipe="bf16", layout=LayoutRequest(ranks=32))
+
+
+def test_placement_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "placement.json"
+    rows = [[*range(15, -1, -1), 4, 4], [*range(16), 7, 9]]
+    file.write_text(json.dumps({"physical_to_logical_map": rows}))
+    module, before = sharded(Layout(1, 2, 2, 16, 16), placement=str(file))
+    assert module.attrs["placement"] == tuple(map(tuple, rows))
+    assert before.check(module, 0.0) is None
+    file.write_text(json.dumps({"physical_to_logical_map": rows[:1]}))
+    with pytest.raises(PassError, match="has 1 layers, the model 2 with experts"):
+        sharded(Layout(1, 2, 2, 16, 16), placement=str(file))
+
+
 def test_more_stages_than_layers() -> None:
     with pytest.raises(PassError, match="PP 4 for 3 layers; choose at most PP 3"):
         sharded(Layout(1, 1, 1, 16, 16, 4))
@@ -142,10 +175,9 @@ def test_v3_sends_eight_rows_a_token_or_four_with_forwarding() -> None:
     """DeepSeek-V3 on 8 nodes of 8: 8 copies of a token without forwarding, at most 4 between nodes with it."""
     plans = {}
     for via in ("direct", "node"):
-        plan = moec.trace("deepseek-v3").optimize(
-            "h800", batch=32, context=4096, layout=LayoutRequest(ranks=64), passes=[f"shard{{via={via}}}"]
-        )
-        (op,) = [o for o in plan.ir.functions["moe_layers.decode"].ops if o.name == "comm.dispatch"]
+        module = moec.trace("deepseek-v3").ir
+        Shard(via=via).run(module, Context(load("h800").with_ranks(64), Limits(), Layout(1, 64, 64, 256, 256)))
+        (op,) = [o for o in module.functions["moe_layers.decode"].ops if o.name == "comm.dispatch"]
         types = [o.type for o in op.operands]
         sent = Dispatch().bytes_sent(types, [r.type for r in op.results], op.attrs)  # type: ignore[arg-type]
         row = 7168 * 2

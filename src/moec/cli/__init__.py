@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -73,7 +74,9 @@ def _run(arguments: Sequence[str]) -> int:
     except UsageError as error:
         return _wrong_usage(error)
     except MoecError as error:
-        print(f"moec: error: {error}", file=sys.stderr)
+        # Ranks that torchrun started find the same error: the first of each machine says it.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"moec: error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         where = f"{printable(error.filename)}: " if error.filename else ""

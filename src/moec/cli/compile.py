@@ -29,7 +29,13 @@ def compile_model(
     tp: Annotated[int, typer.Option(help="Devices of an attention replica.")] = 1,
     dp: Annotated[int | None, typer.Option(help="Attention replicas [ranks / TP].")] = None,
     ep: Annotated[int | None, typer.Option(help="Devices that share the routed experts [all].")] = None,
+    redundant: Annotated[
+        int | None, typer.Option(help="Expert slots beyond one for each expert [the fewest that divide].")
+    ] = None,
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Fill up feed-forward widths with zeros where TP would cut scale blocks.")
+    ] = False,
     recipe: Annotated[
         str, typer.Option(help="auto, deepseek-v3, weight-only, per-tensor, per-channel, bf16, fp32, or FILE.yaml.")
     ] = "auto",
@@ -60,8 +66,9 @@ def compile_model(
     if out is not None:
         check_output(out)
     plan = trace(model, parse_overrides(settings or [])).optimize(
-        target, phase=phase, batch=batch, context=context, chunk=chunk, layout=LayoutRequest(ranks, tp, dp, ep, pp=pp),
-        recipe=recipe, passes=passes or [], verify=verify, strict=strict, dump=dump_ir,
+        target, phase=phase, batch=batch, context=context, chunk=chunk,
+        layout=LayoutRequest(ranks, tp, dp, ep, redundant, pp, pad), recipe=recipe,
+        passes=passes or [], verify=verify, strict=strict, dump=dump_ir,
     )  # fmt: skip
     waiting = [f"{record.name}: {line}" for record in plan.records for line in record.notes]
     waiting += [f"warning: {line}" for line in plan.warnings]

@@ -37,6 +37,12 @@ class NothingGenerated(InputError):
     template = "--compare runs the prompt only: leave --max-new-tokens, --temperature, --top-p and --seed away"
 
 
+class OneProcess(InputError):
+    """--compare under torchrun."""
+
+    template = "--compare checks one process: compile the model without --ranks and run it without torchrun"
+
+
 def register(app: typer.Typer) -> None:
     """Add `moec run`."""
     app.command("run")(run)
@@ -60,6 +66,9 @@ def run(
         typer.Option(metavar="HF_FOLDER", help="Generate nothing: compare every op with these weights' reference."),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare the hashes of weights, too.")] = False,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Under torchrun: seconds that a rank may stay silent before all end.")
+    ] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a prompt; the text appears as it is generated."""
@@ -67,23 +76,26 @@ def run(
         raise OnePrompt()
     if compare is not None and (max_new_tokens is not None or (temperature, top_p, seed) != (0.0, 1.0, 0)):
         raise NothingGenerated()
-    from moec.runtime import Sampling, load
+    from moec.runtime import Sampling
+    from moec.runtime.launch import first, launched, loaded
 
+    if compare is not None and launched():
+        raise OneProcess()
     sampling = Sampling(temperature, top_p, seed)
     ids = _parse_ids(prompt_ids) if prompt_ids is not None else None
-    model = load(artifact, check=check, threads=threads)
-    if ids is None:
-        ids = model.tokenizer.encode(prompt) if prompt is not None else model.tokenizer.encode_chat(chat or "")
-    if compare is not None:
-        _compare(model, compare, ids, as_json)
-        return
-    new = max_new_tokens if max_new_tokens is not None else _default_new(model, len(ids))
-    if as_json:
-        done = model.complete(ids, new, sampling)
-        print(json.dumps(_fields(model, done, artifact)))
-        return
-    done = _stream(model, ids, new, sampling)
-    print(_summary(done), file=sys.stderr)
+    with loaded(artifact, check, threads, timeout) as model:
+        if ids is None:
+            ids = model.tokenizer.encode(prompt) if prompt is not None else model.tokenizer.encode_chat(chat or "")
+        if compare is not None:
+            _compare(model, compare, ids, as_json)
+            return
+        new = max_new_tokens if max_new_tokens is not None else _default_new(model, len(ids))
+        if not first():
+            model.complete(ids, new, sampling)
+        elif as_json:
+            print(json.dumps(_fields(model, model.complete(ids, new, sampling), artifact)))
+        else:
+            print(_summary(_stream(model, ids, new, sampling)), file=sys.stderr)
 
 
 def _compare(model: Model, folder: str, ids: list[int], as_json: bool) -> None:

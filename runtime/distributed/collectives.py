@@ -1,0 +1,238 @@
+"""The collectives of a sharded program over torch.distributed, on tensors that lie in the program's own buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from moec.ir.mesh import part
+from moec.ir.replicas import Replicas
+from moec.runtime.distributed.world import Axis, World
+from moec.runtime.steps import Collective, View
+
+Array = NDArray[Any]
+
+
+class Buffers(Protocol):
+    """What a collective reads and writes: tensors of one call, and its sizes known at run time."""
+
+    def array(self, view: View) -> Array:
+        """The rows of a view that are in use now."""
+
+    def resize(self, symbol: str, value: int) -> None:
+        """Set a size that later views and segments use."""
+
+
+class Collectives:
+    """Runs collectives for one rank. `replicas(layer, attrs)` gives the placement of a layer's experts."""
+
+    def __init__(self, world: World, replicas: Callable[[int, dict[str, Any]], Replicas]) -> None:
+        self.world = world
+        self._replicas = replicas
+        self._sent: dict[tuple[str, int], _Dispatched] = {}
+
+    def run(self, op: Collective, layer: int, buffers: Buffers) -> None:
+        """Run one collective; raises RuntimeError when a peer is gone or late."""
+        axis = self.world.axes[op.axis]
+        getattr(self, f"_{op.name}")(op, axis, layer, buffers)
+
+    def _all_reduce(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
+        x, y = b.array(op.inputs[0]), b.array(op.outputs[0])
+        if not x.size:
+            return
+        t = _tensor(x)
+        dist.all_reduce(t, group=axis.group)
+        axis.count(x.nbytes * 2 * (axis.size - 1) // axis.size)
+        y[...] = t.numpy()
+
+    def _all_gather(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
+        x, y = b.array(op.inputs[0]), b.array(op.outputs[0])
+        if not y.size:
+            return
+        if op.attrs["dim"] != 0:
+            parts = [torch.empty(x.shape) for _ in range(axis.size)]
+            dist.all_gather(parts, _tensor(x), group=axis.group)
+            np.concatenate([p.numpy() for p in parts], op.attrs["dim"], out=y)
+        else:
+            # Parts of one size: the last ones are filled up.
+            each = -(-len(y) // axis.size)
+            mine = torch.zeros((each, *x.shape[1:]))
+            mine[: len(x)] = torch.from_numpy(x)
+            parts = [torch.empty_like(mine) for _ in range(axis.size)]
+            dist.all_gather(parts, mine, group=axis.group)
+            for i, p in enumerate(parts):
+                first, stop = part(len(y), axis.size, i)
+                y[first:stop] = p.numpy()[: stop - first]
+        axis.count(x.nbytes * (axis.size - 1))
+
+    def _reduce_scatter(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
+        x, y = b.array(op.inputs[0]), b.array(op.outputs[0])
+        if not x.size:
+            return
+        each = -(-len(x) // axis.size)
+        whole = torch.zeros((each * axis.size, *x.shape[1:]))
+        whole[: len(x)] = torch.from_numpy(x)
+        mine = torch.empty((each, *x.shape[1:]))
+        dist.reduce_scatter_tensor(mine, whole, group=axis.group)
+        axis.count(x.nbytes * (axis.size - 1) // axis.size)
+        y[...] = mine.numpy()[: len(y)]
+
+    def _all_to_all(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
+        x, y = b.array(op.inputs[0]), b.array(op.outputs[0])
+        sent = torch.stack(_tensor(x).chunk(axis.size, op.attrs["split"]))
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=axis.group)
+        axis.count(x.nbytes * (axis.size - 1) // axis.size)
+        np.concatenate(list(got.numpy()), op.attrs["join"], out=y)
+
+    def _rows(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
+        x = b.array(op.inputs[0])
+        first, stop = part(len(x), axis.size, axis.index)
+        b.array(op.outputs[0])[...] = x[first:stop]
+
+    def _send(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
+        x = b.array(op.inputs[0])
+        if x.size:
+            dist.send(_tensor(x), axis.ranks[op.attrs["to"]])
+            axis.count(x.nbytes)
+
+    def _recv(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
+        y = b.array(op.outputs[0])
+        if y.size:
+            got = torch.empty(y.shape)
+            dist.recv(got, axis.ranks[op.attrs["source"]])
+            y[...] = got.numpy()
+
+    def _dispatch(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
+        x, ids, weights = (b.array(v) for v in op.inputs)
+        slots = self._replicas(layer, op.attrs).choose(ids, axis.index)
+        way = _Forwarded if _forwards(op, axis) else _Direct
+        done = way(axis, op.attrs, x, slots, weights)
+        rows, offsets, counts = done.arrived()
+        b.resize(op.attrs["rows"], len(rows))
+        b.array(op.outputs[0])[...] = rows
+        b.array(op.outputs[1])[...] = offsets
+        b.array(op.outputs[2])[...] = counts
+        handle = op.outputs[2]
+        self._sent[handle.buffer, handle.offset] = done
+
+    def _combine(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
+        rows, _, weights = (b.array(v) for v in op.inputs)
+        handle = op.inputs[1]
+        b.array(op.outputs[0])[...] = self._sent.pop((handle.buffer, handle.offset)).back(rows, weights)
+
+
+def _forwards(op: Collective, axis: Axis) -> bool:
+    return bool(op.attrs["via"] == "node" and 1 < op.attrs["per_node"] < axis.size)
+
+
+def _tensor(x: Array) -> torch.Tensor:
+    """A contiguous tensor of its own: collectives may write into it."""
+    return torch.from_numpy(np.ascontiguousarray(x).copy())
+
+
+@dataclass
+class _Pairs:
+    """Rows sent to the ranks that hold slots, one for each (row, slot) pair, and how results find back."""
+
+    axis: Axis
+    order: Array
+    by_slot: Array
+    sent: list[int]
+    got: list[int]
+    rows: Array
+    offsets: Array
+
+    @staticmethod
+    def send(axis: Axis, local: int, x: Array, row: Array, slot: Array) -> _Pairs:
+        """Send `x[row[p]]` to the rank of `slot[p]`; what arrives is sorted by the slots of this rank."""
+        order = np.argsort(slot, kind="stable")
+        counts = np.bincount(slot, minlength=local * axis.size).reshape(axis.size, local)
+        theirs = axis.exchange_counts(counts)
+        sent, got = counts.sum(1).tolist(), theirs.sum(1).tolist()
+        arrived = axis.exchange_rows(x[row[order]], sent, got)
+        slots = np.repeat(np.tile(np.arange(local), axis.size), theirs.reshape(-1))
+        by_slot = np.argsort(slots, kind="stable")
+        offsets = np.concatenate(([0], np.cumsum(theirs.sum(0))))
+        return _Pairs(axis, order, by_slot, sent, got, arrived[by_slot], offsets)
+
+    def back(self, results: Array) -> Array:
+        """The result of every pair, in the order in which the pairs were given."""
+        arrived = np.empty_like(results)
+        arrived[self.by_slot] = results
+        home = self.axis.exchange_rows(arrived, self.got, self.sent)
+        out = np.empty_like(home)
+        out[self.order] = home
+        return out
+
+
+class _Dispatched(Protocol):
+    """A dispatch whose results are still out."""
+
+    def arrived(self) -> tuple[Array, Array, list[int]]:
+        """Rows that came, offsets of the slots in them, how many came from each rank."""
+
+    def back(self, rows: Array, weights: Array) -> Array:
+        """Send results back; returns each token's weighted sum."""
+
+
+class _Direct:
+    """Every pair travels to the rank of its slot."""
+
+    def __init__(self, axis: Axis, attrs: dict[str, Any], x: Array, slots: Array, weights: Array) -> None:
+        tokens, k = slots.shape
+        self.pairs = _Pairs.send(axis, attrs["slots"] // axis.size, x, np.arange(tokens * k) // k, slots.reshape(-1))
+
+    def arrived(self) -> tuple[Array, Array, list[int]]:
+        return self.pairs.rows, self.pairs.offsets, self.pairs.got
+
+    def back(self, rows: Array, weights: Array) -> Array:
+        results = self.pairs.back(rows).reshape(*weights.shape, rows.shape[1])
+        return (weights[:, None, :] @ results)[:, 0]
+
+
+class _Forwarded:
+    """A token travels once to every node that it needs, to the rank with the sender's place there, which forwards it.
+
+    On the way back that rank sums what its node computed for the token (arXiv 2412.19437, sec. 3.2.2).
+    """
+
+    def __init__(self, axis: Axis, attrs: dict[str, Any], x: Array, slots: Array, weights: Array) -> None:
+        self.axis = axis
+        local, per_node = attrs["slots"] // axis.size, attrs["per_node"]
+        tokens, k = slots.shape
+        place, nodes = axis.index % per_node, axis.size // per_node
+        node_of = slots // (local * per_node)
+        reached = np.zeros((tokens, nodes), dtype=bool)
+        np.put_along_axis(reached, node_of, True, axis=1)
+        _, self.token = np.nonzero(reached.T)
+        self.tokens = tokens
+        counts = np.zeros((axis.size, 1), dtype=np.int64)
+        counts[place::per_node, 0] = reached.sum(0)
+        theirs = axis.exchange_counts(counts)
+        self.sent, self.got = counts[:, 0].tolist(), theirs[:, 0].tolist()
+        # Slots are small integers, exact in FP32: they and the weights travel with the row.
+        payload = np.concatenate((x, slots.astype(np.float32), weights), axis=1)[self.token]
+        came = axis.exchange_rows(payload, self.sent, self.got)
+        x, slots = came[:, : x.shape[1]], came[:, x.shape[1] : -k].astype(np.int64)
+        self.weights = came[:, -k:]
+        self.row, self.choice = np.nonzero(slots // (local * per_node) == axis.index // per_node)
+        self.pairs = _Pairs.send(axis, local, x, self.row, slots[self.row, self.choice])
+
+    def arrived(self) -> tuple[Array, Array, list[int]]:
+        return self.pairs.rows, self.pairs.offsets, self.pairs.got
+
+    def back(self, rows: Array, weights: Array) -> Array:
+        results = self.pairs.back(rows) * self.weights[self.row, self.choice][:, None]
+        sums = np.zeros((len(self.weights), rows.shape[1]), dtype=rows.dtype)
+        np.add.at(sums, self.row, results)
+        home = self.axis.exchange_rows(sums, self.got, self.sent)
+        out = np.zeros((self.tokens, rows.shape[1]), dtype=rows.dtype)
+        np.add.at(out, self.token, home)
+        return out

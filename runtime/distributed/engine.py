@@ -1,0 +1,156 @@
+"""The executor of one rank: native segments and collectives in turn, every rank in the same phase at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.runtime.artifact import Artifact
+from moec.runtime.cache import Sequence
+from moec.runtime.distributed.collectives import Collectives
+from moec.runtime.distributed.monitor import Monitor
+from moec.runtime.distributed.world import World
+from moec.runtime.engine import Call, Engine, Ids, Logits
+from moec.runtime.plan import Entry
+from moec.runtime.steps import Collective, Loop, Segment, Step, View
+
+NOTHING, DECODE, PREFILL = range(3)
+"""What a rank has to do next; the greatest of all ranks is done by all, by some with no token."""
+
+
+class DistributedEngine(Engine):
+    """An engine whose calls every rank of the mesh takes part in."""
+
+    def __init__(
+        self, artifact: Artifact, world: World, collectives: Collectives, monitor: Monitor, threads: int | None
+    ) -> None:
+        self.world = world
+        self.collectives = collectives
+        self.monitor = monitor
+        super().__init__(artifact, threads)
+
+    def _entry(self, entry: Entry, sequences: int) -> Call:
+        return SteppedCall(self, entry, sequences)
+
+    def prefill(self, sequence: Sequence, tokens: Ids, last_only: bool = True) -> Logits:
+        """As `Engine.prefill`; the ranks of this one's tensor-parallel and pipeline groups give the same tokens."""
+        self._meet(PREFILL)
+        return super().prefill(sequence, tokens, last_only)
+
+    def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
+        """As `Engine.decode`; waits while other ranks have prompts to feed."""
+        self._meet(DECODE)
+        return super().decode(sequences, tokens)
+
+    def drain(self) -> None:
+        """Take part in the others' calls until no rank has anything to do."""
+        self._meet(NOTHING)
+
+    def _meet(self, wanted: int) -> None:
+        """Return when all ranks do what this one wants; take part with no token in what comes before."""
+        if self.world.mesh.dp == 1:
+            return  # every rank has the same sequences
+        while (agreed := self._agree(wanted)) != wanted:
+            call = self._prefill if agreed == PREFILL else self._decode
+            arrays, args = call.bind(tokens=0, rows=0, sequences=1)
+            arrays["pages"][:] = 0
+            arrays["starts"][:] = 0
+            call.function(*args)
+
+    def _agree(self, wanted: int) -> int:
+        with self.monitor.communication("the agreement on the next step", layer=None):
+            return self.world.agree(wanted)
+
+
+@dataclass(eq=False)
+class _Binding:
+    """The arguments of a call for given sizes: tensors of every segment, and the arrays in which collectives work."""
+
+    symbols: dict[str, int]
+    step: NDArray[np.int32]
+    flat: dict[str, NDArray[Any]]
+    segments: dict[Segment, tuple[Callable[..., Any], list[Any]]] = field(default_factory=dict)
+
+    def array(self, view: View) -> NDArray[Any]:
+        """The rows of a view that are in use now."""
+        shape = tuple(self.symbols[d] if isinstance(d, str) else d for d in view.shape)
+        raw = self.flat[view.buffer].view(view.dtype)[view.offset :]
+        if len(shape) == 1:
+            return raw[: shape[0]]
+        inner = int(np.prod(shape[1:]))
+        strides = (view.ld * view.dtype.itemsize, view.dtype.itemsize)
+        rows = np.lib.stride_tricks.as_strided(raw, (shape[0], inner), strides)
+        return rows if len(shape) == 2 else rows.reshape(shape)
+
+    def resize(self, symbol: str, value: int) -> None:
+        """Set the rows that a dispatch brought."""
+        self.symbols[symbol] = value
+        self.step[1] = value
+
+
+class SteppedCall(Call):
+    """One entry as steps: segments of the library, collectives, loops over layers."""
+
+    def __init__(self, engine: DistributedEngine, entry: Entry, sequences: int) -> None:
+        self._engine = engine
+        self._sizes: dict[tuple[int, int, int], _Binding] = {}
+        super().__init__(entry, sequences, engine.pool.table_width, engine.library, engine.fixed)
+        self._arguments = {a.name: a for a in entry.args}
+
+    def _load(self, entry: Entry) -> Callable[..., Any]:
+        return self._run
+
+    def bind(self, tokens: int, rows: int, sequences: int) -> tuple[dict[str, NDArray[Any]], list[Any]]:
+        """As `Call.bind`; the argument of `function` is what it prepared."""
+        arrays, args = super().bind(tokens, rows, sequences)
+        key = (tokens, rows, sequences)
+        if key not in self._sizes:
+            names = [a.name for a in self._entry.args]
+            self._sizes[key] = self._prepare(tokens, rows, arrays, dict(zip(names, args, strict=True)))
+        return arrays, [self._sizes[key]]
+
+    def _prepare(self, tokens: int, rows: int, arrays: dict[str, Any], tensors: dict[str, Any]) -> _Binding:
+        mesh, rank = self._engine.world.mesh, self._engine.world.rank
+        each = -(-tokens // mesh.tp)
+        mine = min((mesh.index(rank, "tp") + 1) * each, tokens) - min(mesh.index(rank, "tp") * each, tokens)
+        symbols = {"T": tokens, "R": rows, "U": mine, "D": 0}
+        arrays["step"][:] = (0, 0, mine)
+        workspace = self._engine.fixed(self._arguments["workspace"])
+        flat = {name: a.reshape(-1) for name, a in {**arrays, "workspace": workspace}.items()}
+        binding = _Binding(symbols, arrays["step"], flat)
+        for segment in segments_of(self._entry.steps):
+            function = self._engine.library.function(segment.symbol)
+            binding.segments[segment] = (function, [tensors[n] for n in segment.args])
+        return binding
+
+    def _run(self, binding: _Binding) -> None:
+        self._engine.monitor.begin(self._entry.symbol)
+        binding.step[2] = binding.symbols["U"]
+        self._steps(self._entry.steps, binding, -1)
+
+    def _steps(self, steps: tuple[Step, ...], binding: _Binding, layer: int) -> None:
+        for step in steps:
+            if isinstance(step, Segment):
+                function, args = binding.segments[step]
+                function(*args)
+            elif isinstance(step, Collective):
+                with self._engine.monitor.communication(f"{step.name}, {step.where}", None if layer < 0 else layer):
+                    self._engine.collectives.run(step, layer, binding)
+            else:
+                for inner in range(step.first, step.last + 1):
+                    binding.step[0] = inner
+                    self._steps(step.steps, binding, inner)
+
+
+def segments_of(steps: tuple[Step, ...]) -> Iterable[Segment]:
+    """All segments of some steps."""
+    for step in steps:
+        if isinstance(step, Segment):
+            yield step
+        elif isinstance(step, Loop):
+            yield from segments_of(step.steps)

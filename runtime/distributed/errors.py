@@ -1,0 +1,44 @@
+"""What can go wrong between the ranks of a run."""
+
+from __future__ import annotations
+
+from moec.errors import InputError, MoecError
+
+
+class NeedsTorchrun(InputError):
+    """A sharded artifact in a single process."""
+
+    template = (
+        "{path} is split over {ranks} ranks: start it with torchrun --nproc-per-node {ranks} -m moec run {path} ..."
+    )
+
+
+class WrongRankCount(InputError):
+    """Another number of processes than the artifact's ranks."""
+
+    template = "the artifact is for {needed} ranks, torchrun started {started}: use --nproc-per-node {needed}"
+
+
+class OtherArtifact(InputError):
+    """Ranks with different artifacts."""
+
+    template = (
+        "rank {rank} has another artifact than rank 0 (manifest {found:.12} instead of {expected:.12}): "
+        "give every rank the same one"
+    )
+
+
+class RankFailed(MoecError):
+    """A rank that could not do its part."""
+
+    template = "rank {rank}: {message}"
+
+
+class RankInputFailed(RankFailed, InputError):
+    """A rank whose input is wrong."""
+
+
+class RanksMissing(MoecError):
+    """Ranks that never joined."""
+
+    template = "not all of {size} ranks joined within {seconds:g} s ({why})"

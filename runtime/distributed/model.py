@@ -1,0 +1,166 @@
+"""`moec.load` for one of several ranks: each data-parallel replica takes its share of the prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec.errors import InputError, MoecError
+from moec.ir.mesh import Mesh
+from moec.ir.replicas import Replicas, default_slots
+from moec.runtime.artifact import Artifact, open_artifact
+from moec.runtime.distributed.collectives import Collectives
+from moec.runtime.distributed.engine import DistributedEngine
+from moec.runtime.distributed.errors import OtherArtifact, RankFailed, RankInputFailed
+from moec.runtime.distributed.monitor import Monitor
+from moec.runtime.distributed.world import World, join
+from moec.runtime.engine import Logits
+from moec.runtime.errors import NotForCpu
+from moec.runtime.generate import Completions, Rates, Stream
+from moec.runtime.launch import TIMEOUT
+from moec.runtime.model import Model
+from moec.runtime.plan import Plan
+from moec.runtime.sampling import Sampling
+from moec.runtime.tokens import as_batch
+
+
+def load_distributed(
+    path: str | Path, check: bool = False, threads: int | None = None, timeout: float = TIMEOUT
+) -> DistributedModel:
+    """Open this rank's part of the artifact at `path`; every process that torchrun started calls it.
+
+    Raises an InputError or MoecError on every rank when one cannot open its part, naming that rank.
+    """
+    world, store = join(timeout)
+    monitor = Monitor(world.rank, world.size, store, timeout)
+    artifact, failure = None, None
+    try:
+        artifact = open_artifact(path, check, rank=world.rank, ranks=world.size)
+        identity = hashlib.sha256((artifact.path / "manifest.json").read_bytes()).hexdigest()
+    except MoecError as error:
+        failure, identity = error, ""
+    with monitor.communication("the comparison of artifacts", layer=None):
+        told = world.gather((identity, str(failure) if failure else "", isinstance(failure, InputError)))
+    for rank, (_, message, is_input) in enumerate(told):
+        if message:
+            monitor.close()
+            same = all(other[1] == message for other in told)
+            if same and failure is not None:
+                raise failure
+            raise (RankInputFailed if is_input else RankFailed)(rank=rank, message=message)
+    for rank, (found, _, _) in enumerate(told):
+        if found != told[0][0]:
+            monitor.close()
+            raise OtherArtifact(rank=rank, found=found, expected=told[0][0])
+    assert artifact is not None
+    return DistributedModel(artifact, world, monitor, threads)
+
+
+class DistributedModel(Model):
+    """A rank of a loaded artifact. All ranks make the same calls with the same arguments and get the same results."""
+
+    engine: DistributedEngine
+
+    def __init__(self, artifact: Artifact, world: World, monitor: Monitor, threads: int | None) -> None:
+        self.world = world
+        self.monitor = monitor
+        if not isinstance(artifact.plan, Plan):
+            raise NotForCpu(path=str(artifact.path), target=artifact.manifest.target)
+        mesh = artifact.plan.mesh
+        world.lay_out(Mesh(mesh.pp, mesh.dp, mesh.tp, mesh.ep))
+
+        def replicas(layer: int, attrs: dict[str, Any]) -> Replicas:
+            key = layer - attrs["first"]
+            if key not in cached:
+                row = mesh.placement[key] if mesh.placement else default_slots(attrs["experts"], attrs["slots"])
+                shares = mesh.shares[key] if mesh.shares else None
+                cached[key] = Replicas(tuple(row), attrs["experts"], shares)
+            return cached[key]
+
+        cached: dict[int, Replicas] = {}
+        self.collectives = Collectives(world, replicas)
+        engine = DistributedEngine(artifact, world, self.collectives, monitor, threads)
+        super().__init__(artifact, threads, engine)
+
+    @property
+    def replica(self) -> tuple[int, int]:
+        """This rank's data-parallel replica, and how many there are."""
+        return self.world.mesh.index(self.world.rank, "dp"), self.world.mesh.dp
+
+    def logits(self, ids: Any, chunk: int | None = None) -> Logits:
+        """As `Model.logits`: sequence b is computed by replica b mod replicas; every rank gets all."""
+        batch = as_batch(ids, self.artifact.manifest)
+        replica, replicas = self.replica
+        mine = batch[replica::replicas]
+        part = super().logits(mine, chunk) if len(mine) else np.empty((0, batch.shape[1], self.vocab), np.float32)
+        self._drain()
+        result = np.empty((*batch.shape, self.vocab), dtype=np.float32)
+        for rank, rows in enumerate(self._gather(part)):
+            result[self.world.mesh.index(rank, "dp") :: replicas] = rows
+        return result
+
+    def close(self) -> None:
+        """Every rank is done: end the watch over the others."""
+        self._gather(None)
+        self.monitor.close()
+        self.world.leave()
+
+    def _complete(
+        self, ids: Any, new: int, sampling: Sampling, stop: Iterable[int] | None, stream: Stream | None
+    ) -> tuple[bool, Completions]:
+        replica, replicas = self.replica
+        prompts, single = self._prompts(ids, new)
+        mine = [i for i in range(len(prompts)) if i % replicas == replica]
+        if stream is not None and mine:
+            given = stream
+
+            def stream(index: int, token: int) -> None:
+                given(mine[index], token)
+
+        done = self._run(
+            prompts[replica::replicas],
+            new,
+            _Share(sampling.temperature, sampling.top_p, sampling.seed, tuple(mine)),
+            stop,
+            stream,
+        )
+        self._drain()
+        parts = self._gather((mine, done.tokens, vars(done.rates)))
+        tokens: list[list[int]] = [[] for _ in prompts]
+        for indices, lists, _ in parts:
+            for index, one in zip(indices, lists, strict=True):
+                tokens[index] = one
+        return single, Completions(tokens, _joined([Rates(**r) for _, _, r in parts], self.world))
+
+    def _drain(self) -> None:
+        with self._lock:
+            self.engine.use_threads()
+            self.engine.drain()
+
+    def _gather(self, value: Any) -> list[Any]:
+        with self.monitor.communication("the exchange of results", layer=None):
+            return self.world.gather(value)
+
+
+@dataclass(frozen=True)
+class _Share(Sampling):
+    """The sampling of some of all sequences: each draws as it would among all."""
+
+    indices: tuple[int, ...] = ()
+
+    def generator(self, sequence: int) -> np.random.Generator:
+        return super().generator(self.indices[sequence])
+
+
+def _joined(rates: list[Rates], world: World) -> Rates:
+    """Tokens of all replicas over the longest time of any."""
+    firsts = [r for rank, r in enumerate(rates) if world.mesh.index(rank, "tp") == world.mesh.index(rank, "pp") == 0]
+    return Rates(
+        sum(r.prompt_tokens for r in firsts), max(r.prefill_seconds for r in rates),
+        sum(r.decoded_tokens for r in firsts), max(r.decode_seconds for r in rates),
+    )  # fmt: skip

@@ -1,0 +1,119 @@
+"""The processes that torchrun started, as ranks of an artifact's mesh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
+
+from moec.ir.mesh import AXES, Mesh
+from moec.runtime.distributed.errors import RanksMissing, WrongRankCount
+
+
+@dataclass
+class Axis:
+    """The ranks along one axis of the mesh, as this rank sees them. `sent` counts bytes to each of them."""
+
+    index: int
+    ranks: tuple[int, ...]
+    group: Any
+    sent: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sent = np.zeros(len(self.ranks), dtype=np.int64)
+
+    @property
+    def size(self) -> int:
+        """Ranks along the axis."""
+        return len(self.ranks)
+
+    def count(self, nbytes: int) -> None:
+        """Add to the bytes sent, to the next rank of a ring."""
+        self.sent[(self.index + 1) % self.size] += nbytes
+
+    def exchange_counts(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row i goes to rank i; returns the rows that the others have for this one."""
+        sent = torch.from_numpy(np.ascontiguousarray(counts, dtype=np.int64))
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=self.group)
+        return got.numpy()
+
+    def exchange_rows(self, x: NDArray[Any], sent: Sequence[int], got: Sequence[int]) -> NDArray[Any]:
+        """Consecutive rows of `x`, `sent[i]` of them to rank i; returns `got[i]` rows from each in turn."""
+        rows = torch.from_numpy(np.ascontiguousarray(x))
+        out = torch.empty((sum(got), *x.shape[1:]), dtype=rows.dtype)
+        dist.all_to_all_single(out, rows, list(got), list(sent), group=self.group)
+        width = x.itemsize * int(np.prod(x.shape[1:], dtype=np.int64))
+        self.sent += np.asarray(sent, dtype=np.int64) * width * (np.arange(self.size) != self.index)
+        return out.numpy()
+
+
+@dataclass
+class World:
+    """This process among all: its rank, the mesh, and the groups along its axes."""
+
+    rank: int
+    size: int
+    mesh: Mesh = field(default_factory=Mesh)
+    axes: dict[str, Axis] = field(default_factory=dict)
+
+    def lay_out(self, mesh: Mesh) -> None:
+        """Make the groups of a mesh; every rank calls it. Raises WrongRankCount."""
+        if mesh.ranks != self.size:
+            raise WrongRankCount(needed=mesh.ranks, started=self.size)
+        self.mesh = mesh
+        made: dict[tuple[int, ...], Any] = {}
+        for axis in AXES:
+            for ranks in dict.fromkeys(mesh.group(r, axis) for r in range(self.size)):
+                # Every rank takes part in making every group, in this order.
+                if ranks not in made:
+                    made[ranks] = dist.new_group(list(ranks)) if len(ranks) < self.size else dist.group.WORLD
+            mine = mesh.group(self.rank, axis)
+            self.axes[axis] = Axis(mesh.index(self.rank, axis), mine, made[mine])
+
+    def agree(self, value: int) -> int:
+        """The greatest value of all ranks."""
+        t = torch.tensor([value])
+        dist.all_reduce(t, op=dist.ReduceOp.MAX)
+        return int(t)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks in order, plain data."""
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value)
+        return out
+
+    def leave(self) -> None:
+        """Close the connections; every rank calls it."""
+        dist.destroy_process_group()
+
+    def traffic(self) -> Mapping[str, Any]:
+        """Bytes sent to each rank along every axis so far."""
+        return {name: axis.sent.tolist() for name, axis in self.axes.items() if axis.size > 1}
+
+
+def join(timeout: float) -> tuple[World, Any]:
+    """Meet the other processes; returns the world and the store that they share. Raises RanksMissing.
+
+    A rank that waits longer than twice the `timeout` in a collective gives up by itself, should nobody find the cause.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
+        store.set_timeout(timedelta(seconds=timeout))
+        limit = timedelta(seconds=2 * timeout + 5)
+        dist.init_process_group(
+            "gloo", store=distributed_c10d.PrefixStore("moec", store), rank=rank, world_size=size, timeout=limit
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RanksMissing(size=size, seconds=timeout, why=str(error).strip().partition("\n")[0]) from None
+    return World(rank, size), store

@@ -1,0 +1,75 @@
+"""One rank of a test: opens the artifact, computes what the request asks for, and fails where it is told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec.runtime.distributed.model import DistributedModel
+from moec.runtime.launch import loaded
+
+
+def main(request: dict[str, Any]) -> None:
+    """Rank 0 leaves logits and tokens in the request's `out`."""
+    path = request["artifact"]
+    rank = int(os.environ["RANK"])
+    if rank == request.get("other_rank"):
+        path = request["other"]
+    with loaded(path, False, 1, request.get("timeout", 30.0)) as model:
+        out: dict[str, Any] = {}
+        if "fail" in request and rank == request["rank"]:
+            _fail_at(model, request["fail"], request["step"])
+        routed: list[Any] = []
+        if request.get("watch"):
+            _watch(model, routed)
+        if "ids" in request:
+            ids = np.asarray(request["ids"])
+            for chunk in request.get("chunks", (None, 7, 1)):
+                out[f"logits_{chunk}"] = model.logits(ids, chunk=chunk)
+        if "prompts" in request:
+            out["tokens"] = np.array(json.dumps(model.generate(request["prompts"], request["new"], stop=())))
+        if "out" in request:
+            traffic = model.world.traffic() if isinstance(model, DistributedModel) else {}
+            out["sent"], out["routed"] = (np.array(json.dumps(x)) for x in (dict(traffic), routed))
+            np.savez(Path(request["out"]) / f"rank{rank}.npz", **out)
+
+
+def _watch(model: Any, routed: list[Any]) -> None:
+    """Note the experts of every dispatch."""
+    collectives = model.collectives
+    dispatch = collectives._dispatch
+
+    def noting(op: Any, axis: Any, layer: int, buffers: Any) -> None:
+        routed.append(buffers.array(op.inputs[1]).tolist())
+        dispatch(op, axis, layer, buffers)
+
+    collectives._dispatch = noting
+
+
+def _fail_at(model: Any, how: str, step: int) -> None:
+    """Let the rank die, stop or hang in a decode step."""
+    engine, count = model.engine, [0]
+    decode = engine.decode
+
+    def failing(*args: Any) -> Any:
+        count[0] += 1
+        if count[0] == step:
+            if how == "hang":
+                time.sleep(1000)
+            if how == "error":
+                raise OSError(5, "Input/output error")
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
+        return decode(*args)
+
+    engine.decode = failing
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

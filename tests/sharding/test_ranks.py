@@ -1,0 +1,159 @@
+"""Artifacts over several processes against one process: the same numbers on every mesh, and no rank left waiting."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rank_models import CASES, Case, compiled, launch, results, skewed
+
+import moec
+from moec.passes.planning.layout import LayoutRequest
+
+BOUND = 1e-5
+"""Greatest difference of logits over the greatest logit."""
+FAST = ("ep3-redundant", "dp2-tp2-ep4-forwarded", "pp2")
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11] * 3, [3]]
+"""Uneven, and fewer than replicas: some rank has no prompt at all."""
+
+
+def agree(model: Path | str, name: str, recipe: str, tmp: Path, seed: int = 0) -> None:
+    """Prefill whole, in chunks and token by token, and generation, equal those of one process on every rank."""
+    case = CASES[name]
+    one = moec.load(compiled(model, tmp / "one.moec", recipe), threads=1)
+    ids = np.random.default_rng(seed).integers(0, one.vocab, (3, 20))
+    ranks = results(
+        case.ranks, compiled(model, tmp / "many.moec", recipe, case), tmp / "out",
+        ids=ids.tolist(), prompts=PROMPTS, new=6,
+    )  # fmt: skip
+    tokens = one.generate(PROMPTS, 6, stop=())
+    for found in ranks:
+        for chunk in (None, 7, 1):
+            expected = one.logits(ids, chunk=chunk)
+            worst = np.abs(found[f"logits_{chunk}"] - expected).max() / np.abs(expected).max()
+            assert worst < BOUND, f"chunk={chunk}: {worst}"
+        assert json.loads(str(found["tokens"])) == tokens
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
+    agree(skewed("many-groups", tmp_path / "hf"), name, "fp32", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["fp32", "weight-only"])
+@pytest.mark.parametrize("name", CASES)
+def test_tiny_on_every_mesh(name: str, recipe: str, tmp_path: Path) -> None:
+    """The trained model; FP8 weights are the same bytes on every rank, so that the bound stays."""
+    if recipe == "weight-only" and CASES[name].request.tp > 1:
+        pytest.skip("the tiny model's heads cut 128-wide scale blocks: refused when planned")
+    agree("tiny-deepseek-v3", name, recipe, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["v3", "half-split-rope", "no-dense-tied", "v2-groups", "all-dense"])
+@pytest.mark.parametrize("name", CASES)
+def test_small_models_on_every_mesh(name: str, variant: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    if variant == "all-dense" and ((case.request.ep or 1) > 1 or case.request.redundant or case.passes):
+        pytest.skip("no routed experts")
+    agree(skewed(variant, tmp_path / "hf", seed=3), name, "fp32", tmp_path, seed=3)
+
+
+@pytest.mark.slow
+def test_fp8_blocks_over_tensor_parallel_ranks(tmp_path: Path) -> None:
+    """Whole 128x128 blocks on every rank: the same FP8 weights as in one process."""
+    sizes = {
+        "num_attention_heads": 4, "num_key_value_heads": 4, "v_head_dim": 64, "qk_nope_head_dim": 48,
+        "qk_rope_head_dim": 16, "intermediate_size": 512, "moe_intermediate_size": 256,
+    }  # fmt: skip
+    agree(skewed("block-sizes", tmp_path / "hf", **sizes), "tp2", "weight-only", tmp_path)
+
+
+@pytest.mark.parametrize("via", [pytest.param("direct", marks=pytest.mark.slow), "node"])
+def test_traffic_between_nodes_is_what_arithmetic_says(via: str, tmp_path: Path) -> None:
+    """Two nodes of two ranks: a row for each pair on the other node, or one for each token that needs it."""
+    case = Case(LayoutRequest(ranks=4), (f"shard{{via={via},per_node=2}}",))
+    model = skewed("v3", tmp_path / "hf")
+    ids = np.random.default_rng(2).integers(0, 211, (4, 9)).tolist()
+    ranks = results(
+        4, compiled(model, tmp_path / "m.moec", "fp32", case), tmp_path / "out", ids=ids, chunks=[None], watch=True
+    )
+    for rank, found in enumerate(ranks):
+        sent = json.loads(str(found["sent"]))["ep"]
+        far = [r for r in range(4) if r // 2 != rank // 2]
+        hidden, k = 96, 3
+        rows = 0
+        for routed in json.loads(str(found["routed"])):
+            nodes = np.asarray(routed).reshape(-1, k) // 2 // 2
+            other = nodes != rank // 2
+            rows += int(other.sum() if via == "direct" else other.any(1).sum())
+        extra = 0 if via == "direct" else 2 * k
+        dispatched, combined = rows * (hidden + extra) * 4, _came(ranks, rank, via, k) * hidden * 4
+        assert sum(sent[r] for r in far) == dispatched + combined
+
+
+def _came(ranks: list[dict[str, np.ndarray]], rank: int, via: str, k: int) -> int:
+    """Rows that came from the other node for this rank: it sends as many back."""
+    total = 0
+    for source in [r for r in range(4) if r // 2 != rank // 2]:
+        for routed in json.loads(str(ranks[source]["routed"])):
+            slots = np.asarray(routed).reshape(-1, k)
+            if via == "direct":
+                total += int((slots // 2 == rank).sum())
+            elif source % 2 == rank % 2:
+                total += int((slots // 2 // 2 == rank // 2).any(1).sum())
+    return total
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact for two ranks."""
+    return compiled("tiny-deepseek-v3", tmp_path_factory.mktemp("pair") / "m.moec", "fp32", CASES["ep2"])
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("kill", r"rank 1 died or was stopped: no sign of life for [\d.]+ s, rank 0 waits in "),
+        pytest.param("stop", r"rank 1 died or was stopped: .*rank 0 waits in ", marks=pytest.mark.slow),
+        pytest.param("hang", r"rank 1 stopped answering after layer 3 \(combine", marks=pytest.mark.slow),
+        pytest.param("error", "rank 1: Input/output error", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_fails_ends_all_with_one_line(how: str, words: str, pair: Path) -> None:
+    began = time.monotonic()
+    request = {"artifact": str(pair), "prompts": [[1, 2, 3], [4]], "new": 40, "timeout": 5}
+    done = launch(2, {**request, "fail": how, "rank": 1, "step": 20}, seconds=60)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("moec: error:")]
+    assert done.returncode == 1 and len(lines) == 1 and re.search(words, lines[0]), done.stderr
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_ranks_with_different_artifacts(pair: Path, tmp_path: Path) -> None:
+    other = compiled("tiny-deepseek-v3", tmp_path / "other.moec", "bf16", CASES["ep2"])
+    request = {"artifact": str(pair), "other": str(other), "other_rank": 1, "prompts": [[1]], "new": 2}
+    done = launch(2, request, seconds=60)
+    assert done.returncode == 1 and "rank 1 has another artifact than rank 0 (manifest" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_prints_once(pair: Path) -> None:
+    """`torchrun -m moec run --json`: rank 0 prints one object, the tokens are those of one process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moec"]
+    arguments = ["run", str(pair), "--prompt-ids", "5,6,7", "--max-new-tokens", "5", "--threads", "1", "--json"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=100)
+    one = moec.load(compiled("tiny-deepseek-v3", pair.parent / "one.moec"), threads=1)
+    assert json.loads(done.stdout)["token_ids"] == one.generate([5, 6, 7], 5), done.stderr
+
+
+def test_one_process_for_several_ranks(pair: Path) -> None:
+    with pytest.raises(moec.errors.InputError, match=r"split over 2 ranks.*torchrun --nproc-per-node 2"):
+        moec.load(pair)
