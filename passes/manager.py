@@ -47,6 +47,8 @@ class Record:
     warnings: list[str]
     peak_mb: float
     """Greatest resident memory of the process so far."""
+    moved: float | None = None
+    """Measured relative change of the results, under verify numerics."""
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Manager:
             from moec.passes.numerics import Numerics
 
             self._numerics = Numerics(module, self.context.limits.context)
-        self._report = Report(module, self.context.limits) if self.dump is not None else None
+        self._report = Report(module, self.context) if self.dump is not None else None
         self._write("00_import.ir", module)
         for number, step in enumerate(pipeline, start=1):
             self._step(module, step, number)
@@ -93,6 +95,8 @@ class Manager:
         self.records.append(record)
         self._write(f"{number:02d}_{step.name}.ir", module)
         self._check(module, step)
+        if record.moved is not None:
+            self._write_report()
         if self.strict and outcome.warnings:
             raise StrictError(name=step.name, message=outcome.warnings[0])
 
@@ -106,6 +110,7 @@ class Manager:
             raise PassFailure(name=step.name, message=broken)
         if self._numerics is not None:
             departure = self._numerics.check(module, step.tolerance)
+            self.records[-1].moved = self._numerics.moved
             if departure:
                 raise PassFailure(name=step.name, message=f"{departure} (tolerance {step.tolerance:g})")
         if self.verify == "roundtrip":
@@ -121,6 +126,10 @@ class Manager:
         (self.dump / "index.md").write_text(self.index())
         if self._report is not None:
             self._report.add(module, self.records[-1] if self.records else None)
+            self._write_report()
+
+    def _write_report(self) -> None:
+        if self.dump is not None and self._report is not None:
             (self.dump / "report.html").write_text(self._report.html())
 
     def index(self) -> str:
