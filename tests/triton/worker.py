@@ -18,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import interp_fixes
 import interp_kernels
 import torch
+from generated import generated_error
 from layers import attention_error, experts_error
 from whole_models import prompts_error
 
@@ -57,7 +58,17 @@ def repairs(on: bool) -> None:
 
 
 CALLS = {
-    f.__name__: f for f in (run_case, cast_bits, product_error, repairs, experts_error, attention_error, prompts_error)
+    f.__name__: f
+    for f in (
+        run_case,
+        cast_bits,
+        product_error,
+        repairs,
+        experts_error,
+        attention_error,
+        prompts_error,
+        generated_error,
+    )
 }
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moec.ir import CacheType, Op, TensorType, Value, WeightRef
+
+if TYPE_CHECKING:
+    from moec.codegen.triton.fused.products import Product
 
 What = Literal["data", "scale", "cache", "order", "source", "blocks", "row", "head", "size"]
 TRITON = {
@@ -41,6 +44,10 @@ class Generated:
     rows: str
     """The number of rows, as an expression over the run-time symbols."""
     dims: dict[str, int] = field(default_factory=dict)
+    product: Product | None = None
+    """What the kernel multiplies; None for a row-wise one."""
+    problem: Any = None
+    """The random operands of the problem that was built last (fused/check.py)."""
 
 
 def pointer(dtype: str) -> str:

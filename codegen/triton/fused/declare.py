@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from moec.codegen.triton.fused.binding import Generated, tensor_of
 from moec.codegen.triton.fused.check import build_generated, reference_generated
@@ -111,8 +112,8 @@ def _spec(
         constants=constants,
         tiles=tiles,
         grid=grid,
-        build=lambda p: build_generated(kernel, p),
-        reference=lambda p, x: reference_generated(kernel, p, x),
+        build=partial(build_generated, kernel=kernel),
+        reference=partial(reference_generated, kernel=kernel),
         cases=(),
         flops=_cost(kernel.ops, "flops"),
         bytes=f"{_cost(kernel.ops, 'bytes_read')} + {_cost(kernel.ops, 'bytes_written')}",

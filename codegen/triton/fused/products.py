@@ -166,7 +166,7 @@ class _Writer:
         ]
         outputs = [s.to for s in p.steps if isinstance(s, Store)]
         dims = {"N": p.columns, "K": p.inner}
-        return Generated(self.name, "\n".join(text) + "\n", given, self.ops, outputs, self.rows, dims)
+        return Generated(self.name, "\n".join(text) + "\n", given, self.ops, outputs, self.rows, dims, p)
 
     def _said(self) -> str:
         p = self.product

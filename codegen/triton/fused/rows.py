@@ -208,12 +208,6 @@ class _Writer:
         a, b = (self.tile(o) for o in op.operands[:2])
         total = Tile(self.let(f"{a.name} + {b.name}"), a.columns)
         self.env[op.results[0]] = total
-        if op.results[0] in self.group.outputs(self.function):
-            # The norm sees what the next layer will read: the sum as stored.
-            self.store(op.results[0])
-            stored = self.env[op.results[0]]
-            assert isinstance(stored, Tile)
-            total = stored
         self.env[op.results[1]] = self.normed(total, op.operands[2], op)
 
     def normed(self, x: Tile, weight: Value | WeightRef, op: Op) -> Tile:

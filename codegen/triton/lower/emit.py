@@ -30,6 +30,11 @@ def emit(low: Lowering, group: Group) -> None:
     """Append the steps of a group. Raises NoKernel for an op that no kernel computes."""
     if group.rowwise:
         return rows(low, group)
+    if group.anchor.name.startswith("comm."):
+        raise NoKernel(
+            op=group.anchor.name,
+            reason="ranks exchange data in plans and on CPUs so far; --ranks 1 compiles one device",
+        )
     handler = HANDLERS.get(group.anchor.name)
     if handler is None:
         raise NoKernel(op=group.anchor.name, reason="the GPU back end has none")

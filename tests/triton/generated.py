@@ -1,0 +1,39 @@
+"""Generated kernels of whole programs, checked one by one by worker.py in the interpreter."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import moec
+from moec.codegen.triton.fused.check import symbols
+from moec.codegen.triton.problem import Problem, check
+from moec.codegen.triton.program import Program, lower_module
+from moec.ir.expr import evaluate
+
+SMALL = {"num_hidden_layers": "2", "first_k_dense_replace": "1", "n_routed_experts": "4", "n_group": "2",
+         "topk_group": "1", "num_experts_per_tok": "2"}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def program(target: str, recipe: str) -> Program:
+    """The two phases of a small model."""
+    plan = moec.trace("tiny-deepseek-v3", SMALL).optimize(target, batch=4, context=256, recipe=recipe)
+    return lower_module(plan.ir, plan.context.target, vars(plan.context.limits))
+
+
+def generated_names(target: str, recipe: str) -> list[str]:
+    """The kernels that were written for the program."""
+    return [n for n, e in program(target, recipe).table.entries.items() if e.instance.spec.source]
+
+
+def generated_error(target: str, recipe: str, name: str, tokens: int, load: int = 0, seed: int = 0) -> dict[str, Any]:
+    """The worst errors of one kernel, as shares of their bounds."""
+    instance = program(target, recipe).table.entries[name].instance
+    kernel = instance.spec.build.keywords["kernel"]  # type: ignore[attr-defined]
+    rows = evaluate(kernel.rows, symbols(tokens))
+    instance = replace(instance, dims={**instance.dims, "T": tokens, "ROWS": rows, "LOAD": load})
+    return check(Problem(instance, torch.Generator().manual_seed(seed), "cpu"))

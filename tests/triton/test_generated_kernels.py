@@ -1,0 +1,48 @@
+"""Every kernel that is generated for a program, in the interpreter, against the IR's own evaluation in float64.
+
+Operands hold a row of zeros, an outlier and numbers that round to subnormals; rows sorted by expert come spread, with
+all tokens at one expert, and with none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from generated import generated_names
+
+PROGRAMS = [("h800", "deepseek-v3"), ("h800", "bf16"), ("b200", "deepseek-v3"), ("a100", "weight-only")]
+
+
+def cases() -> list[Any]:
+    found = []
+    for number, (target, recipe) in enumerate(PROGRAMS):
+        for name in generated_names(target, recipe):
+            loads = (0, 1, 2) if name.startswith("moe_experts") else (0,)
+            sizes = [(1, 0), *((5, load) for load in loads), *((70, 0) for _ in range(number == 0))]
+            for tokens, load in sizes:
+                slow = [pytest.mark.slow] if tokens > 5 or (number and tokens == 1) else []
+                label = f"{target}-{recipe}-{name}-{tokens}-{load}"
+                found.append(pytest.param(target, recipe, name, tokens, load, marks=slow, id=label))
+    return found
+
+
+@pytest.mark.parametrize(("target", "recipe", "name", "tokens", "load"), cases())
+def test_generated_kernel(interpreter: Any, target: str, recipe: str, name: str, tokens: int, load: int) -> None:
+    worst = interpreter("generated_error", target=target, recipe=recipe, name=name, tokens=tokens, load=load)
+    assert worst, "nothing was compared"
+    assert all(share <= 1.0 for share in worst.values()), worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear.decode", "norm_add_rms_quant_cast", "moe_combine_add", "moe_experts-2"])
+def test_many_tokens(interpreter: Any, name: str) -> None:
+    worst = interpreter(
+        "generated_error",
+        target="h800",
+        recipe="deepseek-v3",
+        name=name,
+        tokens=4097 if "linear" in name else 300,
+        load=0,
+    )
+    assert all(share <= 1.0 for share in worst.values()), worst
