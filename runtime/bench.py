@@ -16,8 +16,8 @@ import numpy as np
 
 from moec.runtime.engine import Ids
 from moec.runtime.errors import WrongOption
-from moec.runtime.generate import Rates
 from moec.runtime.model import Model, load
+from moec.runtime.scheduler import Rates
 from moec.runtime.touched import bytes_read
 from moec.targets.detect import measure_read_bandwidth
 

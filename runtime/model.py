@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
@@ -17,6 +17,7 @@ from moec.runtime.engine import Engine, Ids, Logits, Steps
 from moec.runtime.errors import WrongOption
 from moec.runtime.generate import Completions, Stream, complete
 from moec.runtime.sampling import Sampling
+from moec.runtime.scheduler import Rates, Request, Scheduler
 from moec.runtime.tokens import as_batch, as_prompts
 
 if TYPE_CHECKING:
@@ -138,6 +139,10 @@ class Model:
         """As `generate`, with the rates: `.tokens` is a list for each prompt, `.rates` tokens and seconds."""
         return self._complete(ids, max_new_tokens, sampling or Sampling(), stop, stream)[1]
 
+    def serve(self, stream: Callable[[Request, int], None] | None = None) -> Server:
+        """A server of requests that arrive over time; see `Server`. `stream(request, token)`: every new token."""
+        return Server(self, stream)
+
     def as_module(self) -> torch.nn.Module:
         """A torch.nn.Module whose forward maps int64[B, T] to logits f32[B, T, V]; it has no gradients."""
         from moec.runtime.torch_module import ArtifactModule
@@ -158,10 +163,14 @@ class Model:
     def _run(
         self, prompts: list[Ids], new: int, sampling: Sampling, stop: Iterable[int] | None, stream: Stream | None
     ) -> Completions:
-        ends = frozenset(self.artifact.manifest.eos_token_ids if stop is None else stop)
+        ends = self._ends(stop)
         with self._lock:
             self.engine.use_threads()
             return complete(self.engine, prompts, new, sampling, ends, stream)
+
+    def _ends(self, stop: Iterable[int] | None) -> frozenset[int]:
+        """The tokens that end a sequence."""
+        return frozenset(self.artifact.manifest.eos_token_ids if stop is None else stop)
 
     def _pieces(self, batch: Ids, chunk: int | None) -> Iterator[tuple[slice, slice, Logits]]:
         """(rows, columns, logits f32[rows, columns, V]) in turn until all of `batch` is covered."""
@@ -180,6 +189,64 @@ class Model:
                 finally:
                     for sequence in sequences:
                         self.engine.pool.close(sequence)
+
+
+class Server:
+    """Requests of a model that arrive over time: `submit` them, and `step` until they are done.
+
+        server = model.serve()
+        first = server.submit([1, 2, 3], max_new_tokens=16)
+        server.step()                       # a chunk of a prompt and a token of every live sequence
+        second = server.submit([4, 5], max_new_tokens=8)
+        server.run()                        # until nothing is left
+        first.tokens, second.tokens
+
+    What a request gives does not depend on the others. One thread at a time.
+    """
+
+    def __init__(self, model: Model, stream: Callable[[Request, int], None] | None = None) -> None:
+        self._model = model
+        self._scheduler = Scheduler(model.engine, stream)
+
+    @property
+    def rates(self) -> Rates:
+        """Tokens and seconds so far."""
+        return self._scheduler.rates
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._scheduler.busy
+
+    def submit(
+        self,
+        ids: Any,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Iterable[int] | None = None,
+    ) -> Request:
+        """Queue one prompt; raises as `Model.generate`."""
+        prompts, _ = self._model._prompts([list(ids)], max_new_tokens)
+        sampling = Sampling(temperature, top_p, seed)
+        return self._scheduler.submit(prompts[0], max_new_tokens, sampling, self._model._ends(stop))
+
+    def step(self) -> list[Request]:
+        """Advance every live request; returns those that ended."""
+        with self._model._lock:
+            self._model.engine.use_threads()
+            return self._scheduler.step()
+
+    def run(self) -> None:
+        """Step until no request is left."""
+        while self.busy:
+            self.step()
+
+    def close(self) -> None:
+        """Drop what is unfinished and free its pages."""
+        with self._model._lock:
+            self._scheduler.close()
 
 
 def _engine(artifact: Artifact, threads: int | None, huge_pages: bool) -> Steps:

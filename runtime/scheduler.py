@@ -1,0 +1,159 @@
+"""Continuous batching: requests that arrive at any time share decode steps (Orca, OSDI 2022; vLLM, arXiv 2309.06180).
+
+Nothing here knows of a device: an engine takes a chunk of one prompt, or one token of every live sequence.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+
+from moec.runtime.cache import Sequence
+from moec.runtime.engine import Ids, Logits, Steps
+from moec.runtime.sampling import Sampling
+
+
+@dataclass
+class Rates:
+    """Tokens and seconds of both phases."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decoded_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill(self) -> float | None:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None
+
+    @property
+    def decode(self) -> float | None:
+        """New tokens a second after each prompt's first one; None when no step was taken."""
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else None
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and what comes of it: `tokens` grows by one a step, a stop token is its last."""
+
+    number: int
+    prompt: Ids
+    new_tokens: int
+    sampling: Sampling
+    stop: Collection[int]
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+    filled: int = 0
+    """Tokens of the prompt that are in the cache."""
+    sequence: Sequence | None = field(default=None, repr=False)
+    rng: np.random.Generator | None = field(default=None, repr=False)
+
+    @property
+    def length(self) -> int:
+        """Tokens that the sequence may come to hold."""
+        return len(self.prompt) + self.new_tokens
+
+
+class Scheduler:
+    """Serves requests in the order of their arrival.
+
+    One step feeds a chunk of the oldest prompt that is not in the cache yet, then takes one token of every sequence
+    that is: a long prompt does not hold up the others. A request is let in when a place in the batch is free and enough
+    pages for all its tokens are neither in use nor promised, so that no sequence ever has to be thrown out.
+    `stream(request, token)` is called for every new token.
+    """
+
+    def __init__(self, engine: Steps, stream: Callable[[Request, int], None] | None = None) -> None:
+        self.engine, self.stream = engine, stream
+        self.rates = Rates()
+        self.waiting: deque[Request] = deque()
+        self.live: list[Request] = []
+        self._count = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.waiting or self.live)
+
+    def submit(self, prompt: Ids, new_tokens: int, sampling: Sampling, stop: Collection[int] = ()) -> Request:
+        """Queue a prompt that was checked against context and vocabulary."""
+        request = Request(self._count, prompt, new_tokens, sampling, stop)
+        self._count += 1
+        self.waiting.append(request)
+        return request
+
+    def step(self) -> list[Request]:
+        """A chunk of one prompt and a token of every other sequence; the requests that ended."""
+        self._admit()
+        before = list(self.live)
+        unfilled = [r for r in self.live if r.filled < len(r.prompt)]
+        if unfilled:
+            self._prefill(unfilled[0])
+        self._decode([r for r in self.live if r.tokens and r not in unfilled[:1] and not r.done])
+        self.live = [r for r in self.live if not r.done]
+        return [r for r in before if r.done]
+
+    def close(self) -> None:
+        """Give back the pages of every unfinished request."""
+        for request in self.live:
+            self._end(request)
+        self.live.clear()
+        self.waiting.clear()
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.live) < self.engine.batch and self._fits(self.waiting[0]):
+            request = self.waiting.popleft()
+            request.sequence = self.engine.pool.open()
+            request.rng = request.sampling.generator(request.number)
+            self.live.append(request)
+
+    def _fits(self, request: Request) -> bool:
+        pool = self.engine.pool
+        promised = sum(self._pages(r) - (r.sequence.held if r.sequence else 0) for r in self.live)
+        # An empty engine takes the request: whether it fits at all was checked against the context.
+        return not self.live or self._pages(request) <= pool.free - promised
+
+    def _pages(self, request: Request) -> int:
+        return -(-request.length // self.engine.pool.page_size)
+
+    def _prefill(self, request: Request) -> None:
+        assert request.sequence is not None
+        began = perf_counter()
+        piece = request.prompt[request.filled : request.filled + self.engine.chunk]
+        logits = self.engine.prefill(request.sequence, piece)
+        request.filled += len(piece)
+        self.rates.prompt_tokens += len(piece)
+        self.rates.prefill_seconds += perf_counter() - began
+        if request.filled == len(request.prompt):
+            self._accept(request, logits[0])
+
+    def _decode(self, requests: list[Request]) -> None:
+        if not requests:
+            return
+        began = perf_counter()
+        sequences = [r.sequence for r in requests if r.sequence is not None]
+        logits = self.engine.decode(sequences, [r.tokens[-1] for r in requests])
+        for row, request in enumerate(requests):
+            self._accept(request, logits[row])
+        self.rates.decoded_tokens += len(requests)
+        self.rates.decode_seconds += perf_counter() - began
+
+    def _accept(self, request: Request, logits: Logits) -> None:
+        assert request.rng is not None
+        token = request.sampling.draw(logits, request.rng)
+        request.tokens.append(token)
+        if self.stream is not None:
+            self.stream(request, token)
+        if len(request.tokens) >= request.new_tokens or token in request.stop:
+            self._end(request)
+
+    def _end(self, request: Request) -> None:
+        request.done = True
+        if request.sequence is not None:
+            self.engine.pool.close(request.sequence)
+            request.sequence = None
