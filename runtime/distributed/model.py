@@ -21,11 +21,12 @@ from moec.runtime.distributed.monitor import Monitor
 from moec.runtime.distributed.world import World, join
 from moec.runtime.engine import Logits
 from moec.runtime.errors import NotForCpu
-from moec.runtime.generate import Completions, Rates, Stream
+from moec.runtime.generate import Completions, Stream
 from moec.runtime.launch import TIMEOUT
 from moec.runtime.model import Model
 from moec.runtime.plan import Plan
 from moec.runtime.sampling import Sampling
+from moec.runtime.scheduler import Rates
 from moec.runtime.tokens import as_batch
 
 
