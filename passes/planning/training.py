@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from moec.ir import Module, TensorType
-from moec.ir.optable import operand_type
+from moec.ir import Module
 from moec.ir.stats import active_parameters, weight_elements
 from moec.passes.planning.backward import Pass, training_pass
 from moec.passes.planning.balance import sampled_balance
 from moec.passes.planning.errors import WrongPlan
 from moec.passes.planning.forms import PLAIN, variants
-from moec.passes.planning.layout import Layout, LayoutRequest, layer_count, resolve
+from moec.passes.planning.layout import Layout, LayoutRequest, resolve
 from moec.passes.planning.memory import saved_bytes, stage_bytes
 from moec.passes.planning.pipelining import layer_times, send_us, split_layers
 from moec.passes.planning.plan import hidden_size
 from moec.passes.planning.precision import Recipe, candidates
+from moec.passes.planning.published import attention_sizes
 from moec.passes.planning.rows import Step
 from moec.passes.planning.timing import OpCost, Setting, Stage, StepCost, lines, priced, routed_to, under_load
 from moec.simulate.pipeline import Pipeline, pipeline
@@ -234,13 +234,9 @@ def _average(run: StepReport) -> dict[str, float]:
 
 def _flops(module: Module, sequence: int) -> dict[str, float]:
     embedding = sum(weight_elements(w) for w in module.weights.values() if w.name == "embed")
-    attention = next(op for _, op in module.ops() if op.name == "attn.mla")
-    query = operand_type(attention.operands[0])
-    assert isinstance(query, TensorType)
-    heads, key = (int(d) for d in query.shape[1:])  # type: ignore[arg-type]
-    value, layers, active = int(attention.attrs["v"]), layer_count(module), active_parameters(module)  # type: ignore[arg-type]
+    sizes, active = attention_sizes(module), active_parameters(module)
     return {
-        kind: training_flops_per_token(active, embedding, layers, heads, key, value, sequence, kind == "causal")
+        kind: training_flops_per_token(active, embedding, *sizes, sequence, kind == "causal")
         for kind in ("causal", "non-causal")
     }
 

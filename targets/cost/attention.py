@@ -47,18 +47,26 @@ def mla_decode(target: Target, batch: int, context: int, heads: int, kv_dtype: s
     rate = device.matrix_rate("bf16") / device.cores * numbers["compute"]
     splits = max(1, min(device.cores // tiles, ceildiv(context, _SPLIT)))
     latent = 2 * batch * context * (wide.key if wide.shared else wide.key + wide.value)
-    rows_moved = 2 * batch * heads * queries * (wide.key + wide.value)
-    partial = 8 * batch * heads * queries * wide.value * splits if splits > 1 else 0
-    moved = latent + rows_moved + partial
+    # Queries come out of the cache, where the kernel before left them. Contexts of two parts and more go through the
+    # second kernel even when they are not cut: it reads the parts, or passes over the results once more.
+    results = batch * heads * queries * wide.value
+    partial = 4 * results * splits if splits > 1 else 0
+    second = partial or (4 * results if context >= 2 * _SPLIT else 0)
+    moved = latent + 2 * results + partial
     turns = max(1.0, tiles * splits / device.cores)
-    tokens = ceildiv(ceildiv(context, _BLOCK), splits) * _BLOCK
-    busy = throttled(target, turns * 2 * least * tokens * (wide.key + wide.value) / rate, numbers["sustained"])
-    memory = moved / (device.memory_bandwidth * numbers["memory"])
-    floor = numbers["floor"] + turns * numbers["tile"] + (numbers["combine"] if splits > 1 else 0.0)
+    tokens = max(ceildiv(ceildiv(context, _BLOCK), splits) * _BLOCK, min(context, _SPLIT))
+    busy = turns * 2 * least * tokens * (wide.key + wide.value) / rate
+    busy = throttled(target, busy, fitted(target, "power")["sustained"])
+    bandwidth = device.memory_bandwidth * fitted(target, "memory")["achieved"]
+    memory = moved / bandwidth
+    memory += memory * numbers["ramp"] / (memory + numbers["ramp"])
+    floor = numbers["floor"] + turns * numbers["tile"]
+    if second:
+        floor += numbers["combine"] + second / bandwidth
     flops = 2.0 * batch * heads * queries * context * (wide.key + wide.value)
     time = floor + soft_max(busy, memory, numbers["norm"])
     parts = {"latency": floor * 1e6, "compute": busy * 1e6, "memory": memory * 1e6}
-    cost = Cost(time * 1e6, flops, moved, parts=parts)
+    cost = Cost(time * 1e6, flops, moved + second, parts=parts)
     return cost + _cast(target, numbers, batch * context * wide.key) if kv_dtype == "fp8" else cost
 
 

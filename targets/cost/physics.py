@@ -55,13 +55,16 @@ def least_rows(target: Target) -> int:
 def best_tile(rows: int, columns: int, groups: int, cores: int, heights: tuple[int, ...]) -> tuple[int, int, int]:
     """Height, width and number of waves of the tiles that a tuned library takes for `groups` products.
 
-    Fewest waves first, then the fullest last wave, then the narrower tile: the rule of DeepGEMM's heuristics. Widths
-    above 128 need a row of scales each, and tiles above 128 x 160 do not fit the registers.
+    Fewest waves first, then the fullest last wave, then the narrower tile: the rule of DeepGEMM's heuristics; no tile
+    twice as high as the rows, nor wider than the columns. Widths above 128 need a row of scales each, and tiles above
+    128 x 160 do not fit the registers.
     """
     best: tuple[int, int, int, int] | None = None
     for height in heights:
+        if height > heights[0] and height >= 2 * rows:
+            continue
         for width in (*range(16, 129, 8), 144, 160):
-            if height > 128 and width > 128:
+            if (height > 128 and width > 128) or (width > 16 and width - 8 >= columns):
                 continue
             tiles = ceildiv(rows, height) * ceildiv(columns, width) * groups
             waves, last = ceildiv(tiles, cores), tiles % cores or cores

@@ -143,3 +143,59 @@ def test_long_products_lose_clock() -> None:
     assert throttled(target, 5e-6, sustained=0.8) == pytest.approx(5e-6, rel=0.01)
     assert throttled(target, 0.1, sustained=0.8) == pytest.approx(0.1 / 0.8, rel=0.01)
     assert throttled(target, 0.1, sustained=1.0) == 0.1
+
+
+DOUBLINGS = [1, 2, 3, 4, 8, 16, 17, 32, 64, 100, 128, 256, 512, 1000, 2048, 8192, 65536]
+FAR: list[tuple[str, dict[str, Any]]] = [
+    *(("m", {"op": "gemm", "n": n, "k": k, "dtype": dtype})
+      for n, k in ((1, 1), (100, 100), (576, 7168), (2112, 7168), (129280, 7168)) for dtype in ("bf16", "fp8")),
+    *(("m", {"op": "gemm", "n": n, "k": k, "dtype": "fp8_block"}) for n, k in ((576, 512), (24576, 1536))),
+    *(("n", {"op": "gemm", "m": m, "k": 7168, "dtype": dtype}) for m in (1, 7, 128) for dtype in ("bf16", "fp8_block")),
+    *(("k", {"op": "gemm", "m": m, "n": 4096, "dtype": dtype}) for m in (1, 4096) for dtype in ("bf16", "fp8_block")),
+    *(("context", {"op": "mla_decode", "batch": batch, "heads": heads, "kv_dtype": dtype})
+      for batch in (1, 32, 1024) for heads in (1, 8, 16, 128) for dtype in ("bf16", "fp8")),
+    *(("batch", {"op": "mla_decode", "context": context, "heads": heads})
+      for context in (1, 300, 131072) for heads in (8, 128)),
+    *(("heads", {"op": "mla_decode", "batch": batch, "context": context})
+      for batch in (1, 128) for context in (1, 8192)),
+    *(("new_tokens", {"op": "mla_prefill", "batch": 1, "context": 65536, "heads": heads, "form": form})
+      for heads in (1, 128) for form in ("plain", "absorbed")),
+    *(("rows", {"op": "moe_experts", "experts": experts, "hidden": 7168, "inter": 2048, "dtype": dtype,
+                "layout": layout})
+      for experts in (1, 8, 256) for dtype in ("bf16", "fp8_block") for layout in ("masked", "contiguous")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["h100", "h200", "h800", "a100", "mi300x", "cpu"])
+def test_far_outside_the_fit_more_work_still_takes_longer(name: str) -> None:
+    """One expert, one head, single rows, odd widths, a million tokens: tiles and waves may save a tenth, not more."""
+    target = targets.load(name)
+    for key, row in FAR:
+        before = 0.0
+        for value in DOUBLINGS:
+            cost = op_time({**row, key: value}, target)
+            assert 0 < cost.time_us < 1e9
+            assert cost.time_us >= 0.9 * before, (row, key, value)
+            before = cost.time_us
+
+
+def test_half_the_heads_under_tensor_parallelism_never_cost_more() -> None:
+    target = targets.load("h200")
+    for batch in (1, 16, 128, 512):
+        for context in (128, 2048, 32768):
+            row = {"op": "mla_decode", "batch": batch, "context": context}
+            times = [op_time({**row, "heads": heads}, target).time_us for heads in (8, 16, 32, 64, 128)]
+            assert times == sorted(times)
+            assert times[-1] < 16 * times[0]
+
+
+def test_more_bandwidth_alone_helps_as_far_as_memory_binds() -> None:
+    """The H200 is the H100 with other memory: between the same time and the ratio of their bandwidths."""
+    h100, h200 = targets.load("h100"), targets.load("h200")
+    ratio = h200.device.memory_bandwidth / h100.device.memory_bandwidth
+    for key, row in FAR:
+        for value in (1, 128, 8192):
+            slow, fast = (op_time({**row, key: value}, target).time_us for target in (h100, h200))
+            assert 1 - 1e-9 <= slow / fast <= ratio + 1e-9
+    decode = {"op": "mla_decode", "batch": 256, "context": 32768, "heads": 16}
+    assert op_time(decode, h100).time_us / op_time(decode, h200).time_us > 0.9 * ratio

@@ -48,6 +48,25 @@ def show_model(
         print(f"  {name:40} {shape}")
 
 
+@models.command("closed-forms")
+def closed_forms(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
+    """Sizes, bounds and traffic that follow from the models alone, beside the numbers that papers print."""
+    from dataclasses import asdict
+
+    from moec.passes.planning.published import MODELS, rows
+    from moec.stages import trace
+
+    found = rows({name: trace(name).ir for name in MODELS})
+    if as_json:
+        print(json.dumps({"rows": [asdict(row) for row in found]}))
+        return
+    print(f"{'':46} {'here':>12} {'published':>12}")
+    for row in found:
+        published = "" if row.published is None else f"{row.published:,.6g}"
+        note = f"  ({row.note})" if row.note else ""
+        print(f"{row.name:46} {row.value:12,.6g} {published:>12} {row.unit:14} {row.source}{note}".rstrip())
+
+
 def model_facts(model: str) -> dict[str, Any]:
     """Sizes of a model from its traced IR: nothing is loaded."""
     from moec.ir import CacheType, TensorType
