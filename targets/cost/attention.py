@@ -51,7 +51,7 @@ def mla_decode(target: Target, batch: int, context: int, heads: int, kv_dtype: s
     # second kernel even when they are not cut: it reads the parts, or passes over the results once more.
     results = batch * heads * queries * wide.value
     partial = 4 * results * splits if splits > 1 else 0
-    second = partial or (4 * results if context >= 2 * _SPLIT else 0)
+    second = (partial or 4 * results) if context >= 2 * _SPLIT else 0
     moved = latent + 2 * results + partial
     turns = max(1.0, tiles * splits / device.cores)
     tokens = max(ceildiv(ceildiv(context, _BLOCK), splits) * _BLOCK, min(context, _SPLIT))
