@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from moec.codegen.triton import aot
+from moec.codegen.triton import tiles as measured
 from moec.codegen.triton.errors import NoKernel
 from moec.codegen.triton.fused.groups import VIEWS
 from moec.codegen.triton.lower.lower import Lowered, Phase, lower_phase
 from moec.codegen.triton.lower.table import KernelTable
+from moec.codegen.triton.spec import Tile
 from moec.ir import CacheType, Module, Op, TensorType
 from moec.ir.types import BITS
 from moec.targets import Target
@@ -61,6 +63,7 @@ class Program:
         cached = sum(k.cached for k in compiled)
         spills = [n for n, k in zip(self.table.entries, compiled, strict=True) if k.spills_listed]
         line = f"{len(compiled)} GPU kernels for {self.table.arch}, {cached} from the cache"
+        line += f", tiles as measured in {self.table.measured} places" if self.table.measured else ""
         return line + (f"; known spills in {', '.join(spills)}" if spills else "")
 
     def write(self, compiled: list[aot.Compiled], folder: Path) -> list[dict[str, Any]]:
@@ -81,10 +84,17 @@ class Program:
         return records
 
 
-def lower_module(module: Module, target: Target, limits: Mapping[str, int]) -> Program:
-    """Lower every phase of a module; `limits`: batch, context, chunk. Raises NoKernel, UnsupportedKernel,
-    UnknownArchitecture or UnmetRequirement."""
-    table = KernelTable(target.device.arch)
+def lower_module(
+    module: Module, target: Target, limits: Mapping[str, int], tiles: Mapping[str, Tile] | None = None
+) -> Program:
+    """Lower every phase of a module; `limits`: batch, context, chunk.
+
+    `tiles` replaces the tiles that were measured for the architecture. Raises NoKernel, UnsupportedKernel,
+    UnknownArchitecture or UnmetRequirement.
+    """
+    if tiles is None:
+        tiles = {key: m.tile for key, m in measured.load(target.device.arch).items()}
+    table = KernelTable(target.device.arch, tiles)
     sms = int(target.device.cores)
     names: list[str] = [n for n in ("prefill", "decode") if n in module.functions]
     bounds = {name: phase_bounds(name, limits) for name in names}

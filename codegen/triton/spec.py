@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -168,6 +168,11 @@ class Instance:
     def bytes(self) -> int:
         """Bytes that have to pass between the device's memory and the kernel at least."""
         return evaluate(self.spec.bytes, self.values)
+
+
+def with_tile(instance: Instance, tile: Tile) -> Instance:
+    """The same kernel with another tile. Raises UnmetRequirement for a tile that the sizes do not allow."""
+    return replace(instance, tile=tile)
 
 
 @lru_cache(maxsize=256)

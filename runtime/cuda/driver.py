@@ -113,11 +113,25 @@ class Driver:
         """Until everything on a stream has ended."""
         self.call("cuStreamSynchronize", ctypes.c_void_p(stream))
 
-    def event(self) -> int:
-        """A new event without timing."""
+    def event(self, timing: bool = False) -> int:
+        """A new event; one with timing costs more to record."""
         event = ctypes.c_void_p()
-        self.call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(NO_TIMING))
+        self.call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0 if timing else NO_TIMING))
         return int(event.value or 0)
+
+    def elapsed_us(self, start: int, end: int) -> float:
+        """Microseconds between two events with timing that have both happened."""
+        milliseconds = ctypes.c_float()
+        self.call(
+            "cuEventElapsedTime", ctypes.byref(milliseconds), ctypes.c_void_p(start), ctypes.c_void_p(end)
+        )  # fmt: skip
+        return 1e3 * milliseconds.value
+
+    def name(self) -> str:
+        """The device's name."""
+        text = ctypes.create_string_buffer(256)
+        self.call("cuDeviceGetName", text, ctypes.c_int(256), self.device)
+        return text.value.decode()
 
     def record(self, event: int, stream: int) -> None:
         """Signal an event once all work so far on a stream has ended."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as List
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,9 @@ import numpy as np
 from moec.runtime.cache import PagePool, Sequence
 from moec.runtime.cuda.driver import Driver
 from moec.runtime.cuda.executor import Executor
-from moec.runtime.cuda.kernel import load_kernels
+from moec.runtime.cuda.kernel import Kernel, load_kernels
 from moec.runtime.cuda.memory import DeviceMemory
-from moec.runtime.cuda.program import GpuPlan, symbols
+from moec.runtime.cuda.program import GpuEntry, GpuPlan, Sizes, symbols
 from moec.runtime.engine import Ids, Logits
 from moec.runtime.weights import Weights
 
@@ -122,6 +122,22 @@ class GpuEngine:
         sizes = symbols(self.plan, self.pool.table_width, size, size, size, self.manifest.context)
         self._call("decode", sizes, size, graph=True)
         return self.memory.result(size, self.manifest.vocab)[:count]
+
+    def timer(self, entry: GpuEntry, kernels: Mapping[str, Kernel], sizes: Sizes) -> Callable[[], float]:
+        """A call that runs an entry's steps with these kernels and returns the device's microseconds."""
+        executor = Executor(self.driver, kernels, self.memory, entry)
+        actions = list(executor.actions(sizes))
+        start, end = self.driver.event(timing=True), self.driver.event(timing=True)
+
+        def once() -> float:
+            self.driver.record(start, executor.main)
+            for action in actions:
+                action()
+            self.driver.record(end, executor.main)
+            self.driver.wait(executor.main)
+            return self.driver.elapsed_us(start, end)
+
+        return once
 
     def _call(self, phase: str, sizes: dict[str, int], rows: int, graph: bool) -> None:
         executor = self._phases[phase]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from moec.codegen.triton.aot import aligned
 from moec.codegen.triton.fused.binding import Generated
 from moec.codegen.triton.fused.declare import product_spec, rows_spec
 from moec.codegen.triton.fused.products import Product
-from moec.codegen.triton.spec import Instance, KernelSpec
+from moec.codegen.triton.spec import Instance, KernelSpec, Tile, with_tile
+from moec.codegen.triton.tiles import key_of
 from moec.ir import Op
 from moec.ir.expr import substitute
 from moec.ir.printer import print_op
@@ -35,7 +36,11 @@ class KernelTable:
     """Kernels of all phases for one architecture, in the order in which they were first needed."""
 
     arch: str
+    tiles: Mapping[str, Tile] = field(default_factory=dict)
+    """Measured tiles by `tiles.key_of`, in place of the declared ones."""
     entries: dict[str, Entry] = field(default_factory=dict)
+    measured: int = 0
+    """How often a measured tile was taken."""
     _names: dict[str, str] = field(default_factory=dict)
 
     def generated(self, kernel: Generated, shape: str, product: Product | None = None, **dims: int) -> Instance:
@@ -54,7 +59,12 @@ class KernelTable:
     def instance(self, spec: KernelSpec, shape: str, **dims: int) -> Instance:
         """The spec at the shape class of the phase, or at its first where it has one only."""
         shapes = spec.shapes(self.arch)
-        return spec.instance(self.arch, shape if shape in shapes else "", **dims)
+        chosen = spec.instance(self.arch, shape if shape in shapes else "", **dims)
+        tile = self.tiles.get(key_of(chosen)) if self.tiles else None
+        if tile is None:
+            return chosen
+        self.measured += 1
+        return with_tile(chosen, tile)
 
     def add(self, instance: Instance, function: str, ops: Sequence[tuple[int, Op]]) -> str:
         """Count a use of a kernel by ops of a function; returns the kernel's name in kernels.json."""
