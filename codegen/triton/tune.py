@@ -22,7 +22,7 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one kernel: microseconds of the declared tile and of the fastest, and how many were tried."""
+    """Microseconds of a kernel with the declared tile and with the fastest, and how many others were tried."""
 
     name: str
     declared: float

@@ -36,6 +36,7 @@ class StandIn:
         self.capturing: list[Callable[[], object]] | None = None
         self.launches: list[str] = []
         self.replays = 0
+        self.last: dict[str, Any] = {}
 
     # -- what is only answered
 
@@ -61,6 +62,18 @@ class StandIn:
     def cuMemGetInfo_v2(self, free: Any, total: Any) -> int:
         free._obj.value, total._obj.value = self.free, self.memory
         return 0
+
+    def cuDeviceGetName(self, out: Any, size: Any, device: Any) -> int:
+        out.value = b"stand-in"
+        return 0
+
+    def cuEventElapsedTime(self, out: Any, start: Any, end: Any) -> int:
+        out._obj.value = self.milliseconds(self.last)
+        return 0
+
+    def milliseconds(self, record: dict[str, Any]) -> float:
+        """What a launch takes on the clock of this device."""
+        return 1.0
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("cu") and name in {
@@ -145,9 +158,13 @@ class StandIn:
     # -- kernels
 
     def cuModuleLoadData(self, out: Any, image: bytes) -> int:
-        self.modules.append(self.records[hashlib.sha256(image).hexdigest()])
+        self.modules.append(self.known(image))
         out._obj.value = len(self.modules)
         return 0
+
+    def known(self, image: bytes) -> dict[str, Any]:
+        """The record of a cubin."""
+        return self.records[hashlib.sha256(image).hexdigest()]  # type: ignore[no-any-return]
 
     def cuModuleGetFunction(self, out: Any, module: Any, symbol: bytes) -> int:
         assert self.modules[module.value - 1]["launch"]["symbol"].encode() == symbol
@@ -184,6 +201,7 @@ class StandIn:
         text = (self.folder / f"{module}.py").read_text()
         function = load_function(about["function"], text)
         self.launches.append(record["name"])
+        self.last = record
         function[grid](**arguments, **about["constants"])
 
 
