@@ -20,10 +20,10 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def benchmark_modules() -> Iterator[tuple[Any, Any]]:
-    """benchmarks/gpu.py and gpu_peers.py, with torch.compile left out: what is compiled runs eagerly."""
+    """benchmarks/gpu_timing.py and gpu_peers.py, with torch.compile left out: what is compiled runs eagerly."""
     patch = pytest.MonkeyPatch()
     patch.syspath_prepend(str(FOLDER))
-    gpu, peers = importlib.import_module("gpu"), importlib.import_module("gpu_peers")
+    gpu, peers = importlib.import_module("gpu_timing"), importlib.import_module("gpu_peers")
     patch.setattr(peers, "compiled", lambda function, *arguments: lambda: function(*arguments))
     yield gpu, peers
     patch.undo()
@@ -60,3 +60,15 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     assert done.stderr.strip() == (
         "no CUDA driver here (torch finds no GPU): run on a machine with an NVIDIA GPU, or compile for --target cpu"
     )
+
+
+def test_a_predicted_step_grows_with_the_batch() -> None:
+    """Bounds from the data sheet: more sequences never take less, a faster device takes less."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        model = importlib.import_module("gpu_model")
+        from moec.targets import load
+
+        times = {name: [model.predicted_step(load(name), b)[0] for b in (1, 32, 128)] for name in ("h800", "b200")}
+    assert all(t == sorted(t) for t in times.values())
+    assert all(fast < slow for fast, slow in zip(times["b200"], times["h800"], strict=True))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from moec.codegen.triton.fused.binding import Generated, tensor_of
 from moec.codegen.triton.fused.check import build_generated, reference_generated
-from moec.codegen.triton.fused.products import Product
+from moec.codegen.triton.fused.products import Add, Product, Store
 from moec.codegen.triton.spec import Constant, Dims, KernelSpec, Tile, TileTable, on
 from moec.codegen.triton.specs.recipe import EVERYWHERE, FP8
 from moec.ir import Op, TensorType
 from moec.ir.optable import OPS, operand_type
+from moec.ir.types import BITS
 
 LIBRARY = {
     "common": ("grouped_order", "load_scale", "quantise_groups", "silu_mul"),
@@ -84,7 +86,20 @@ def product_spec(kernel: Generated, product: Product) -> KernelSpec:
     step = 128 if form != "plain" else max(t.constants["BK"] for s in tiles.values() for t in s.values())
     tensor_core = tensor_of(product.a).dtype != "f32"
     aligned = tuple(a.name for a in kernel.arguments if a.kind == "i64" or a.name == "K")
-    return _spec(kernel, tiles, grid, dims, tuple(requires), tensor_core, aligned, step)
+    spec = _spec(kernel, tiles, grid, dims, tuple(requires), tensor_core, aligned, step)
+    return replace(spec, **_product_cost(product))
+
+
+def _product_cost(product: Product) -> dict[str, str]:
+    """Operations and bytes of one product; of the experts those that own a block of rows are read."""
+    pair = 2 if product.pair else 1
+    heads = " * HEADS" if product.rows == "heads" else ""
+    owners = f"min({tensor_of(product.b).shape[0]}, ROWS // ALIGN) * " if product.rows == "grouped" else ""
+    a, b = (BITS[tensor_of(o).dtype] // 8 for o in (product.a, product.b))
+    written = sum(BITS[tensor_of(s.to).dtype] // 8 for s in product.steps if isinstance(s, Store))
+    read = 2 * sum(isinstance(s, Add) for s in product.steps)
+    moved = f"({a} * ROWS * K + {written + read} * ROWS * N){heads}"
+    return {"flops": f"2 * {pair} * ROWS * N * K{heads}", "bytes": f"{moved} + {owners}{pair * b} * N * K{heads}"}
 
 
 def _with(tiles: TileTable, more: dict[str, int]) -> TileTable:
