@@ -87,10 +87,11 @@ def product_spec(kernel: Generated, product: Product) -> KernelSpec:
     tensor_core = tensor_of(product.a).dtype != "f32"
     aligned = tuple(a.name for a in kernel.arguments if a.kind == "i64" or a.name == "K")
     spec = _spec(kernel, tiles, grid, dims, tuple(requires), tensor_core, aligned, step)
-    return replace(spec, **_product_cost(product))
+    flops, moved = _product_cost(product)
+    return replace(spec, flops=flops, bytes=moved)
 
 
-def _product_cost(product: Product) -> dict[str, str]:
+def _product_cost(product: Product) -> tuple[str, str]:
     """Operations and bytes of one product; of the experts those that own a block of rows are read."""
     pair = 2 if product.pair else 1
     heads = " * HEADS" if product.rows == "heads" else ""
@@ -99,7 +100,7 @@ def _product_cost(product: Product) -> dict[str, str]:
     written = sum(BITS[tensor_of(s.to).dtype] // 8 for s in product.steps if isinstance(s, Store))
     read = 2 * sum(isinstance(s, Add) for s in product.steps)
     moved = f"({a} * ROWS * K + {written + read} * ROWS * N){heads}"
-    return {"flops": f"2 * {pair} * ROWS * N * K{heads}", "bytes": f"{moved} + {owners}{pair * b} * N * K{heads}"}
+    return f"2 * {pair} * ROWS * N * K{heads}", f"{moved} + {owners}{pair * b} * N * K{heads}"
 
 
 def _with(tiles: TileTable, more: dict[str, int]) -> TileTable:
