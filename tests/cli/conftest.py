@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from folder_snapshot import snapshot
 from small_checkpoint import write_model
 
 from moec.cli import main
@@ -77,8 +78,3 @@ def artifact(model_folder: Path) -> Path:
 def copy(model_folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to spoil."""
     return Path(shutil.copytree(model_folder, tmp_path / "model"))
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder, with the content of files."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

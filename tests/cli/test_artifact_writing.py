@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import snapshot
+from folder_snapshot import snapshot
 from small_checkpoint import OPTIONS, tensors
 
 from moec.codegen import artifact as writing

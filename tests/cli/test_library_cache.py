@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import snapshot
+from folder_snapshot import snapshot
 from small_checkpoint import OPTIONS
 
 from moec.codegen.tvm.library_cache import cache_folder, find_or_build, is_sound
