@@ -30,7 +30,9 @@ def test_a_plan_is_written_and_reads_back(target: str, tmp_path: Path) -> None:
 
 
 def test_one_phase_and_other_ranks(tmp_path: Path) -> None:
-    plan = moec.trace("deepseek-v3").optimize("h800", phase="decode", layout=LayoutRequest(ranks=16, ep=8))
+    plan = moec.trace("deepseek-v3", {"num_hidden_layers": "8"}).optimize(
+        "h800", phase="decode", layout=LayoutRequest(ranks=16, ep=8)
+    )
     assert set(plan.ir.functions) == {"dense_layers.decode", "moe_layers.decode", "decode"}
     assert plan.context.layout is not None and (plan.context.layout.ranks, plan.context.layout.ep) == (16, 8)
 

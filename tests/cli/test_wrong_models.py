@@ -109,7 +109,7 @@ def test_presets_are_read() -> None:
         ("num_hidden_layers=two", "must be a positive integer, got 'two'"),
         ("num_hidden_layers=2.5", "must be a positive integer, got 2.5"),
         ("num_hidden_layers=" + "[" * 100000, "must be a positive integer"),
-        ("model_type=llama", "'llama' is not supported"),
+        ("model_type=mamba", "'mamba' is not supported"),
         ("a\nb=1", "--set a\\nb"),
     ],
 )
