@@ -263,6 +263,25 @@ class Clamp(OpDef):
         return tensor(t[0], "x").elements() * 2
 
 
+class TensorPointwise(OpDef):
+    """A function of each element that nothing more special takes in: what an import leaves as it is."""
+
+    name = "tensor.pointwise"
+    operands = "x"
+    attrs = {"function": Attr("str", choices=("exp", "gelu", "relu", "sigmoid", "silu", "tanh"))}
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        return [tensor(t[0], "x", dtypes=FLOATS)]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        name = str(a["function"])
+        functional = ctx.torch.nn.functional
+        return [(getattr(functional, name) if name in ("gelu", "silu") else getattr(ctx.torch, name))(x[0])]
+
+    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        return tensor(t[0], "x").elements() * 4
+
+
 class GateRows(OpDef):
     """Rows times the sigmoid of a number of their own: `y[t] = sigmoid(g[t, 0]) · x[t]`."""
 

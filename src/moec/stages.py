@@ -13,6 +13,9 @@ from moec import __version__
 from moec.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from moec.frontend import ModelSource
     from moec.ir import Module
     from moec.passes.base import Context
@@ -195,6 +198,8 @@ class Plan:
 
         if weights is None and seed is not None:
             return RandomWeights(seed).load
+        if weights is None and (tensors := getattr(self.source, "tensors", None)):
+            return lambda name, shape, dtype: tensors[name]
         folder = Path(weights) if weights is not None else self.source.folder
         if folder is None:
             raise NoWeights(model=self.source.name)
@@ -293,9 +298,26 @@ def _keep_phase(module: Module, phase: str) -> None:
             module.functions.pop(other, None)
 
 
-def trace(model: str, overrides: Mapping[str, str] | None = None) -> Traced:
-    """Trace a preset, a Hugging Face folder, or a definition; reads no weight and runs nothing of a model folder."""
+def trace(
+    model: str | nn.Module,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+) -> Traced:
+    """Trace a preset, a Hugging Face folder, or a definition; reads no weight and runs nothing of a model folder.
+
+    A torch module that maps token ids i64[1, T] to logits is exported with `example_inputs` (default: eight zeros) and
+    raised; `traced.source.report` says what was. Raises the InputErrors of `moec.frontend`.
+    """
     from moec.frontend import find_model, trace_model
 
+    if not isinstance(model, str):
+        import torch
+
+        from moec.frontend.torch_import import trace_module
+
+        example = (torch.zeros(1, 8, dtype=torch.int64),) if example_inputs is None else example_inputs
+        imported, module = trace_module(model, example)
+        return Traced(imported, module)
     source = find_model(model, overrides)
     return Traced(source, trace_model(source))

@@ -1,0 +1,242 @@
+"""Raising: nodes of one layer (or of what is outside the layers) become ops of the IR, from the result backwards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+from moec.errors import InputError
+from moec.frontend.torch_import import patterns as P
+from moec.frontend.torch_import.exported import Exported, shape, where
+from moec.frontend.torch_import.weights import Weights
+from moec.ir import Builder, Location, Value
+from moec.ir.module import Operand
+
+POINTWISE = ("relu", "gelu", "tanh", "sigmoid", "silu", "exp")
+
+
+class NotRaised(InputError):
+    """A node that no pattern knows and that is no plain tensor op of one input."""
+
+    template: ClassVar[str] = "{module}: {op} of shape {shape} is none of the forms that are raised ({why})"
+
+
+@dataclass
+class Report:
+    """What became of the graph: ops by the pattern that made them, and those that stayed plain, with the reason."""
+
+    raised: Counter[str] = field(default_factory=Counter)
+    plain: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Ops that were raised, of all."""
+        total = sum(self.raised.values())
+        return total / (total + len(self.plain)) if total else 0.0
+
+    def __str__(self) -> str:
+        ops = ", ".join(f"{name} {count}" for name, count in sorted(self.raised.items()))
+        lines = [f"{self.share:.1%} of the ops raised: {ops}", *(f"plain: {line}" for line in self.plain)]
+        return "\n".join(lines)
+
+
+class Raiser:
+    """Raises the nodes of one function: `known` are values that stand for nodes from outside."""
+
+    def __init__(
+        self,
+        exported: Exported,
+        builder: Builder,
+        weights: Weights,
+        report: Report,
+        known: dict[Node, Value],
+        state: dict[str, Operand],
+        head: Node | None = None,
+    ) -> None:
+        self.exported = exported
+        self.builder = builder
+        self.weights = weights
+        self.report = report
+        self.known = known
+        self.state = state
+        self.head = head
+
+    def value(self, node: Any) -> Value:
+        """The IR value of a node: [T, width], or [T, heads, width]."""
+        node = P.same(node)
+        if node not in self.known:
+            self.known[node] = self._raise(node)
+        return self.known[node]
+
+    def emit(self, name: str, node: Node, *operands: Operand, **attrs: Any) -> Any:
+        """Append an op for a node."""
+        self.report.raised[name] += 1
+        return self.builder.emit(name, *operands, loc=_location(node), **attrs)
+
+    def fail(self, node: Node, why: str) -> NotRaised:
+        """The error of a node that cannot be raised."""
+        return NotRaised(module=where(node), op=P.op(node) or node.op, shape=list(node.meta["val"].shape), why=why)
+
+    def _raise(self, node: Node) -> Value:
+        name = P.op(node)
+        for rule in (self._norm, self._rope, self._attention, self._experts, self._glu, self._gated):
+            found = rule(node)
+            if found is not None:
+                return found
+        if name.startswith("embedding"):
+            ids, table = self.state["ids"], self.weights.ref(node.args[0])
+            return self.emit("embed", node, ids, table, dtype="bf16")  # type: ignore[no-any-return]
+        if name.startswith("linear"):
+            return self._linear(node)
+        if name.startswith("slice") and node.args[2] in (0, None) and _whole(node):
+            return self.value(node.args[0])
+        if P.is_view(node):
+            return self._view(node)
+        if name.startswith(("add.Tensor", "add_.Tensor")) and isinstance(node.args[1], Node):
+            return self.emit("add", node, self.value(node.args[0]), self.value(node.args[1]))  # type: ignore[no-any-return]
+        if name.startswith(("mul.Tensor", "div.Tensor")) and isinstance(node.args[1], int | float):
+            factor = float(node.args[1])
+            factor = factor if name.startswith("mul") else 1.0 / factor
+            return self.emit("scale", node, self.value(node.args[0]), factor=factor)  # type: ignore[no-any-return]
+        if name.startswith(("clamp", "clamp_")) and node.args[1] == -node.args[2]:  # type: ignore[operator]
+            return self.emit("clamp", node, self.value(node.args[0]), limit=float(node.args[2]))  # type: ignore[no-any-return, arg-type]
+        base = name.partition(".")[0]
+        if base in POINTWISE:
+            self.report.plain.append(f"{where(node)}: {base}, which no pattern takes in")
+            y = self.builder.emit("tensor.pointwise", self.value(node.args[0]), loc=_location(node), function=base)
+            assert isinstance(y, Value)
+            return y
+        raise self.fail(node, "no pattern matches")
+
+    def _norm(self, node: Node) -> Value | None:
+        if P.op(node).startswith("layer_norm"):
+            given: Any = node.args
+            operands = (self.value(given[0]), self.weights.ref(given[2]), self.weights.ref(given[3]))
+            return self.emit("norm.layer", node, *operands, eps=float(given[4]))  # type: ignore[no-any-return]
+        found = P.rms(node)
+        if found is None:
+            return None
+        w = self.weights.ref(found.weight) if found.weight is not None else self.weights.ones(int(shape(node)[-1]))
+        return self.emit("norm.rms", node, self.value(found.x), w, eps=found.eps)  # type: ignore[no-any-return]
+
+    def _rope(self, node: Node) -> Value | None:
+        found = P.rope(node)
+        if found is None:
+            return None
+        try:
+            table, dims = self.weights.rope(self.exported, P.unview(found.cos), found.dims)
+        except LookupError:
+            raise self.fail(node, "the angles depend on no buffer of frequencies") from None
+        if dims != found.dims:
+            raise self.fail(node, f"{dims} angles turn {found.dims} elements")
+        x = self.value(found.x)
+        attrs = {"offset": 0, "dims": dims, "interleaved": False}
+        return self.emit("rope", node, x, self.state["pos"], table, **attrs)  # type: ignore[no-any-return]
+
+    def _attention(self, node: Node) -> Value | None:
+        found = P.attention(node)
+        if found is None:
+            return None
+        q, k, v = (self.value(n) for n in (found.q, found.k, found.v))
+        heads, width = int(v.type.shape[1]), int(v.type.shape[2])  # type: ignore[union-attr, arg-type]
+        kv, layer = self.state["kv"], self.state["l"]
+        batch = [self.state[n] for n in ("seq", "pos", "pages")]
+        self.emit("cache.append_heads", node, kv, layer, k, v, *batch)
+        attrs: dict[str, Any] = {"scale": found.scale, "kv_heads": heads, "v": width, "context": "C"}
+        window = self._window(node, found)
+        attrs |= {"window": window} if window else {}
+        return self.emit("attn.heads", node, q, kv, layer, *batch, **attrs)  # type: ignore[no-any-return]
+
+    def _window(self, node: Node, found: P.Attention) -> int:
+        """The window that the mask shows, 0 for none; only causal masks and windows are known."""
+        if found.mask is None:
+            if not found.causal:
+                raise self.fail(node, "attention without a causal mask")
+            return 0
+        length = min(self.weights.positions, 512)
+        mask = self.exported.value(P.same(found.mask), length)
+        mask = mask.reshape(mask.shape[-2:])
+        seen = mask if mask.dtype == torch.bool else mask > -1.0
+        window = int(seen[-1].sum())
+        rows = torch.arange(length)
+        distance = rows[:, None] - rows
+        if not torch.equal(seen, (distance >= 0) & (distance < window)):
+            raise self.fail(node, "the mask is neither causal nor a window")
+        return window if window < length else 0
+
+    def _glu(self, node: Node) -> Value | None:
+        found = P.glu(node)
+        if found is None:
+            return None
+        gate, up = P.same(found.gate), P.same(found.up)
+        plain = all(P.op(n).startswith("linear") for n in (gate, up))
+        if not plain or P.same(gate.args[0]) is not P.same(up.args[0]):
+            return None
+        x = self.value(gate.args[0])
+        joined = self.weights.joined([gate.args[1], up.args[1]])
+        biases = [self.weights.joined([gate.args[2], up.args[2]])] if len(gate.args) > 2 and gate.args[2] else []
+        wide = self.emit("linear", gate, x, joined, *biases)
+        return self.emit("swiglu", node, wide)  # type: ignore[no-any-return]
+
+    def _gated(self, node: Node) -> Value | None:
+        both = P.pair(node, "mul.Tensor")
+        for left, right in (both, both[::-1]) if both else ():
+            if P.op(left).startswith("sigmoid") and shape(left)[-1] == 1 and isinstance(right, Node):
+                rows = self.value(left.args[0])
+                return self.emit("gate.rows", node, self.value(right), rows)  # type: ignore[no-any-return]
+        return None
+
+    def _experts(self, node: Node) -> Value | None:
+        found = P.experts(node)
+        if found is None:
+            return None
+        gate = P.gate(found.ids, found.weights)
+        if gate is None:
+            raise self.fail(node, "the experts' gate is not a known one")
+        x = self.value(found.x)
+        bias = [self.weights.ref(gate.bias)] if gate.bias is not None else []
+        ids, weights = self.emit("moe.route", node, x, self.weights.ref(gate.weight), *bias, **gate.attrs)
+        up, down = self.weights.stacked(found.gate_up), self.weights.stacked(found.down)
+        count = int(shape(found.down)[0])
+        rows, offsets, order = self.emit("moe.dispatch", node, x, ids, experts=count)
+        done = self.emit("moe.experts", node, rows, offsets, up, down)
+        return self.emit("moe.combine", node, done, order, weights)  # type: ignore[no-any-return]
+
+    def _linear(self, node: Node) -> Value:
+        x, w, *b = node.args
+        bias = [self.weights.ref(b[0])] if b and b[0] is not None else []
+        out = {"out": "f32"} if node is self.head else {}
+        return self.emit("linear", node, self.value(x), self.weights.ref(w), *bias, **out)  # type: ignore[no-any-return]
+
+    def _view(self, node: Node) -> Value:
+        source = P.same(node.args[0])
+        before, after = features(source), features(node)
+        x = self.value(source)
+        if before == after:
+            return x
+        if len(before) == 1 and len(after) == 2 and before[0] == after[0] * after[1]:
+            return self.emit("unflatten", node, x, sizes=tuple(after))  # type: ignore[no-any-return]
+        if len(before) == 2 and len(after) == 1:
+            return self.emit("flatten", node, x)  # type: ignore[no-any-return]
+        raise self.fail(node, f"a view of {before} as {after}")
+
+
+def features(node: Node) -> list[int]:
+    """Dims of one token: without the batch of one in front and the tokens, wherever they stand."""
+    dims = list(shape(node))
+    if len(dims) > 2 and dims[0] == 1:
+        dims = dims[1:]
+    return [d for d in dims if isinstance(d, int)]
+
+
+def _whole(node: Node) -> bool:
+    return len(node.args) < 4 or node.args[3] is None or int(node.args[3]) > 1 << 40 or isinstance(node.args[3], Node)  # type: ignore[arg-type]
+
+
+def _location(node: Node) -> Location | None:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return Location(str(stack[-1][0]) or "module", 0) if stack else None

@@ -1,0 +1,146 @@
+"""Modules of torch imported without a declaration: logits, what was raised, the declared model's plan, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from random_configs import FAMILIES, make_model
+from test_families import evaluated
+from torch import nn
+
+import moec
+from moec import targets
+from moec.frontend.torch_import import TorchSource
+from moec.frontend.torch_import.exported import DataDependent
+from moec.frontend.torch_import.raising import NotRaised, Report
+from moec.passes.planning import Options, make_plan
+from moec.stages import Traced
+
+IMPORTED = (
+    "llama", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "dots1", "glm4_moe", "hunyuan_v1_moe",
+    "minimax_m2",
+)  # fmt: skip
+
+
+def module_of(family: str, seed: int) -> Any:
+    """A module whose experts are in a form that exports, and whose rotary embedding does not look at its input."""
+    for number in range(seed, seed + 20):
+        model = make_model(family, number)
+        if model.config.rope_parameters["rope_type"] != "dynamic":
+            break
+    model.config._experts_implementation = "batched_mm"
+    return model
+
+
+def report_of(traced: Traced) -> Report:
+    assert isinstance(traced.source, TorchSource)
+    return traced.source.report
+
+
+def logits_of(traced: Traced, ids: torch.Tensor) -> torch.Tensor:
+    source = traced.source
+    assert isinstance(source, TorchSource)
+    return evaluated(traced.ir, lambda name, shape, dtype: source.tensors[name], ids)
+
+
+def close(traced: Traced, module: nn.Module, vocabulary: int, seed: int) -> None:
+    ids = torch.tensor(np.random.default_rng(seed).integers(0, vocabulary, 40))
+    with torch.no_grad():
+        expected = module(ids[None])
+    expected = (expected if isinstance(expected, torch.Tensor) else expected.logits)[0]
+    assert (logits_of(traced, ids) - expected).abs().max() / expected.std() < 5e-5
+
+
+@pytest.mark.parametrize("family", IMPORTED)
+def test_undeclared_classes(family: str, seed: int) -> None:
+    module = module_of(family, seed)
+    traced = moec.trace(module)
+    report = report_of(traced)
+    print(f"{family}: {report}")
+    assert report.share == 1.0
+    close(traced, module, module.config.vocab_size, seed)
+
+
+@pytest.mark.parametrize("family", IMPORTED)
+def test_plan_is_that_of_the_declared_model(family: str, seed: int, tmp_path: Path) -> None:
+    """On an h800, within a tenth; equal layers are rolled up, and all layers are where they take turns."""
+    module = module_of(family, seed)
+    imported = moec.trace(module).ir
+    module.save_pretrained(tmp_path)
+    declared = moec.trace(str(tmp_path)).ir
+    if not any(name.startswith("mixed") for name in declared.functions):
+        assert len(list(imported.ops())) == len(list(declared.ops()))
+    target = targets.load("h800")
+    options = Options(batch=8, context=64, prompt=64, chunk=64)
+    plans = [make_plan(ir, target, options) for ir in (imported, declared)]
+    for phase in plans[0].phases:
+        times = [p.phases[phase].serial_us for p in plans]
+        assert times[0] == pytest.approx(times[1], rel=0.1)
+
+
+def test_artifact_of_an_imported_module(seed: int, tmp_path: Path) -> None:
+    module = module_of("mixtral", seed)
+    plan = moec.trace(module).optimize("cpu", context=64, chunk=32, recipe="fp32")
+    model = moec.load(plan.compile(tmp_path / "m.moec").path)
+    ids = np.random.default_rng(seed).integers(0, module.config.vocab_size, (1, 40))
+    with torch.no_grad():
+        expected = module(torch.tensor(ids)).logits.numpy()
+    for chunk in (None, 1):
+        assert np.abs(model.logits(ids, chunk=chunk) - expected).max() / expected.std() < 1e-4
+
+
+def test_scaled_dot_product_attention(seed: int) -> None:
+    module = module_of("mixtral", seed)
+    module.config._attn_implementation = "sdpa"
+    close(moec.trace(module), module, module.config.vocab_size, seed)
+
+
+class Capped(nn.Module):
+    """Logits bounded by a function that no pattern takes in."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.config: Any = inner.config
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits = self.inner(input_ids, use_cache=False).logits
+        assert isinstance(logits, torch.Tensor)
+        return torch.tanh(logits / 3.0) * 3.0
+
+
+def test_what_is_not_raised_stays_a_tensor_op_and_is_reported(seed: int) -> None:
+    module = Capped(module_of("qwen3", seed))
+    traced = moec.trace(module)
+    report = report_of(traced)
+    assert 0.9 < report.share < 1.0
+    (line,) = report.plain
+    assert "tanh" in line
+    assert [op.name for op in traced.ir.functions["prefill"].ops][-2:] == ["tensor.pointwise", "scale"]
+    close(traced, module, module.config.vocab_size, seed)
+
+
+def test_loop_over_experts_that_were_hit() -> None:
+    module = make_model("mixtral", 0)
+    module.config._experts_implementation = "eager"
+    with pytest.raises(DataDependent) as error:
+        moec.trace(module)
+    text = str(error.value)
+    assert "model.layers.0.mlp.experts (MixtralExperts)" in text
+    assert "repeat_interleave" in text and "batched_mm" in text
+    assert "\n" not in text
+
+
+def test_forms_that_are_not_known_are_named() -> None:
+    module = make_model("ernie4_5_moe", 0)
+    module.config._experts_implementation = "batched_mm"
+    with pytest.raises(NotRaised, match=r"model\.layers\.0\.self_attn"):
+        moec.trace(module)
+
+
+def test_every_imported_family_is_declared() -> None:
+    assert set(IMPORTED) < set(FAMILIES)
