@@ -39,6 +39,9 @@ GPU = (
 )
 """NVIDIA and AMD devices; both phases take the form of attention that costs less."""
 
+BEFORE = {"place-experts": "shard"}
+"""Where a pass that a user adds goes, other than before kernel selection."""
+
 PIPELINES = {"cpu": CPU, "cuda": GPU, "rocm": GPU}
 """Specs as `--pass` takes them, by the target's kind. A pass of another engine is one more line here."""
 
@@ -56,5 +59,7 @@ def pipeline(target: Target, recipe: str = "auto", given: Sequence[str] = (), ra
         if same:
             steps[same[0]] = new
         else:
-            steps.insert(next(i for i, s in enumerate(steps) if s.name == "select-kernels"), new)
+            before = BEFORE.get(new.name, "select-kernels")
+            names = [s.name for s in steps]
+            steps.insert(names.index(before if before in names else "select-kernels"), new)
     return steps

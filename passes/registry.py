@@ -14,6 +14,7 @@ from moec.passes.fp8_cast import Fp8Cast
 from moec.passes.fuse import Fuse
 from moec.passes.mla_absorb import MlaAbsorb
 from moec.passes.overlap import Overlap
+from moec.passes.place_experts import PlaceExperts
 from moec.passes.select_kernels import SelectKernels
 from moec.passes.shard import Shard
 from moec.passes.split_microbatches import SplitMicrobatches
@@ -22,8 +23,10 @@ from moec.plugins import plugins
 BUILT_IN: tuple[type[Pass], ...] = (
     Canonicalise,
     BindLimits,
+    PlaceExperts,
     Shard,
     MlaAbsorb,
+    PlaceExperts,
     Fp8Cast,
     Fuse,
     SelectKernels,

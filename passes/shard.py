@@ -54,6 +54,8 @@ class Shard(Pass):
         if self.placement:
             slots = place_experts(module, Path(self.placement), layout.experts, mesh)
             out.notes.append(f"experts placed as {self.placement} says")
+        elif isinstance(placed := module.attrs.get("placement"), tuple) and isinstance(placed[0], tuple):
+            slots = len(placed[0])
         per_node = self.per_node or min(ctx.target.node.devices, mesh.ep)
         if mesh.ep % per_node and per_node < mesh.ep:
             message = f"EP {mesh.ep} does not divide over nodes of {per_node}; choose per_node among its divisors"

@@ -1,0 +1,81 @@
+"""place-experts: from recorded loads to the experts of every slot, before the model is sharded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, cast
+
+from moec.ir import Module
+from moec.ir.mesh import mesh_of
+from moec.passes.base import Context, Outcome, Pass, PassError
+from moec.passes.sharding.placed import routed_layers
+
+SHARES = ("even", "free")
+
+
+@dataclass(frozen=True)
+class PlaceExperts(Pass):
+    """Choose replicas and slots for every layer from `loads`, a file of tokens per expert [layers, experts].
+
+    Consumes a module before `shard` on a layout with several expert ranks; produces the module attributes `placement`
+    (the expert in every slot, a row a layer) and, with `shares = free`, `replica_shares`. `slots` is the slots of a
+    device (0: the layout's); `groups` binds that many groups of experts to nodes (node-limited routing);
+    `coactivation` is a file of tokens per pair of experts, by which partners share nodes. Must not change results:
+    tolerance 0.
+    """
+
+    name: ClassVar[str] = "place-experts"
+    loads: str = ""
+    coactivation: str = ""
+    slots: int = 0
+    groups: int = 1
+    shares: str = "even"
+
+    def requires(self, module: Module) -> str:
+        """Placed experts decide what a rank holds: they come first."""
+        return "the module is sharded already" if mesh_of(module).ranks > 1 else ""
+
+    def run(self, module: Module, ctx: Context) -> Outcome:
+        from moec.passes.placement import Problem, formats, place
+
+        out = Outcome()
+        layout = ctx.layout
+        if layout is None or layout.ep == 1:
+            out.warnings.append("experts lie on one rank: nothing to place")
+            return out
+        if not self.loads:
+            raise PassError(name=self.name, message="name a file of loads: place-experts{loads=FILE}")
+        if self.shares not in SHARES:
+            raise PassError(name=self.name, message=f"shares must be one of {', '.join(SHARES)}, got {self.shares!r}")
+        loads = formats.read_loads(Path(self.loads))
+        layers = routed_layers(module)
+        if loads.shape != (layers, layout.experts):
+            message = f"{self.loads} has loads of {list(loads.shape)}, the model {[layers, layout.experts]}"
+            raise PassError(name=self.name, message=f"{message} (layers with experts, experts)")
+        node = min(ctx.target.node.devices, layout.ep)
+        problem = Problem.of(
+            loads,
+            devices=layout.ep,
+            slots_per_device=self.slots or layout.slots_per_device,
+            devices_per_node=node if layout.ep % node == 0 else None,
+            groups=self.groups,
+        )
+        pairs = None
+        if self.coactivation:
+            pairs = formats.read_coactivation(Path(self.coactivation), layers, layout.experts)
+        found = place(problem, shares=cast(Literal["even", "free"], self.shares), coactivation=pairs)
+        placement = found.placement
+        module.attrs["placement"] = tuple(tuple(map(int, row)) for row in placement.physical_to_logical_map)
+        if not placement.has_even_shares:
+            module.attrs["replica_shares"] = tuple(tuple(map(float, row)) for row in placement.replica_shares)
+        out.matched = layers
+        mean, worst = found.over_mean.mean(), found.over_mean.max()
+        out.notes += [
+            f"{layers} layers, {layout.experts} experts in {placement.slots} slots on {layout.ep} devices",
+            f"greatest device load {mean:.4f} of the mean load ({worst:.4f} in the worst layer), at most "
+            f"{found.balance.max():.4f} of the lower bound",
+        ]
+        if (found.over_mean > 1.1).any():
+            out.notes.append("more slots a device would balance better: place-experts{slots=N}")
+        return out
