@@ -159,7 +159,9 @@ class Monitor:
         if not self._place[2] or now - self._since <= self.timeout:
             return
         moving = [r for r, s in alive.items() if s.place.split("|")[1:2] == ["0"]]
-        stuck = [r for r in moving if now - alive[r].place_at > self.timeout]
+        # Opening an artifact may take any time: a rank that is still at the start shows signs of life at least.
+        started = [r for r in moving if alive[r].place.split("|")[0] not in ("", "0")]
+        stuck = [r for r in started if now - alive[r].place_at > self.timeout]
         if stuck:
             rank = stuck[0]
             waited = now - alive[rank].place_at

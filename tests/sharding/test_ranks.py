@@ -23,9 +23,9 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11] * 3, [3]]
 """Uneven, and fewer than replicas: some rank has no prompt at all."""
 
 
-def agree(model: Path | str, name: str, recipe: str, tmp: Path, seed: int = 0) -> None:
+def agree(model: Path | str, mesh: str | Case, recipe: str, tmp: Path, seed: int = 0) -> None:
     """Prefill whole, in chunks and token by token, and generation, equal those of one process on every rank."""
-    case = CASES[name]
+    case = CASES[mesh] if isinstance(mesh, str) else mesh
     one = moec.load(compiled(model, tmp / "one.moec", recipe), threads=1)
     ids = np.random.default_rng(seed).integers(0, one.vocab, (3, 20))
     ranks = results(
@@ -54,6 +54,18 @@ def test_tiny_on_every_mesh(name: str, recipe: str, tmp_path: Path) -> None:
     if recipe == "weight-only" and CASES[name].request.tp > 1:
         pytest.skip("the tiny model's heads cut 128-wide scale blocks: refused when planned")
     agree("tiny-deepseek-v3", name, recipe, tmp_path)
+
+
+@pytest.mark.slow
+def test_placement_from_a_file_changes_no_result(tmp_path: Path) -> None:
+    """Experts moved between ranks, popular ones copied, unequal shares: the same numbers as in one process."""
+    file = tmp_path / "placement.json"
+    row = [*range(15, -1, -1), 0, 1, 2, 3]
+    shares = [0.3 if e < 4 and s < 16 else 0.7 if s >= 16 else 1.0 for s, e in enumerate(row)]
+    found = {"physical_to_logical_map": [row, row], "replica_shares": [shares, shares]}
+    file.write_text(json.dumps(found))
+    case = Case(LayoutRequest(ranks=2), (f"shard{{placement={file}}}",))
+    agree(skewed("many-groups", tmp_path / "hf"), case, "fp32", tmp_path)
 
 
 @pytest.mark.slow
