@@ -194,7 +194,7 @@ def _set_activations(module: Module, dtype: str, cache: Element) -> None:
             if isinstance(arg.type, CacheType):
                 arg.type = CacheType(arg.type.kind, arg.type.shape, cache.dtype)
     for _, op in module.ops():
-        if op.name in ("embed", "cache.read"):
+        if op.name in ("embed", "cache.read") or op.attrs.get("carries") == "activations":
             op.attrs["dtype"] = dtype
         elif op.name == "repeat":
             # Layers are typed before their callers: the residual stream's type must stand.

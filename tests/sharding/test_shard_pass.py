@@ -52,6 +52,14 @@ def test_all_ranks_together_equal_one(name: str) -> None:
     assert print_module(parse_module(text)) == text
 
 
+@pytest.mark.parametrize("recipe", ["fp32", "bf16", "weight-only"])
+def test_recipes_over_stages_that_share_a_layer_function(recipe: str) -> None:
+    """Dense layers stand in two stages of three: what is received has the recipe's type."""
+    plan = moec.trace("tiny-deepseek-v3").optimize("cpu", recipe=recipe, layout=LayoutRequest(ranks=3, pp=3))
+    received = [op for _, op in plan.ir.ops() if op.attrs.get("carries") == "activations"]
+    assert len(received) == 4 and all(op.result.type.dtype == "f32" for op in received)  # type: ignore[union-attr]
+
+
 def _lose_a_sum(module: Module) -> None:
     for function in module.functions.values():
         for op in [o for o in function.ops if o.name == "comm.all_reduce"][:1]:
