@@ -19,7 +19,7 @@ from moec.passes.planning.errors import CutBlock, WrongLayout
 from moec.passes.planning.layout import Layout, LayoutRequest, resolve
 from moec.passes.planning.precision import RECIPES
 from moec.passes.shard import Shard
-from moec.passes.sharding.memory import TooLittleMemory
+from moec.passes.sharding.memory import TooLittleMemory, check_memory
 from moec.targets import load
 
 SMALL = {"num_hidden_layers": "3", "first_k_dense_replace": "1"}
@@ -140,11 +140,17 @@ def test_widths_are_filled_up_on_request() -> None:
 
 
 def test_a_mesh_that_does_not_fit_the_memory() -> None:
-    with pytest.raises(
-        TooLittleMemory, match=r"of weights .* of cache, a device of h800.* has 80 GB: use --ranks 32 or"
-    ):
-        moec.trace("deepseek-v3").optimize("h800", batch=8, recipe="bf16", layout=LayoutRequest(ranks=8))
-    moec.trace("deepseek-v3").optimize("h800", batch=8, recipe="bf16", layout=LayoutRequest(ranks=32))
+    """DeepSeek-V3 in BF16 on 8 devices of 80 GB is refused with the ranks that do; on as many it is not."""
+
+    def check(ranks: int) -> None:
+        module = moec.trace("deepseek-v3").ir
+        context = Context(load("h800").with_ranks(ranks), Limits(8, 4096), Layout(1, ranks, ranks, 256, 256))
+        Shard().run(module, context)
+        check_memory(module, context)
+
+    with pytest.raises(TooLittleMemory, match=r"of weights .* of cache, a device of h800 has 80 GB: use --ranks 32"):
+        check(8)
+    check(32)
 
 
 def test_placement_from_a_file(tmp_path: Path) -> None:
