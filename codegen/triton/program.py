@@ -10,7 +10,7 @@ from typing import Any
 from moec.codegen.triton import aot
 from moec.codegen.triton import tiles as measured
 from moec.codegen.triton.errors import NoKernel
-from moec.codegen.triton.fused.groups import VIEWS
+from moec.codegen.triton.fused.groups import EVENTS, VIEWS
 from moec.codegen.triton.lower.lower import Lowered, Phase, lower_phase
 from moec.codegen.triton.lower.table import KernelTable
 from moec.codegen.triton.spec import Tile
@@ -21,7 +21,7 @@ from moec.targets import Target
 PAGE = 64
 MOST_ROWS = 128
 """Rows of logits that one prefill call gives at most: 129,280 of them are half a megabyte each."""
-CONTROL = ("repeat", "call", "index.add", "event.record", "event.wait")
+CONTROL = ("repeat", "call", "index.affine", *EVENTS)
 """Ops that decide which steps run and when; no kernel computes them."""
 
 

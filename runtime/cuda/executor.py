@@ -28,9 +28,9 @@ class Executor:
 
     def run(self, sizes: Sizes, before: Action, after: Action) -> None:
         """Launch every step for these sizes between two actions on the main stream."""
+        actions = list(self.actions(sizes))
         before()
-        for action in self.actions(sizes):
-            action()
+        self._around(actions)
         after()
 
     def replay(self, sizes: Sizes, before: Action, after: Action) -> None:
@@ -40,11 +40,25 @@ class Executor:
             actions = list(self.actions(sizes))
             self.driver.begin_capture(self.main)
             before()
-            for action in actions:
-                action()
+            self._around(actions)
             after()
             self._graphs[key] = self.driver.end_capture(self.main)
         self.driver.replay(self._graphs[key], self.main)
+
+    def _around(self, actions: Sequence[Action]) -> None:
+        """Actions on all streams, which start after what the main one has done and end before what it does next."""
+        sides = [s for s in self.streams.values() if s != self.main]
+        if sides:
+            start = self._event(-1)
+            self.driver.record(start, self.main)
+            for side in sides:
+                self.driver.wait_for(side, start)
+        for action in actions:
+            action()
+        for number, side in enumerate(sides, start=2):
+            end = self._event(-number)
+            self.driver.record(end, side)
+            self.driver.wait_for(self.main, end)
 
     @property
     def captured(self) -> int:

@@ -35,7 +35,8 @@ class StandIn:
         self.graphs: list[list[Callable[[], object]]] = []
         self.capturing: list[Callable[[], object]] | None = None
         self.launches: list[str] = []
-        self.replays = 0
+        self.replays, self.handles = 0, 0
+        self.order: list[tuple[str, int, int]] = []
         self.last: dict[str, Any] = {}
 
     # -- what is only answered
@@ -77,11 +78,29 @@ class StandIn:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("cu") and name in {
-            "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuFuncSetAttribute", "cuStreamCreate",
-            "cuStreamSynchronize", "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuGraphDestroy",
+            "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuFuncSetAttribute",
+            "cuStreamSynchronize", "cuGraphDestroy",
         }:  # fmt: skip
             return lambda *arguments: 0
         raise AttributeError(name)
+
+    # -- streams: everything runs in the order of issue; what waits for what is noted
+
+    def cuStreamCreate(self, out: Any, flags: Any) -> int:
+        self.handles += 1
+        out._obj.value = self.handles
+        return 0
+
+    cuEventCreate = cuStreamCreate
+
+    def cuEventRecord(self, event: Any, stream: Any) -> int:
+        self.order.append(("record", event.value, stream.value))
+        return 0
+
+    def cuStreamWaitEvent(self, stream: Any, event: Any, flags: Any) -> int:
+        assert any(kind == "record" and e == event.value for kind, e, _ in self.order), "an event that never happens"
+        self.order.append(("wait", event.value, stream.value))
+        return 0
 
     # -- memory
 

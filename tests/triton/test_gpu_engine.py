@@ -39,3 +39,13 @@ def test_both_forms_of_attention_in_both_phases(interpreter: Any, form: str) -> 
     spec = f"mla-absorb{{prefill={form},decode={form}}}"
     found = interpreter("prompts_error", target="h800", recipe="fp32", settings=SMALL, tokens=5, passes=[spec])
     assert found["whole"] < 1e-5 and found["steps"] < 1e-5, found
+
+
+def test_streams_and_events_of_a_schedule(interpreter: Any) -> None:
+    """The shared expert on a second stream: its launches wait for the first, and the sum waits for them."""
+    found = interpreter(
+        "prompts_error", target="h800", recipe="fp32", settings=SMALL, tokens=2, phase="decode", streams=True
+    )
+    assert found["whole"] < 1e-5 and found["steps"] < 1e-5, found
+    # The main stream starts the second, one MoE layer records and waits twice, the second ends before the main one.
+    assert found["events"][:8] == ["record", "wait"] * 4, found["events"]

@@ -14,6 +14,7 @@ from moec.ir import Function, Op, TensorType, Value
 from moec.ir.optable import OPS
 
 VIEWS = ("split", "flatten", "unflatten")
+EVENTS = ("event.record", "event.wait")
 PRODUCTS = ("linear", "linear.heads", "moe.experts")
 ROWS = (
     "norm.rms", "norm.add_rms", "add", "swiglu", "quant.cast", "embed", "rows.gather", "moe.combine", "rope",
@@ -110,6 +111,7 @@ class _Graph:
 def groups_of(function: Function) -> list[Group]:
     """The groups of a function in the order in which they run; views, which no kernel computes, are left out."""
     graph = _Graph(function)
+    fence: Group | None = None
     last_write: Group | None = None
     reads: list[Group] = []
     for index, op in enumerate(function.ops):
@@ -119,12 +121,16 @@ def groups_of(function: Function) -> list[Group]:
         # Reads and writes of the cache, and events between streams, keep their order.
         writes = {last_write} if last_write and effect else set()
         before: set[Group] = writes | set(reads) if effect == "write" else writes
+        # What is issued before an event stays before it, and what comes after stays after.
+        before |= set(graph.groups) if op.name in EVENTS else {fence} if fence else set()
         into = _candidates(graph, op, before)
         graph.joined(into, op, index, before)
         if effect == "write":
             last_write, reads = graph.owner[op], []
         elif effect == "read":
             reads.append(graph.owner[op])
+        if op.name in EVENTS:
+            fence = graph.owner[op]
         last_write = graph.owner[last_write.ops[0]] if last_write else None
         reads = [graph.owner[g.ops[0]] for g in reads]
     return _ordered(graph.groups)

@@ -49,6 +49,9 @@ def rows(low: Lowering, group: Group) -> None:
         for op in group.ops
         if op.name == "rope" and isinstance(op.operands[0], Value) and low.rotates_in_place(op)
     }
+    for op in group.ops:
+        if op.name == "cache.append":
+            low.layers[op.operands[0]] = op.operands[1]
     made = rows_kernel(group, low.function, "kernel", in_place)
     instance = low.phase.table.generated(made, low.phase.shape)
     low.launch(instance, group, bound(low, instance.signature, made), {"ROWS": made.rows})
@@ -322,7 +325,48 @@ def repeat(low: Lowering, group: Group) -> None:
     inner.run()
 
 
+def affine(low: Lowering, group: Group) -> None:
+    """A layer that stands a fixed number of layers from the loop's own."""
+    from moec.codegen.triton.lower.lower import Layer
+
+    op = group.anchor
+    if op.attrs["scale"] != 1:
+        raise NoKernel(op=op.name, reason="a turn of the loop runs several layers")
+    layer = low.env[op.operands[0]]  # type: ignore[index]
+    low.env[op.result] = Layer(layer.index + int(op.attrs["offset"]), layer.looped)  # type: ignore[arg-type]
+
+
+def call(low: Lowering, group: Group) -> None:
+    """A layer function for one layer; its results take buffers of their own."""
+    from moec.codegen.triton.lower.lower import Layer, Lowering
+
+    op = group.anchor
+    function = low.phase.module.functions[str(op.attrs["func"])]
+    env: dict[Value, Any] = {function.args[0]: Layer(int(op.attrs["layer"]), False)}  # type: ignore[arg-type]
+    for argument, operand in zip(function.args[1:], op.operands, strict=True):
+        if isinstance(operand.type, CacheType):
+            env[argument] = low.env[operand]  # type: ignore[index]
+        else:
+            env[argument] = low.place(operand)
+    into = {returned: low.place(result) for returned, result in zip(function.returns, op.results, strict=True)}
+    inner = Lowering(low.phase, function, env, into)
+    low.callees.append(inner)
+    inner.run()
+    # One layer is no loop: its steps stand where the call does.
+    low.steps.append({"repeat": [0, 0], "function": function.name, "steps": inner.steps})
+
+
+def event(low: Lowering, group: Group) -> None:
+    """Record an event on a stream, or make a stream wait for it."""
+    op = group.anchor
+    low.steps.append({op.name.removeprefix("event."): op.attrs["event"], "stream": op.attrs["stream"]})
+
+
 HANDLERS = {
+    "index.affine": affine,
+    "event.record": event,
+    "event.wait": event,
+    "call": call,
     "linear": linear,
     "linear.heads": linear_heads,
     "moe.route": route,

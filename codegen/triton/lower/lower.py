@@ -13,7 +13,7 @@ from moec.codegen.triton.fused.groups import VIEWS, Group, groups_of
 from moec.codegen.triton.lower.places import Base, Place, Step, reference
 from moec.codegen.triton.lower.table import KernelTable, grid_of
 from moec.codegen.triton.spec import Instance
-from moec.ir import CacheType, Function, IndexType, Module, Op, TensorType, Value, WeightRef
+from moec.ir import CacheType, Function, Module, Op, TensorType, Value, WeightRef
 from moec.ir.dims import Size
 from moec.ir.expr import evaluate
 from moec.ir.types import BITS, SCALE_BITS
@@ -79,6 +79,8 @@ class Lowering:
         self.now = 0
         self.steps: list[Step] = []
         self._pending: list[Callable[[], None]] = []
+        self.layers: dict[object, Any] = {}
+        """The layer of each cache that the current group writes."""
         self.callees: list[Lowering] = []
 
     # -- places
@@ -332,11 +334,8 @@ class Lowering:
                 return self.extra[argument.what, of]
             case "cache":
                 assert isinstance(of, Value)
-                return self.cache(of, self._layer())
+                return self.cache(of, self.layers[of])
         raise AssertionError(argument)
-
-    def _layer(self) -> Value:
-        return next(a for a in self.function.args if isinstance(a.type, IndexType))
 
 
 @dataclass

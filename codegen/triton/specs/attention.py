@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Key counts of the sequences of a batch: what the test cases vary.
 LENGTHS = ((70, 300), (1, 64), (2, 129), (4097, 5))
-QUERIES = ((5, 70), (1, 64), (33, 130), (200, 1))
-PREFIXES = ((0, 0), (0, 0), (100, 7), (313, 3))
+QUERIES = ((5, 70), (1, 64), (33, 130), (200, 1), (1, 3))
+PREFIXES = ((0, 0), (0, 0), (100, 7), (313, 3), (4096, 4094))
 
 
 def cache_row(dv: int, dr: int, fp8: bool) -> dict[str, int]:
@@ -308,6 +308,7 @@ def read(fp8: bool) -> KernelSpec:
         cases=(
             Case("lengths 70 and 300", {"B": 2, "CONTEXT": 300, "LOAD": 0}),
             Case("lengths 1 and 64", {"B": 2, "CONTEXT": 64, "LOAD": 1}),
+            Case("lengths 4097 and 5", {"B": 2, "CONTEXT": 4097, "LOAD": 3}, slow=True),
         ),
         flops="0",
         bytes=f"B*CONTEXT*({row} + 2*(DV + DR))",
@@ -391,6 +392,7 @@ PREFILL = KernelSpec(
         Case("prefix of 100 and 7", {"B": 2, "HEADS": 2, "CONTEXT": 130, "LOAD": 2}),
         Case("the same in float32", {"B": 2, "HEADS": 2, "CONTEXT": 130, "LOAD": 2}, PREFILL_FLOAT, interpreted=True),
         Case("prefix of 313, several blocks", {"B": 2, "HEADS": 1, "CONTEXT": 200, "LOAD": 3}),
+        Case("4097 keys, one query and three", {"B": 2, "HEADS": 1, "CONTEXT": 3, "LOAD": 4}),
     ),
     flops="B*HEADS*CONTEXT*CONTEXT*(DN + DR + DV)",
     bytes="2*B*CONTEXT*(HEADS*(DN + DR + DN + 2*DV) + DR)",
