@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from moec.ir import TensorType, Weight
-from moec.ir.lane16 import FORMATS
+from moec.ir.lane16 import ROWS, format_of
 
 SAFETENSORS = {"f32": "F32", "bf16": "BF16", "fp8_e4m3": "U8", "fp4_e2m1": "U8"}
 """Packed elements of fewer than 16 bits are stored as bytes: their order is the kernel's, not the format's."""
@@ -62,10 +62,10 @@ def stored_arrays(weight: Weight) -> list[StoredArray]:
             plain.append(StoredArray(f"{weight.name}.scale", kind, lead + scale_shape(t), lane))
         return plain
     *stack, n, k = shape
-    fmt, head = FORMATS[t.dtype], (*lead, *stack)
+    fmt, head = format_of(t.dtype, t.quant.block[-2] if t.quant else ROWS), (*lead, *stack)
     stored = SAFETENSORS[t.dtype]
     arrays = [StoredArray(weight.name, stored, (*head, *fmt.shape(n, k), 4 // BYTES[stored]), "int32")]
     if t.quant:
-        kind = "U8" if fmt.row_scales else "F32"
+        kind = "U8" if fmt.scale_dtype == "uint8" else "F32"
         arrays.append(StoredArray(f"{weight.name}.scale", kind, (*head, *fmt.scale_shape(n, k)), fmt.scale_dtype))
     return arrays

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 
 from moec.errors import MoecError
+from moec.ir.accumulate import hopper_product
 from moec.ir.mesh import mesh_of
 from moec.ir.module import Function, Module, Op, Value, WeightRef
-from moec.ir.numeric import TORCH, Quantised, logical
+from moec.ir.numeric import TORCH, Quantised, logical, quantise
 from moec.ir.ops.weights import tensor_name
 from moec.ir.optable import OPS
 from moec.ir.printer import print_op
@@ -93,7 +94,8 @@ class Evaluator:
 
     `compute` is the torch type of all arithmetic; with `rounding` every result is rounded to its stated element type,
     as a machine that stores it would. `trace` is called with each op and its results. A sharded module is evaluated by
-    one evaluator a rank, all at once: `peers` joins them (see `spmd.run_ranks`).
+    one evaluator a rank, all at once: `peers` joins them (see `spmd.run_ranks`). `accumulate`, one of
+    `accumulate.ACCUMULATE`, says how products of quantised inputs are summed: `hopper` as its tensor cores do.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Evaluator:
         rounding: bool = True,
         trace: Callable[[Function, Op, list[Any]], None] | None = None,
         peers: Peers | None = None,
+        accumulate: str = "exact",
     ) -> None:
         self.module = module
         self._peers = peers
@@ -111,14 +114,23 @@ class Evaluator:
         self.weights = weights
         self.compute = compute
         self.rounding = rounding
-        self.cache_dtype = "f32"
+        self.accumulate = accumulate
+        self.cache_type = CacheType("kv.latent", (), "f32")
         self._trace = trace
 
     def new_cache(self, type: CacheType, symbols: dict[str, int]) -> torch.Tensor:
         """An empty cache of a cache type; stored in the compute type, rounded on writing."""
-        self.cache_dtype = type.dtype
+        self.cache_type = type
         shape = TensorType(type.dtype, type.shape).bound(symbols)
         return torch.zeros(shape, dtype=self.compute)
+
+    def cached(self, latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        """A row of the latent cache as the cache holds it."""
+        quant = self.cache_type.quant
+        if quant is None or not self.rounding:
+            return self.round(torch.cat((latent, rope), -1), self.cache_type.dtype)
+        stored = quantise(latent, self.cache_type.dtype, (1, quant.block[-1]), quant.scale)
+        return torch.cat((stored.dequantise(self.compute), self.round(rope, "bf16")), -1)
 
     def round(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
         """`x` as the element type holds it, in the compute type."""
@@ -151,7 +163,10 @@ class Evaluator:
         return [self._logical(env[v]) for v in function.returns]
 
     def product(self, x: Any, w: torch.Tensor) -> torch.Tensor:
-        """`x · wᵀ` in the compute type."""
+        """`x · wᵀ` in the compute type, or summed as `accumulate` says when x is quantised."""
+        if self.accumulate != "exact" and isinstance(x, Quantised):
+            promote = self.accumulate == "hopper"
+            return hopper_product(x.dequantise(self.compute), w, promote).to(self.compute)
         return logical(x, self.compute) @ w.T
 
     def _run(self, op: Op, inputs: list[Any]) -> list[Any]:
@@ -167,6 +182,9 @@ class Evaluator:
     def _store(self, x: Any, type: Any) -> Any:
         if isinstance(type, TensorType) and type.quant is None and isinstance(x, torch.Tensor):
             return self.round(x.to(self.compute) if x.is_floating_point() else x, type.dtype)
+        if isinstance(type, TensorType) and type.quant is not None and isinstance(x, torch.Tensor):
+            # Rows that were moved about: quantising their values again gives the same ones.
+            return quantise(x, type.dtype, type.quant.block, type.quant.scale)
         return x
 
     def _operand(self, operand: Value | WeightRef, env: dict[Value, Any]) -> Any:

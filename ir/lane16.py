@@ -7,7 +7,8 @@ the panels of a blocked matrix product. Matrices stack (experts, heads) as leadi
 fill a lane from its lowest bits on.
 
 Scales: of FP8 float32 [ceil(N/16)][K'/128], one per tile of rows and 128 k: finer than the 128x128 blocks of
-DeepSeek-V3 (arXiv 2412.19437, sec. 3.3.2), so that matrices joined along N keep their own blocks. Of MXFP4 one byte
+DeepSeek-V3 (arXiv 2412.19437, sec. 3.3.2), so that matrices joined along N keep their own blocks; one for each row,
+[ceil(N/16)][K'/128][16], where blocks do not hold whole tiles. Of MXFP4 one byte
 for each row and 32 k, [ceil(N/16)][K'/32][16]: the exponent of a power of two plus 127 (OCP Microscaling Formats
 specification 1.0, sec. 5.4).
 """
@@ -30,17 +31,14 @@ class Format:
     k_multiple: int
     scale_block: int = 0
     row_scales: bool = False
-    """Every row has scales of its own, bytes that hold an exponent; otherwise tiles of rows share FP32 scales."""
+    """Every row has scales of its own; otherwise tiles of rows share them."""
+    scale_dtype: str = "float32"
+    """Element type of the scales as a kernel sees them: float32, or uint8 that holds an exponent."""
 
     @property
     def per_lane(self) -> int:
         """Consecutive k in one 4-byte lane."""
         return 32 // self.bits
-
-    @property
-    def scale_dtype(self) -> str:
-        """Element type of the scales as a kernel sees them."""
-        return "uint8" if self.row_scales else "float32"
 
     @property
     def block_scales(self) -> int:
@@ -72,5 +70,13 @@ class Format:
 F32 = Format("f32", 32, 8)
 BF16 = Format("bf16", 16, 32)
 FP8_E4M3 = Format("fp8_e4m3", 8, 128, scale_block=128)
-MXFP4 = Format("fp4_e2m1", 4, 128, scale_block=32, row_scales=True)
+FP8_E4M3_ROWS = Format("fp8_e4m3_rows", 8, 128, scale_block=128, row_scales=True)
+"""For scale blocks that begin or end inside a tile of rows, or that are single rows."""
+MXFP4 = Format("fp4_e2m1", 4, 128, scale_block=32, row_scales=True, scale_dtype="uint8")
 FORMATS = {f.name: f for f in (F32, BF16, FP8_E4M3, MXFP4)}
+"""Formats by element type."""
+
+
+def format_of(dtype: str, block_rows: int = ROWS) -> Format:
+    """The format of an element type whose scale blocks have `block_rows` rows (0: all of them)."""
+    return FP8_E4M3_ROWS if dtype == "fp8_e4m3" and block_rows % ROWS else FORMATS[dtype]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moec.ir.lane16 import FORMATS, ROWS, Format
+from moec.ir.lane16 import ROWS, Format, format_of
 from moec.ir.types import QUANTISED
 
 TORCH = {
@@ -68,6 +68,41 @@ class Quantised:
         """`x` quantised in the same way."""
         return quantise(x, self.dtype, self.block, self.format)
 
+    def narrow(self, axis: int, start: int, length: int) -> Quantised:
+        """Part of a dim; see `weight.slice`."""
+        at = axis - (self.data.ndim - len(self.block))
+        out = self if at < 0 or self.block[at] == 0 else self._finer(at, math.gcd(self.block[at], start))
+        data = _bytes(out.data).narrow(axis, start, length).view(out.data.dtype)
+        if at < 0:
+            return replace(out, data=data, scale=out.scale.narrow(axis, start, length))
+        if out.block[at] == 0:
+            return replace(out, data=data)
+        size = out.block[at]
+        return replace(out, data=data, scale=out.scale.narrow(axis, start // size, -(-length // size)))
+
+    def divide_rows(self, shape: tuple[int, ...]) -> Quantised:
+        """Rows `[a·b, K]` as `[a, b, K]`; see `weight.reshape`."""
+        a, b, _ = shape
+        data = self.data.reshape(shape)
+        if self.block[0] == 0:
+            return replace(self, data=data, scale=self.scale.expand(a, *self.scale.shape))
+        out = self._finer(0, math.gcd(self.block[0], b))
+        return replace(out, data=data, scale=out.scale.reshape(a, b // out.block[0], -1))
+
+    def permute(self, perm: tuple[int, ...]) -> Quantised:
+        """Permuted dims; the last ones among themselves."""
+        lead = self.data.ndim - len(self.block)
+        block = tuple(self.block[p - lead] for p in perm[lead:])
+        return replace(self, data=self.data.permute(perm), scale=self.scale.permute(perm), block=block)
+
+    def _finer(self, at: int, size: int) -> Quantised:
+        """The same values with blocks of `size` along blocked dim `at`, a divisor of their size."""
+        axis = self.data.ndim - len(self.block) + at
+        block = list(self.block)
+        times, block[at] = self.block[at] // size, size
+        scale = self.scale.repeat_interleave(times, axis).narrow(axis, 0, -(-self.data.shape[axis] // size))
+        return replace(self, scale=scale, block=tuple(block))
+
     def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """`data * scale` in `dtype`, computed in at least FP32."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -90,6 +125,8 @@ def quantise(x: torch.Tensor, dtype: str, block: tuple[int, ...], scale_format: 
     """
     if dtype not in QUANTISED:
         raise NumericError(f"{dtype} is not a quantised type (known: {', '.join(QUANTISED)})")
+    if (dtype == "logfmt10") != (scale_format == "logrange"):
+        raise NumericError(f"{dtype} has no scales in {scale_format}")
     wide = x.to(torch.float32)
     if not torch.isfinite(wide).all():
         raise NumericError("cannot quantise infinities or NaN")
@@ -100,6 +137,8 @@ def quantise(x: torch.Tensor, dtype: str, block: tuple[int, ...], scale_format: 
     for i in reversed(range(len(block))):
         pad += [0, counts[i] * sizes[i] - wide.shape[lead + i]]
     split = [d for c, s in zip(counts, sizes, strict=True) for d in (c, s)]
+    if dtype == "logfmt10":
+        return _logfmt(wide, block)
     blocked = torch.nn.functional.pad(wide.abs(), pad).reshape(*wide.shape[:lead], *split)
     amax = blocked.amax(dim=[lead + 2 * i + 1 for i in range(len(block))])
     scale = amax / LARGEST[dtype]
@@ -113,6 +152,23 @@ def quantise(x: torch.Tensor, dtype: str, block: tuple[int, ...], scale_format: 
     out = Quantised(wide, scale, dtype, block, scale_format)
     out.data = _encode(wide / out.scale_per_element(), dtype)
     return out
+
+
+def _logfmt(x: torch.Tensor, block: tuple[int, ...]) -> Quantised:
+    """LogFMT by tiles of a row; torch has no such type: the values are kept in FP32, with scales of 1."""
+    from moec.ir.logfmt import round_logfmt
+
+    size = block[-1] or x.shape[-1]
+    if any(b != 1 for b in block[:-1]):
+        raise NumericError("LogFMT has tiles of one row")
+    tiles = torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))  # type: ignore[no-untyped-call]
+    data = round_logfmt(tiles).flatten(-2)[..., : x.shape[-1]]
+    return Quantised(data, torch.ones(tiles.shape[:-1]), "logfmt10", block, "logrange")
+
+
+def powers_of_two(scale: torch.Tensor) -> bool:
+    """Whether all scales are positive powers of two."""
+    return bool((torch.frexp(scale).mantissa == 0.5).all())
 
 
 def _encode(x: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -143,19 +199,25 @@ def concat_quantised(parts: list[Quantised], axis: int) -> Quantised:
     first = parts[0]
     lead = first.data.ndim - len(first.block)
     # torch does not join float8 tensors on every axis: join their bytes.
-    raw = [p.data.view(torch.uint8) if p.data.itemsize == 1 else p.data for p in parts]
+    raw = [_bytes(p.data) for p in parts]
     data = torch.cat(raw, axis).view(first.data.dtype)
     if axis < lead:
         return replace(first, data=data, scale=torch.cat([p.scale for p in parts], axis))
-    size = first.block[axis - lead]
-    finer = math.gcd(size, *(p.data.shape[axis] for p in parts[:-1]))
+    at = axis - lead
+    finer = math.gcd(first.block[at], *(p.data.shape[axis] for p in parts[:-1]))
     scales = []
     for p in parts:
-        rows = -(-p.data.shape[axis] // finer)
-        scales.append(p.scale.repeat_interleave(size // finer, dim=axis).narrow(axis, 0, rows))
-    block = list(first.block)
-    block[axis - lead] = finer
-    return replace(first, data=data, scale=torch.cat(scales, axis), block=tuple(block))
+        # A block of 0 spans its part: as many finer ones as the part has.
+        size = p.block[at] or finer * -(-p.data.shape[axis] // finer)
+        block = (*p.block[:at], size, *p.block[at + 1 :])
+        scales.append(replace(p, block=block)._finer(at, finer).scale)
+    block = (*first.block[:at], finer, *first.block[at + 1 :])
+    return replace(first, data=data, scale=torch.cat(scales, axis), block=block)
+
+
+def _bytes(data: torch.Tensor) -> torch.Tensor:
+    """FP8 data as bytes: torch joins and cuts float8 tensors on some axes only."""
+    return data.view(torch.uint8) if data.itemsize == 1 else data
 
 
 def shard(x: torch.Tensor | Quantised, dim: int, ranks: int, parts: int, index: int) -> torch.Tensor | Quantised:
@@ -181,7 +243,9 @@ class Packed:
     def format(self) -> Format:
         """How the elements are stored."""
         v = self.value
-        return FORMATS[v.dtype if isinstance(v, Quantised) else {torch.float32: "f32", torch.bfloat16: "bf16"}[v.dtype]]
+        if isinstance(v, Quantised):
+            return format_of(v.dtype, v.block[-2])
+        return format_of({torch.float32: "f32", torch.bfloat16: "bf16"}[v.dtype])
 
     def data(self) -> torch.Tensor:
         """Lanes in storage order: int32 `[..., ceil(N/16), K'/q, 16]`, zero-padded."""
@@ -201,15 +265,29 @@ class Packed:
             return None
         n, k = self.value.data.shape[-2:]
         fmt, scale = self.format, self.value.scale
-        if not fmt.row_scales:
-            scale = scale.repeat_interleave(self.value.block[-2] // ROWS, dim=-2)
-            return scale.narrow(-2, 0, fmt.shape(n, k)[0]).contiguous()
-        tiles, blocks, rows = fmt.scale_shape(n, k)
-        # The least exponent, 2^-127, is subnormal in FP32: such weights are as good as zero, whatever their scale.
-        exponents = (torch.log2(scale).round() + 127).clamp(1, 254).to(torch.uint8)
-        padding = (0, blocks - scale.shape[-1], 0, tiles * rows - n)
-        exponents = torch.nn.functional.pad(exponents, padding, value=127)
-        return exponents.reshape(*scale.shape[:-2], tiles, rows, blocks).transpose(-2, -1).contiguous()
+        if fmt.scale_dtype == "uint8":
+            # The least exponent, 2^-127, is subnormal in FP32: such weights are as good as zero, whatever their scale.
+            scale = (torch.log2(scale).round() + 127).clamp(1, 254).to(torch.uint8)
+            return self._by_row(scale, 1, 127)
+        rows, columns = self.value.block[-2:]
+        groups = -(-k // fmt.scale_block)
+        # Blocks of fewer than 128 columns are as wide as the matrix: see `weight.pack`.
+        scale = scale.repeat_interleave(max(1, columns // fmt.scale_block) if columns else groups, -1)
+        scale = scale.narrow(-1, 0, groups)
+        if fmt.row_scales:
+            return self._by_row(scale, rows, 1.0)
+        tiles = fmt.shape(n, k)[0]
+        return scale.repeat_interleave(rows // ROWS or tiles, dim=-2).narrow(-2, 0, tiles).contiguous()
+
+    def _by_row(self, scale: torch.Tensor, rows: int, fill: float) -> torch.Tensor:
+        """Scales of blocks of `rows` rows as `[..., ceil(N/16), blocks of k, 16]`."""
+        raw = self.value.data if isinstance(self.value, Quantised) else self.value
+        n, k = raw.shape[-2:]
+        tiles, blocks, size = self.format.scale_shape(n, k)
+        scale = scale.repeat_interleave(rows, -2).narrow(-2, 0, n)
+        padding = (0, blocks - scale.shape[-1], 0, tiles * size - n)
+        scale = torch.nn.functional.pad(scale, padding, value=fill)
+        return scale.reshape(*scale.shape[:-2], tiles, size, blocks).transpose(-2, -1).contiguous()
 
     def logical(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix that the stored bytes stand for, read back element by element as the layout says.
@@ -230,10 +308,10 @@ class Packed:
         if scales is None:
             return stored.to(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        scale = scales[..., tile, block]
-        if fmt.row_scales:
-            scale = torch.exp2(scales[..., tile, block, row].to(wide) - 127)
-        return (stored.to(wide) * scale.to(wide)).to(dtype)
+        scale = (scales[..., tile, block, row] if fmt.row_scales else scales[..., tile, block]).to(wide)
+        if fmt.scale_dtype == "uint8":
+            scale = torch.exp2(scale - 127)
+        return (stored.to(wide) * scale).to(dtype)
 
 
 def logical(value: Any, dtype: torch.dtype) -> torch.Tensor:

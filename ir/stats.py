@@ -25,7 +25,7 @@ def parameters(module: Module) -> int:
     seen: set[object] = set()
     total = 0
     for weight in module.weights.values():
-        tensors = tuple(str(op.attrs["tensor"]) for op in weight.program.ops if op.name == "weight.load")
+        tensors = tuple(str(op.attrs["tensor"]) for op in weight.program.ops if op.name.startswith("weight.load"))
         source = (tensors, weight.indices)
         if not _is_table(weight) and source not in seen:
             seen.add(source)

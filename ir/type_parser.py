@@ -38,9 +38,7 @@ class TypeParser(Lexer):
         shape = self.dims()
         if name in CACHE_KINDS:
             self.expect("of(")
-            dtype = self.choice(BITS, "element type")
-            self.expect(")")
-            return CacheType(name, shape, dtype)
+            return self.cache(name, shape)
         quant = layout = sharding = None
         if self.accept("scale("):
             scale = self.choice(SCALE_BITS, "scale format")
@@ -59,6 +57,30 @@ class TypeParser(Lexer):
                 self.fail(f"shard names {len(axes)} dims, the type has {len(shape)}", at)
             sharding = tuple(None if a == "-" else a for a in axes)
         return TensorType(name, shape, quant, layout, sharding)
+
+    def cache(self, name: str, shape: tuple[Size, ...]) -> CacheType:
+        """What stands in `of(...)`: an element type, or a scaled one and the width that is kept in BF16."""
+        dtype = self.choice(BITS, "element type")
+        if not self.accept("scale("):
+            self.expect(")")
+            return CacheType(name, shape, dtype)
+        scale = self.choice(SCALE_BITS, "scale format")
+        self.expect(",")
+        self.skip()
+        at = self.at
+        quant = Quant(scale, self.block(len(shape)))
+        if quant.block[-1] == 0:
+            self.fail("a cache has a scale for a block of each row", at)
+        self.expect(")")
+        self.expect(",")
+        self.skip()
+        at = self.at
+        kept = self.match(re.compile(r"bf16 +(\d{1,7})"), "the width kept exact, such as bf16 64")
+        self.expect(")")
+        exact, width = int(kept.split()[1]), shape[-1] if shape else 0
+        if not isinstance(width, int) or exact >= width:
+            self.fail(f"{exact} of {width} elements of a row cannot be kept exact", at)
+        return CacheType(name, shape, dtype, quant, exact)
 
     def choice(self, known: dict[str, int], what: str) -> str:
         self.skip()

@@ -20,6 +20,7 @@ BITS = {
     "fp8_e4m3": 8,
     "fp8_e5m2": 8,
     "fp4_e2m1": 4,
+    "logfmt10": 10,
     "i64": 64,
     "i32": 32,
     "i8": 8,
@@ -28,8 +29,9 @@ BITS = {
 }
 """Bits of each element type. FP8 formats follow OCP OFP8 (E4M3 without infinities), FP4 the OCP MX specification."""
 
-SCALE_BITS = {"f32": 32, "ue8m0": 8}
-QUANTISED = ("fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "i8")
+SCALE_BITS = {"f32": 32, "ue8m0": 8, "logrange": 64}
+"""Bits of a scale. `logrange`: the least and the greatest logarithm of a block, for LogFMT."""
+QUANTISED = ("fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "logfmt10", "i8")
 
 
 @dataclass(frozen=True)
@@ -99,18 +101,35 @@ class TensorType:
 
 @dataclass(frozen=True)
 class CacheType:
-    """A paged cache `kind[dims]`, e.g. `kv.latent[61, P, 64, 576] of(bf16)`: layers, pages, tokens a page, width."""
+    """A paged cache `kind[dims]`, e.g. `kv.latent[61, P, 64, 576] of(bf16)`: layers, pages, tokens a page, width.
+
+    A scaled cache has a scale for each block of a row and keeps the last `exact` elements, the rotary key, in BF16:
+    `of(fp8_e4m3 scale(f32, 1x128), bf16 64)`.
+    """
 
     kind: str
     shape: tuple[Size, ...]
     dtype: str
+    quant: Quant | None = None
+    exact: int = 0
 
     def __str__(self) -> str:
-        return f"{self.kind}[{', '.join(map(str, self.shape))}] of({self.dtype})"
+        stored = f"{self.dtype} {self.quant}, bf16 {self.exact}" if self.quant else self.dtype
+        return f"{self.kind}[{', '.join(map(str, self.shape))}] of({stored})"
+
+    def row_bytes(self) -> Size:
+        """Bytes of one row: elements, their scales, and the part that is kept exact."""
+        width = self.shape[-1]
+        if self.quant is None:
+            return ceildiv(width * BITS[self.dtype], 8)
+        scales = ceildiv(width - self.exact, self.quant.block[-1]) * (SCALE_BITS[self.quant.scale] // 8)
+        return ceildiv((width - self.exact) * BITS[self.dtype], 8) + scales + self.exact * 2
 
     def nbytes(self) -> Size:
         """Bytes of the whole cache."""
-        return ceildiv(prod(self.shape, start=1) * BITS[self.dtype], 8)
+        if self.quant is None:
+            return ceildiv(prod(self.shape, start=1) * BITS[self.dtype], 8)
+        return prod(self.shape[:-1], start=1) * self.row_bytes()
 
     def symbols(self) -> frozenset[str]:
         """Free symbols of the shape."""

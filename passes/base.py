@@ -48,6 +48,10 @@ class Outcome:
     matched: int = 0
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+    """Lines for the report alone: what a decision rests on."""
+    figures: list[str] = field(default_factory=list)
+    """Pictures for the report, as SVG."""
 
 
 @dataclass(frozen=True)

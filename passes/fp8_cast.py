@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from moec.errors import near
 from moec.ir import CacheType, Function, Module, Op, TensorType, Value, Weight, WeightRef
+from moec.ir.module import Operand
+from moec.ir.ops.weights import packable
 from moec.ir.rewrite import append_to_program, fresh_names, retype
-from moec.ir.types import SCALE_BITS
+from moec.ir.types import SCALE_BITS, Quant
 from moec.passes import recipe as recipes
 from moec.passes.base import Context, Edit, Outcome, Pass, PassError
 from moec.passes.recipe import Element, Recipe
+from moec.passes.widening import choose
 from moec.targets import Target
 
 PRODUCTS = ("linear", "linear.heads", "moe.experts")
@@ -20,6 +23,12 @@ BIASES = (("linear", 2), ("moe.route", 2), ("moe.experts", 4), ("moe.experts", 5
 """Ops and operand positions of vectors that are added; sinks are added to the scores' sum."""
 EXACT = ("norm.rms", "norm.add_rms", "norm.layer", "bias", "moe.route")
 """Kinds of use whose weights are small and that CPU kernels read in FP32."""
+DISPATCH = {"moe.dispatch": 0, "comm.dispatch": 1}
+"""Ops that send rows to experts, with the operand that holds the rows."""
+COMBINE = ("moe.combine", "comm.combine")
+COLUMNS = 128
+"""Columns of a row that share a scale in the layout of CPU kernels."""
+SECOND = "a second rounding, measured when it is packed"
 TABLES = ("repeat", "rope")
 """Ops whose weights are tables that no recipe touches."""
 
@@ -31,23 +40,26 @@ class Fp8Cast(Pass):
     Consumes a module whose weights and activations have the checkpoint's types; produces one whose weights, activations
     and cache have the recipe's types, with a `quant.cast` before every product (through the dispatch for experts) whose
     input the recipe quantises. `scale` names another scale format than the recipe's: it is chosen before quantising.
-    Results change by the formats' rounding.
+    `cache` (bf16, f32, fp8) and `combine` (bf16, fp8, logfmt10) stand in place of the recipe's. Results change by the
+    formats' rounding.
     """
 
     name: ClassVar[str] = "fp8-cast"
     tolerance: ClassVar[float] = 0.2
     recipe: str = "auto"
     scale: str = "auto"
+    cache: str = "recipe"
+    combine: str = "recipe"
 
     def requires(self, module: Module) -> str:
         for weight in module.weights.values():
-            if isinstance(weight.type, TensorType) and (weight.type.quant or weight.type.layout):
-                return f"@{weight.name} is {weight.type} already: weights are cast once, before they are packed"
+            if isinstance(weight.type, TensorType) and weight.type.layout:
+                return f"@{weight.name} is {weight.type} already: weights are cast before they are packed"
         return ""
 
     def run(self, module: Module, ctx: Context) -> Outcome:
         out = Outcome()
-        recipe = self._recipe(ctx.target, out)
+        recipe = self._recipe(module, ctx, out)
         kinds = dict(weight_kinds(module))
         fitted: dict[str, int] = {}
         for weight in module.weights.values():
@@ -57,12 +69,19 @@ class Fp8Cast(Pass):
                 continue
             fitted[str(rule)] = fitted.get(str(rule), 0) + 1
             before = weight.type
-            cast(weight, _for_kernels(rule.weight, kind, ctx.target))
+            changed = cast(weight, _for_kernels(rule.weight, kind, ctx.target), keep=self.recipe == "auto")
+            if ctx.target.kind == "cpu" and kind in PRODUCTS:
+                changed = follow_columns(weight) or changed
+            if changed:
+                out.notes.append(f"@{weight.name}: {changed}")
             out.matched += before != weight.type
         self._check(recipe, fitted, list(kinds), out)
         activations = "f32" if ctx.target.kind == "cpu" else recipe.activations
         casts = sum(_cast_inputs(module, function, recipe, activations) for function in module.functions.values())
-        _set_activations(module, activations, recipe.cache)
+        casts += sum(_cast_combine(module, f, recipe.combine, activations) for f in module.functions.values())
+        if recipe.combine.quant is not None:
+            out.notes.append(_combine_note(module, recipe.combine, ctx.target))
+        _set_activations(module, activations, self._cache_type(module, recipe))
         retype(module)
         out.matched += casts
         if not out.matched:
@@ -71,29 +90,75 @@ class Fp8Cast(Pass):
         out.notes.append(_summary(recipe, kinds, activations, casts))
         return out
 
-    def _recipe(self, target: Target, out: Outcome) -> Recipe:
+    def _recipe(self, module: Module, ctx: Context, out: Outcome) -> Recipe:
         """The recipe as the target can run it; what differs from the one asked for is noted."""
         if self.scale not in ("auto", *SCALE_BITS):
             raise PassError(
                 name=self.name, message=f"unknown scale format {self.scale!r}{near(self.scale, list(SCALE_BITS))}"
             )
-        recipe = recipes.load(auto_recipe(target) if self.recipe == "auto" else self.recipe)
+        target, own = ctx.target, checkpoint_quantisation(module)
+        recipe = recipes.load(auto_recipe(target, own) if self.recipe == "auto" else self.recipe)
+        recipe = replace(
+            recipe,
+            cache=self._short("cache", self.cache, recipes.CACHE) or recipe.cache,
+            combine=self._short("combine", self.combine, recipes.COMBINE) or recipe.combine,
+        )
         fp8 = target.device.fp8
         if self.scale != "auto":
             if not any(r.weight.quant for r in recipe.rules):
                 out.warnings.append(f"scale={self.scale} has no effect: recipe {recipe.name} stores no scaled matrices")
             recipe = recipe.scaled_by(self.scale)
+        elif self.recipe == "auto" and own is not None and own.scale not in recipe.scale_formats | {"f32"}:
+            out.notes.append(f"scales are {own.scale}, as the checkpoint holds them")
+            recipe = recipe.scaled_by(own.scale)
         elif fp8.matrix and recipe.scale_formats - set(fp8.scale_formats):
             wanted = fp8.scale_formats[0]
             out.notes.append(f"scales are {wanted}: {target.name} multiplies no {', '.join(recipe.scale_formats)}")
             recipe = recipe.scaled_by(wanted)
-        if recipe.scale_formats and not fp8.matrix and target.kind != "cpu":
-            out.notes.append(
-                f"{target.name} has no FP8 matrix units: weights stay in FP8 and are widened, activations are "
-                f"{recipe.activations} (recipe {recipe.name} would quantise them)"
+        if fp8.matrix:
+            return recipe
+        if target.kind == "cpu":
+            if recipe.scale_formats:
+                out.notes.append(f"{target.name} has no FP8 matrix units: activations are rounded to FP8 and widened")
+            return recipe
+        return self._widened(module, ctx, recipe, out)
+
+    def _widened(self, module: Module, ctx: Context, recipe: Recipe, out: Outcome) -> Recipe:
+        """What a GPU without FP8 products does: FP8 weights that are widened, or BF16, whichever costs less."""
+        if not (recipe.scale_formats or self.recipe == "auto"):
+            return recipe
+        best, reason = choose(module, ctx)
+        kept = "weights stay in FP8 and are widened to BF16" if best == "weight-only" else "weights are held in BF16"
+        out.notes.append(f"{ctx.target.name} has no FP8 matrix units: {kept}; {reason}")
+        if best == "bf16":
+            return replace(recipes.load("bf16"), cache=recipe.cache, combine=recipe.combine)
+        return recipe.without_inputs()
+
+    def _short(self, option: str, value: str, known: Mapping[str, str]) -> Element | None:
+        if value == "recipe":
+            return None
+        if value not in known:
+            raise PassError(name=self.name, message=f"unknown {option} {value!r}{near(value, list(known))}")
+        return recipes.short(known, value)
+
+    def _cache_type(self, module: Module, recipe: Recipe) -> tuple[Element, int]:
+        """The element of the cache, and the width of the rotary key that an FP8 cache keeps in BF16."""
+        if recipe.cache.quant is None:
+            return recipe.cache, 0
+        block = recipe.cache.quant.block[-1]
+        append = next((op for _, op in module.ops() if op.name == "cache.append"), None)
+        if append is None or (recipe.cache.dtype, recipe.cache.quant.block) != ("fp8_e4m3", (1, 128)):
+            message = f"a cache of {recipe.cache} has no layout: want fp8_e4m3 scale(f32, 1x128) for a latent, or bf16"
+            raise PassError(name=self.name, message=message)
+        rank, rope = (_width(append.operands[i]) for i in (2, 3))
+        if rank % block:
+            padded = -(-rank // block) * block
+            raise PassError(
+                name=self.name,
+                message=f"an FP8 cache has a scale for each {block} of the latent: kv_lora_rank {rank} is no multiple "
+                f"({padded} would be); keep the cache in bf16 (fp8-cast{{cache=bf16}})",
             )
-            recipe = recipe.without_inputs()
-        return recipe
+        return recipe.cache, rope
 
     def _check(self, recipe: Recipe, fitted: dict[str, int], weights: list[str], out: Outcome) -> None:
         """Refuse a recipe without any effect; name rules without one."""
@@ -106,18 +171,67 @@ class Fp8Cast(Pass):
             out.warnings += [f"recipe {recipe.name}: rule {r} decides no weight" for r in idle]
 
 
-def auto_recipe(target: Target) -> str:
-    """The best recipe that a target supports: FP8 products where it has units for them."""
-    return "deepseek-v3" if target.device.fp8.matrix else "weight-only"
+def auto_recipe(target: Target, own: Quant | None = None) -> str:
+    """The best recipe that a target supports: FP8 products where it has units for them, in the checkpoint's form."""
+    if not target.device.fp8.matrix:
+        return "checkpoint" if own else "weight-only"
+    blocks: dict[tuple[int, ...], str] = {(0, 0): "per-tensor", (1, 0): "per-channel"}
+    return blocks.get(own.block, "deepseek-v3") if own else "deepseek-v3"
 
 
-def cast(weight: Weight, to: Element) -> None:
-    """Append to a weight's program what gives it type `to`."""
-    assert isinstance(weight.type, TensorType)
-    if to.quant is not None:
-        append_to_program(weight, "weight.quantise", dtype=to.dtype, granularity=to.granularity, scale=to.quant.scale)
-    elif weight.type.dtype != to.dtype:
-        append_to_program(weight, "weight.cast", dtype=to.dtype)
+def checkpoint_quantisation(module: Module) -> Quant | None:
+    """How a checkpoint in FP8 holds its matrices; None for one that does not."""
+    types = (w.type for w in module.weights.values())
+    return next((t.quant for t in types if isinstance(t, TensorType) and t.quant), None)
+
+
+def cast(weight: Weight, to: Element, keep: bool = False) -> str:
+    """Append to a weight's program what gives it type `to`; says when a checkpoint's own quantisation is lost by it.
+
+    With `keep` a scaled weight of the right element type stays as the checkpoint holds it.
+    """
+    has = weight.type
+    assert isinstance(has, TensorType)
+    if to.dtype == recipes.KEPT:
+        return ""
+    if has.quant is None:
+        if to.quant is not None:
+            quantise(weight, to)
+        elif has.dtype != to.dtype:
+            append_to_program(weight, "weight.cast", dtype=to.dtype)
+        return ""
+    if to.quant is None:
+        append_to_program(weight, "weight.dequant", dtype=to.dtype)
+        return ""
+    if has.dtype == to.dtype and (keep or (has.quant.scale == to.quant.scale and _as_fine(has.quant, to.quant))):
+        return ""
+    append_to_program(weight, "weight.dequant", dtype="f32")
+    quantise(weight, to)
+    return f"re-quantised from {Element(has.dtype, has.quant)} to {to}, {SECOND}"
+
+
+def follow_columns(weight: Weight) -> str:
+    """Quantise a weight again whose scale blocks the CPU's layout cannot hold, as slices that begin inside a block."""
+    has = weight.type
+    assert isinstance(has, TensorType)
+    if has.dtype != "fp8_e4m3" or has.quant is None or packable(has):
+        return ""
+    append_to_program(weight, "weight.dequant", dtype="f32")
+    to = Element(has.dtype, Quant(has.quant.scale, (1, COLUMNS)))
+    quantise(weight, to)
+    return f"{has.quant} does not follow the kernel's {COLUMNS} columns: re-quantised to {to.quant}, {SECOND}"
+
+
+def quantise(weight: Weight, to: Element) -> None:
+    """Append the quantisation of a weight that has none."""
+    assert to.quant is not None
+    append_to_program(weight, "weight.quantise", dtype=to.dtype, granularity=to.granularity, scale=to.quant.scale)
+
+
+def _as_fine(has: Quant, wanted: Quant) -> bool:
+    """Whether every block of `has` lies in one of `wanted`: scales of parts and slices are kept as they are."""
+    pairs = zip(has.block, wanted.block, strict=True) if len(has.block) == len(wanted.block) else None
+    return pairs is not None and all(w == 0 or (h != 0 and w % h == 0) for h, w in pairs)
 
 
 def _for_kernels(element: Element, kind: str, target: Target) -> Element:
@@ -163,10 +277,8 @@ def _cast_inputs(module: Module, function: Function, recipe: Recipe, activations
         rule = recipe.rule(kinds[ref.name], ref.name) if ref is not None else None
         if rule is None or rule.input is None or rule.input.quant is None:
             continue
-        source, reader = op.operands[0], op
-        while isinstance(source, Value) and source in producer and producer[source].name == "moe.dispatch":
-            reader = producer[source]
-            source = reader.operands[0]
+        reader, position = _before_dispatch(op, producer, alone=rule.input.quant.block[0] == 1)
+        source = reader.operands[position]
         if not isinstance(source, Value):
             continue
         key = (source, str(rule.input))
@@ -177,22 +289,79 @@ def _cast_inputs(module: Module, function: Function, recipe: Recipe, activations
                 "scale": rule.input.quant.scale,
             }
             (made[key],) = edit.insert(_first_reader(function, source), "quant.cast", source, attrs=attrs)
-        reader.operands[0] = made[key]
+        reader.operands[position] = made[key]
         if activations != "bf16":
             op.attrs.setdefault("out", activations)
     fresh_names(function)
     return len(made)
 
 
+def _before_dispatch(op: Op, producer: Mapping[Value, Op], alone: bool) -> tuple[Op, int]:
+    """The op and operand where a product's input is quantised: before it is dispatched, so that FP8 rows travel.
+
+    Rows without scales of their own (not `alone`) cannot leave their device.
+    """
+    reader, position = op, 0
+    while True:
+        source = reader.operands[position]
+        made = producer.get(source) if isinstance(source, Value) else None
+        if made is None or made.name not in DISPATCH or (made.name.startswith("comm.") and not alone):
+            return reader, position
+        reader, position = made, DISPATCH[made.name]
+
+
 def _first_reader(function: Function, value: Value) -> Op:
     return next(op for op in function.ops if value in op.values())
 
 
-def _set_activations(module: Module, dtype: str, cache: Element) -> None:
+def _width(operand: Operand) -> int:
+    assert isinstance(operand.type, TensorType)
+    return int(operand.type.shape[-1])  # type: ignore[arg-type]
+
+
+def _cast_combine(module: Module, function: Function, to: Element, activations: str) -> int:
+    """Quantise what experts send back, before the combine; returns how many casts were inserted."""
+    found = [op for op in function.ops if op.name in COMBINE] if to.quant else []
+    edit = Edit(module, function, Fp8Cast.name)
+    for op in found:
+        assert to.quant is not None
+        attrs = {"dtype": to.dtype, "granularity": to.granularity, "scale": to.quant.scale}
+        (op.operands[0],) = edit.insert(op, "quant.cast", op.operands[0], attrs=attrs)
+        if activations != "bf16":
+            op.attrs["out"] = activations
+    fresh_names(function)
+    return len(found)
+
+
+def _combine_note(module: Module, to: Element, target: Target) -> str:
+    """Bytes and error of one row that travels back in type `to`, beside BF16, on Gaussian rows."""
+    import torch
+
+    from moec.ir.accounting import sqnr_db
+    from moec.ir.numeric import quantise as quantised
+
+    assert to.quant is not None
+    widths = {_width(op.results[0]) for _, op in module.ops() if op.name in COMBINE}
+    if not widths:
+        return f"combine {to} has no effect: the model has no experts"
+    if to.dtype == "logfmt10" and target.kind == "cpu":
+        raise PassError(name=Fp8Cast.name, message="no CPU kernel sends logfmt10: use combine=bf16 or combine=fp8")
+    width = max(widths)
+    rows = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    stored = quantised(rows, to.dtype, to.quant.block, to.quant.scale).dequantise()
+    size = TensorType(to.dtype, (1, width), to.quant).nbytes()
+    return (
+        f"combine in {to}: {size} bytes a row instead of {2 * width} in bf16; on Gaussian rows "
+        f"{sqnr_db(rows, stored):.1f} dB instead of {sqnr_db(rows, rows.bfloat16()):.1f}"
+    )
+
+
+def _set_activations(module: Module, dtype: str, stored: tuple[Element, int]) -> None:
+    cache, rope = stored
     for function in module.functions.values():
         for arg in function.args:
             if isinstance(arg.type, CacheType):
-                arg.type = CacheType(arg.type.kind, arg.type.shape, cache.dtype)
+                arg.type = CacheType(arg.type.kind, arg.type.shape, cache.dtype, cache.quant, rope)
     for _, op in module.ops():
         if op.name in ("embed", "cache.read") or op.attrs.get("carries") == "activations":
             op.attrs["dtype"] = dtype

@@ -11,9 +11,6 @@ from moec.ir.optable import TypeRuleError
 from moec.ir.rewrite import fresh_names, join_weights, remove_dead, replace_values
 from moec.passes.base import Context, Edit, Outcome, Pass
 
-TILE_ROWS = 16
-"""Rows of a matrix that share a scale in every packed layout."""
-
 
 @dataclass(frozen=True)
 class Fuse(Pass):
@@ -31,7 +28,7 @@ class Fuse(Pass):
         out = Outcome()
         for function in module.functions.values():
             norms = sum(_add_norm(module, function, op) for op in list(function.ops) if op.name == "norm.rms")
-            joined = _join_linears(module, function, out)
+            joined = _join_linears(module, function, ctx, out)
             remove_dead(function)
             fresh_names(function)
             out.matched += norms + joined
@@ -58,7 +55,7 @@ def _add_norm(module: Module, function: Function, norm: Op) -> bool:
     return True
 
 
-def _join_linears(module: Module, function: Function, out: Outcome) -> int:
+def _join_linears(module: Module, function: Function, ctx: Context, out: Outcome) -> int:
     by_input: dict[tuple[Value, object], list[Op]] = {}
     for op in function.ops:
         if op.name == "linear" and len(op.operands) == 2 and isinstance(op.operands[0], Value):
@@ -74,7 +71,8 @@ def _join_linears(module: Module, function: Function, out: Outcome) -> int:
         name = "+".join([weights[0].name, *(w.name.rsplit(".", 1)[-1] for w in weights[1:])]).replace("+", "_and_")
         try:
             joined = module.weights.get(name) or join_weights(name, weights, 0)
-            _check_tiles(joined)
+            if ctx.target.kind != "cpu":
+                _check_blocks(joined, weights[0])
         except TypeRuleError as error:
             out.notes.append(f"@{function.name}: projections of %{x.name} stay apart: {error}")
             continue
@@ -92,8 +90,8 @@ def _join_linears(module: Module, function: Function, out: Outcome) -> int:
     return count
 
 
-def _check_tiles(weight: Weight) -> None:
-    """Raise TypeRuleError when a part ends inside a tile of rows that kernels give one scale."""
-    quant = weight.type.quant if isinstance(weight.type, TensorType) else None
-    if quant is not None and quant.block[-2] % TILE_ROWS:
-        raise TypeRuleError(f"a part ends inside a tile of {TILE_ROWS} rows, which share their scales")
+def _check_blocks(joined: Weight, part: Weight) -> None:
+    """Raise TypeRuleError when a part ends inside a scale block, which matrix units could not follow."""
+    assert isinstance(joined.type, TensorType) and isinstance(part.type, TensorType)
+    if joined.type.quant != part.type.quant:
+        raise TypeRuleError(f"a part ends inside a block of {part.type.quant}")

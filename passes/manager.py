@@ -49,6 +49,8 @@ class Record:
     """Greatest resident memory of the process so far."""
     moved: float | None = None
     """Measured relative change of the results, under verify numerics."""
+    details: list[str] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -91,7 +93,18 @@ class Manager:
         seconds = time.perf_counter() - start
         after = sum(1 for _ in module.ops())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        record = Record(step.name, seconds, before, after, outcome.matched, outcome.notes, outcome.warnings, peak)
+        record = Record(
+            step.name,
+            seconds,
+            before,
+            after,
+            outcome.matched,
+            outcome.notes,
+            outcome.warnings,
+            peak,
+            details=outcome.details,
+            figures=outcome.figures,
+        )
         self.records.append(record)
         self._write(f"{number:02d}_{step.name}.ir", module)
         self._check(module, step)

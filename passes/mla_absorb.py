@@ -8,13 +8,14 @@ from typing import ClassVar
 
 from moec.ir import Function, Module, Op, TensorType, Value, WeightRef
 from moec.ir.builder import weight_ref
-from moec.ir.dims import bind
-from moec.ir.optable import OPS, operand_type
 from moec.ir.rewrite import clone_function, derive_weight, fresh_names, remove_dead
+from moec.passes.absorption import ABSORBED, PLAIN, Forms, attention_ops, folding
 from moec.passes.base import Context, Edit, Outcome, Pass, PassError
-from moec.targets import Target
 
-FORMS = ("auto", "absorbed", "plain")
+FORMS = ("auto", ABSORBED, PLAIN)
+ATTENTION = ("attn.mla", "attn.mla_absorbed")
+LONGEST = 1 << 17
+"""Context up to which a crossover is looked for."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,15 @@ class MlaAbsorb(Pass):
 
     Consumes `attn.mla(q, linear(cache.read, kv_b))`; produces `linear.heads` with W_UK on the query side,
     `attn.mla_absorbed`, and `linear.heads` with W_UV behind it, (q·W_UK)·c = q·(W_UK·c). The form of each phase is the
-    one whose ops cost less on the target at the compiled batch and context; `prefill` and `decode` force one. Results
-    change by rounding only.
+    one whose ops cost less on the target at the compiled batch and context; `prefill` and `decode` force one, `queries`
+    is the number of tokens that a sequence decodes at once. Results change by rounding only.
     """
 
     name: ClassVar[str] = "mla-absorb"
     tolerance: ClassVar[float] = 1e-5
     prefill: str = "auto"
     decode: str = "auto"
+    queries: int = 1
 
     def run(self, module: Module, ctx: Context) -> Outcome:
         out = Outcome()
@@ -45,8 +47,7 @@ class MlaAbsorb(Pass):
             if phase not in ("prefill", "decode"):
                 out.warnings.append(f"@{function.name}: attribute phase is neither prefill nor decode")
                 continue
-            form, reason = self.choose(module, function, phase, ctx)
-            out.notes.append(f"@{function.name}: {form}, {reason}")
+            form = self.choose(module, function, phase, ctx, out)
             out.matched += len(sites)
             if form == "absorbed":
                 for op in sites:
@@ -61,57 +62,58 @@ class MlaAbsorb(Pass):
             out.warnings.append("no attn.mla over a cached latent: nothing to absorb")
         return out
 
-    def choose(self, module: Module, function: Function, phase: str, ctx: Context) -> tuple[str, str]:
-        """The form of a phase and the reason, with both predicted times."""
+    def choose(self, module: Module, function: Function, phase: str, ctx: Context, out: Outcome) -> str:
+        """The form of a phase; notes both times, the crossover, the counts behind them and what folding would cost."""
         wanted = self.prefill if phase == "prefill" else self.decode
         if wanted not in FORMS:
             raise PassError(name=self.name, message=f"{phase} must be one of {', '.join(FORMS)}, got {wanted!r}")
+        if not 1 <= self.queries <= 64:
+            raise PassError(name=self.name, message=f"queries must lie in 1..64, got {self.queries}")
         absorbed = clone_function(function)
-        for op in [o for o in absorbed.ops if o.name == "attn.mla" and over_cached_latent(absorbed, o)]:
+        sites = [o for o in absorbed.ops if o.name == "attn.mla" and over_cached_latent(absorbed, o)]
+        for op in sites:
             absorb(module, absorbed, op)
-        remove_dead(absorbed)
-        tokens = 1 if phase == "decode" else min(ctx.limits.chunk, ctx.limits.context)
-        batch = ctx.limits.batch if phase == "decode" else 1
-        times = {}
-        for name, f in (("plain", function), ("absorbed", absorbed)):
-            times[name] = predicted_time(f, tokens, ctx.limits.context, batch, ctx.target)
-        shown = f"plain {times['plain'] * 1e6:.0f} us, absorbed {times['absorbed'] * 1e6:.0f} us a layer"
-        shown += f" ({tokens} tokens of {batch} sequences at context {ctx.limits.context} on {ctx.target.name})"
-        if wanted != "auto":
-            return wanted, f"as asked ({shown})"
-        return min(times, key=lambda k: times[k]), shown
-
-
-def predicted_time(function: Function, tokens: int, context: int, batch: int, target: Target) -> float:
-    """Seconds of one layer: for each op the larger of compute and memory time; weights are read once for the batch."""
-    rows = {s: tokens for op in function.ops for r in op.results for s in r.type.symbols()}
-    symbols = {**rows, "T": tokens, "S": context, "C": context, "B": 1, "N": 1, "P": 1, "R": 1}
-    total = 0.0
-    for op in function.ops:
-        types = [operand_type(o) for o in op.operands]
-        results = [r.type for r in op.results]
-        rule = OPS[op.name]
-        weights = sum(
-            bind(t.nbytes(), symbols)
-            for o, t in zip(op.operands, types, strict=True)
-            if isinstance(o, WeightRef) and isinstance(t, TensorType)
+        new = next(o for o in absorbed.ops if o.name == "attn.mla_absorbed")
+        old = next(o for o in function.ops if o.name == "attn.mla" and over_cached_latent(function, o))
+        ops = {PLAIN: attention_ops(function, old), ABSORBED: attention_ops(absorbed, new)}
+        forms = Forms(phase, ops, ctx, self.queries)
+        times = forms.typical_us()
+        limits, decode = ctx.limits, phase == "decode"
+        tokens = self.queries if decode else min(limits.chunk, limits.context)
+        shown = f"plain {times[PLAIN]:.0f} us, absorbed {times[ABSORBED]:.0f} us of a layer's attention "
+        shown += f"({tokens} tokens of {limits.batch if decode else 1} sequences at context {limits.context} on "
+        form = wanted if wanted != "auto" else min(times, key=lambda k: times[k])
+        out.notes.append(
+            f"@{function.name}: {form}, {'as asked, ' if wanted != 'auto' else ''}{shown}{ctx.target.name}); "
+            f"{_crossover(forms, LONGEST)}"
         )
-        moved = bind(rule.bytes_read(types, results, op.attrs), symbols)
-        moved += bind(rule.bytes_written(types, results, op.attrs), symbols)
-        flops = bind(rule.flops(types, results, op.attrs), symbols) * batch
-        traffic = min(weights, moved) + max(0, moved - weights) * batch
-        total += max(flops / target.device.matrix_rate(_dtype(op)), traffic / target.device.memory_bandwidth)
-    return total
+        out.details.append(f"@{function.name}: {forms.symbolic()}")
+        layers = sum(_layers(module, f) for f in module.functions.values() if _same_attention(f, phase))
+        if decode and (folded := folding(absorbed, new, layers, ctx)):
+            out.details.append(f"@{function.name}: {folded}")
+        out.figures.append(forms.figure(LONGEST))
+        return form
 
 
-def _dtype(op: Op) -> str:
-    first = op.operands[0].type if op.operands else None
-    name = first.dtype if isinstance(first, TensorType) else "bf16"
-    return {"f32": "fp32", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8"}.get(name, name)
+def _crossover(forms: Forms, limit: int) -> str:
+    at = forms.crossover(limit)
+    return f"no crossover up to context {limit}" if at is None else f"crossover at context {at}"
+
+
+def _same_attention(function: Function, phase: str) -> bool:
+    return function.attrs.get("phase") == phase and any(op.name in ATTENTION for op in function.ops)
+
+
+def _layers(module: Module, function: Function) -> int:
+    """How many layers a function stands for."""
+    for _, op in module.ops():
+        if op.name == "repeat" and op.attrs["func"] == function.name:
+            return int(op.attrs["last"]) - int(op.attrs["first"]) + 1  # type: ignore[arg-type]
+    return 1
 
 
 def over_cached_latent(function: Function, op: Op) -> bool:
-    """Whether an `attn.mla` reads keys and values that one unquantised weight projects from the cache."""
+    """Whether an `attn.mla` reads keys and values that one unpacked weight projects from the cache."""
     producer = function.producer()
     kv = op.operands[1]
     project = producer.get(kv) if isinstance(kv, Value) else None
@@ -119,7 +121,7 @@ def over_cached_latent(function: Function, op: Op) -> bool:
         return False
     latent, up = project.operands
     read = producer.get(latent) if isinstance(latent, Value) else None
-    plain = isinstance(up, WeightRef) and isinstance(up.type, TensorType) and not (up.type.quant or up.type.layout)
+    plain = isinstance(up, WeightRef) and isinstance(up.type, TensorType) and not up.type.layout
     return plain and read is not None and read.name == "cache.read"
 
 

@@ -215,7 +215,9 @@ class _Loader:
             digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             x = torch.randn(shape, generator=generator)
-            if len(shape) == 1:
+            if name.endswith(("_scale_inv", "_scale")):
+                x = torch.exp2(torch.floor(x) - 6)
+            elif len(shape) == 1:
                 x = 1 + 0.3 * x if "norm" in name else 0.3 * x
             elif "embed" not in name:
                 x *= shape[-1] ** -0.5

@@ -11,7 +11,9 @@
 
 `op` globs the kind of use: `linear`, `linear.heads`, `moe.experts`, `moe.route` (the gate), `head`, `embed`, `bias`,
 `norm.rms`; `name` globs the weight's name in the IR. Types are written as in the IR. `input` quantises what the product
-reads, `combine` the experts' results on their way back. A weight that no rule fits keeps the checkpoint's type.
+reads, `combine` the experts' results on their way back (bf16, fp8 or logfmt10), and `weight: checkpoint` keeps what the
+checkpoint holds, as a weight that no rule fits is kept. `cache: fp8` is the row of 656 bytes for a latent of 512 and a
+key of 64.
 """
 
 from __future__ import annotations
@@ -32,6 +34,16 @@ from moec.ir.types import BITS, QUANTISED, SCALE_BITS, Quant
 FOLDER = Path(__file__).resolve().parent / "recipes"
 FIELDS = ("doc", "rules", "activations", "cache", "combine")
 RULE_FIELDS = ("op", "name", "weight", "input")
+COMBINE = {
+    "bf16": "bf16",
+    "fp8": "fp8_e4m3 scale(f32, 1x128)",
+    "logfmt10": "logfmt10 scale(logrange, 1x128)",
+}
+"""Short names of what experts' results travel in."""
+CACHE = {"bf16": "bf16", "f32": "f32", "fp8": "fp8_e4m3 scale(f32, 1x128)"}
+"""Short names of cache types."""
+KEPT = "checkpoint"
+"""A weight's type that stands for whatever the checkpoint holds."""
 _TYPE = re.compile(r"\s*(\w+)\s*(?:scale\(\s*(\w+)\s*,\s*(\d{1,7}x\d{1,7})\s*\))?\s*")
 
 
@@ -164,8 +176,8 @@ def parse(name: str, raw: Any) -> Recipe:
         str(raw.get("doc", "")),
         tuple(_rule(r, f"rules[{i}]") for i, r in enumerate(rules)),
         activations.dtype,
-        _element(raw.get("cache", "bf16"), "cache"),
-        _element(raw.get("combine", "bf16"), "combine"),
+        _element(CACHE.get(str(raw.get("cache")), raw.get("cache", "bf16")), "cache"),
+        _element(COMBINE.get(str(raw.get("combine")), raw.get("combine", "bf16")), "combine"),
     )
 
 
@@ -181,7 +193,7 @@ def _rule(raw: Any, where: str) -> Rule:
     _only(raw, RULE_FIELDS, f"{where}: ")
     if "op" not in raw and "name" not in raw:
         raise ValueError(f"{where} names no weight: give op or name (a glob)")
-    weight = _element(raw["weight"], f"{where}.weight")
+    weight = Element(KEPT) if raw["weight"] == KEPT else _element(raw["weight"], f"{where}.weight")
     given = _element(raw["input"], f"{where}.input") if "input" in raw else None
     if given is not None and not (given.quant and weight.quant):
         raise ValueError(f"{where}: a quantised input needs scaled types for input and weight")
@@ -212,3 +224,8 @@ def _element(raw: Any, where: str) -> Element:
     if scale is None and dtype not in FLOATS:
         raise ValueError(f"{where}: {dtype} is no type for weights (known: {', '.join((*FLOATS, *QUANTISED))})")
     return Element(dtype, Quant(scale, tuple(map(int, block.split("x")))) if scale else None)
+
+
+def short(names: Mapping[str, str], name: str) -> Element:
+    """The type behind a short name of `COMBINE` or `CACHE`."""
+    return _element(names[name], name)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moec.codegen.storage import stored_arrays
 from moec.errors import InputError
 from moec.ir import TensorType, Weight
+from moec.ir.lane16 import format_of
 from moec.runtime.plan import Argument
 from moec.runtime.weights import Weights
 
@@ -37,8 +38,12 @@ def plain(weight: Weight, stored: Weights) -> NDArray[np.float32]:
     data = _f32(arrays[0], t.dtype).reshape(*first.shape[:-4], tiles, steps, rows, q)
     x = data.transpose(-3, -2).reshape(*first.shape[:-4], tiles * rows, steps * q)
     if t.quant is not None:
-        scale = torch.from_numpy(arrays[1]).view(torch.float32).reshape(*first.shape[:-4], tiles, -1)
-        x = x * scale.repeat_interleave(rows, -2).repeat_interleave(128, -1)[..., : x.shape[-1]]
+        scale = torch.from_numpy(arrays[1]).view(torch.float32)
+        if format_of(t.dtype, t.quant.block[-2]).row_scales:
+            scale = scale.reshape(*first.shape[:-4], tiles, -1, rows).transpose(-2, -1).flatten(-3, -2)
+        else:
+            scale = scale.reshape(*first.shape[:-4], tiles, -1).repeat_interleave(rows, -2)
+        x = x * scale.repeat_interleave(128, -1)[..., : x.shape[-1]]
     return x[..., : shape[-2], : shape[-1]].reshape(shape).contiguous().numpy()
 
 

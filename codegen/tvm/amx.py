@@ -80,7 +80,7 @@ def weight_rows(fmt: Format, v: Any) -> list[Any]:
         name = "llvm.x86.avx512.permvar.hi.512"
         values = [intrinsic(name, table, index, returns="int16x32") for index in indices]
         return [T.Bind(T.reinterpret("float32x16", value)) for value in values]
-    assert fmt.name == "fp8_e4m3", fmt.name
+    assert fmt.name in ("fp8_e4m3", "fp8_e4m3_rows"), fmt.name
     # E4M3 fits FP16 with its exponent moved by 8, subnormals included; multiplying by 2^8 makes them normal.
     half = T.Bind(T.reinterpret("int16x32", v))
     rows = []
@@ -95,10 +95,11 @@ def weight_rows(fmt: Format, v: Any) -> list[Any]:
 _MAGNITUDES = (0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
 _E2M1 = (*_MAGNITUDES, *(bits - 0x8000 for bits in _MAGNITUDES))
 """BF16 bits of every E2M1 number, as signed integers."""
-_POST = {"bf16": 1.0, "fp8_e4m3": 2.0**112, "fp4_e2m1": 1.0}
+_POST = {"bf16": 1.0, "fp8_e4m3": 2.0**112, "fp8_e4m3_rows": 2.0**112, "fp4_e2m1": 1.0}
 _ORDER = {
     "bf16": (0, 1, 2, 3, 4, 5, 6, 7),
     "fp8_e4m3": (0, 2, 1, 3, 4, 6, 5, 7),
+    "fp8_e4m3_rows": (0, 2, 1, 3, 4, 6, 5, 7),
     "fp4_e2m1": (0, 4, 1, 5, 2, 6, 3, 7),
 }
 """Of eight consecutive k, the order in which `weight_rows` brings them."""

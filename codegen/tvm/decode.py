@@ -99,6 +99,7 @@ _DECODERS = {
     "f32": Decoder(_f32),
     "bf16": Decoder(_bf16),
     "fp8_e4m3": Decoder(_fp8_e4m3, pre=2.0**60, post=2.0**60),
+    "fp8_e4m3_rows": Decoder(_fp8_e4m3, pre=2.0**60, post=2.0**60),
 }
 
 
@@ -116,5 +117,7 @@ def block_scale(fmt: Format, scale: Any, block: Any, first_row: int, lanes: int)
     """The scales of `lanes` rows of a tile from `first_row` on for one block of k, as a vector."""
     if not fmt.row_scales:
         return T.broadcast(scale[block], lanes)
+    if fmt.scale_dtype == "float32":
+        return scale.vload([block * ROWS + first_row], f"float32x{lanes}")
     exponents = scale.vload([block * ROWS + first_row], f"uint8x{lanes}")
     return _as_f32(T.shift_left(T.Cast(f"int32x{lanes}", exponents), splat(23, lanes, "int32")), lanes)

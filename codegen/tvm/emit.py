@@ -31,8 +31,8 @@ from moec.codegen.tvm.cache import CacheAppendSpec, CacheGatherSpec, CacheLayout
 from moec.codegen.tvm.memory import Layout, Place
 from moec.codegen.tvm.tir import Kernel, Machine, call, const
 from moec.codegen.tvm.vector import KernelSpecError
-from moec.ir import CacheType, Dim, Function, Module, Op, TensorType, Value, WeightRef
-from moec.ir.lane16 import FORMATS, Format
+from moec.ir import CacheType, Dim, Function, Module, Op, TensorType, Value, WeightRef, lane16
+from moec.ir.lane16 import Format
 from moec.ir.module import Operand
 from moec.plugins import plugins
 
@@ -167,21 +167,21 @@ class FunctionEmitter:
         assert isinstance(kv.type, CacheType)
         rank = self.p.limits["rank"]
         width = int(kv.type.shape[3])  # type: ignore[arg-type]
-        return CacheLayout(rank, width - rank, kv.type.dtype, self.p.limits["N"], self.p.page_size)
+        dtype = "fp8" if kv.type.quant else kv.type.dtype
+        return CacheLayout(rank, width - rank, dtype, self.p.limits["N"], self.p.page_size)
 
     def cache(self, kv: Operand, layer: Operand) -> Any:
         """Pointer to one layer of the cache."""
         assert isinstance(kv, Value) and isinstance(kv.type, CacheType) and isinstance(layer, Value)
         buffer, pages = self.env[kv]
-        width = int(kv.type.shape[3])  # type: ignore[arg-type]
-        per_layer = const(pages * self.p.page_size * width, "int64")
+        per_layer = const(pages * self.p.page_size * self.cache_layout(kv).row, "int64")
         return T.address_of(buffer[T.Cast("int64", self.env[layer]) * per_layer])
 
 
 def format_of(t: Any) -> Format:
     """The storage format of a packed weight type."""
     assert isinstance(t, TensorType)
-    return FORMATS[t.dtype]
+    return lane16.format_of(t.dtype, t.quant.block[-2] if t.quant else lane16.ROWS)
 
 
 def matrix(t: Any) -> tuple[int, int]:

@@ -22,20 +22,16 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm import flash
-from moec.codegen.tvm.cache import CacheLayout, position_offset
+from moec.codegen.tvm.cache import CacheLayout, position_offset, widen_position
 from moec.codegen.tvm.tir import Kernel, Machine, Param, call, const, kernel_body
 from moec.codegen.tvm.vector import (
-    STORAGE,
     Variable,
     exp2,
-    foreach,
-    load_as_f32,
     new_kernel,
     pointers,
     row,
     scalars,
     settle,
-    store,
 )
 
 _MAX_TILE = 64  # keys
@@ -186,12 +182,8 @@ class _Emitter:
         stride = flash.conflict_free(cache.width)
         target = T.Bind(base + (plan.worker - plan.widened))
         with T.serial(0, count) as k:
-
-            def widen(i: Any, width: int) -> None:
-                value = load_as_f32(self.cache, source + k * cache.width + i, width)
-                store(self.scratch, value, target + k * stride + i, width)
-
-            foreach(cache.width, self.machine.lanes, widen)
+            at, to = T.Bind(source + k * cache.row), T.Bind(target + k * stride)
+            widen_position(self.cache, at, cache, self.machine.lanes, self.scratch, to)
         return flash.Rows(self.scratch, target, stride)
 
     def attend(self, token: Any, tile: Any, base: Any, region: Any) -> None:
@@ -276,7 +268,7 @@ class _Emitter:
 def _params(spec: MlaDecodeSpec) -> list[Param]:
     return [
         *pointers("q_latent", "q_rope"),
-        *pointers("cache", dtype=STORAGE[spec.cache.dtype]),
+        *pointers("cache", dtype=spec.cache.storage),
         *pointers("page_table", "seq", "pos", dtype="int32"),
         *pointers("out", "scratch"),
         *scalars("tokens"),

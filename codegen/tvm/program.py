@@ -215,7 +215,8 @@ def _inputs(entry: Entry, function: Function, kv: Value, pages: int) -> _Inputs:
             buffers[arg] = _matched(entry, arg.name, "input", "int32", [str(d) for d in arg.type.shape], sizes)
     assert isinstance(kv.type, CacheType)
     layers, _, page, width = kv.type.shape
-    buffers[kv] = _matched(entry, "kv", "cache", TIR_TYPES[kv.type.dtype], (layers, pages, page, width), sizes)
+    dtype, row = ("uint8", kv.type.row_bytes()) if kv.type.quant else (TIR_TYPES[kv.type.dtype], width)
+    buffers[kv] = _matched(entry, "kv", "cache", dtype, (layers, pages, page, row), sizes)
     return _Inputs(buffers, sizes, pages)
 
 

@@ -9,7 +9,7 @@ from moec.ir.dims import Size, dim
 from moec.ir.module import Module
 from moec.ir.ops.core import FLOATS
 from moec.ir.optable import FLOAT, INT, STR, Attr, Attrs, OpDef, cache, index, require, same, tensor
-from moec.ir.types import BITS, CacheType, TensorType, Type
+from moec.ir.types import CacheType, TensorType, Type
 
 
 def _cache_width(kv: CacheType) -> Size:
@@ -44,12 +44,12 @@ class CacheAppend(OpDef):
         kv, layer, latent, rope, seq, pos, pages = x
         size = kv.shape[2]
         page = pages[seq.long(), (pos // size).long()].long()
-        kv[layer, page, (pos % size).long()] = ctx.round(ctx.torch.cat((latent, rope), -1), ctx.cache_dtype)
+        kv[layer, page, (pos % size).long()] = ctx.cached(latent, rope)
         return []
 
     def bytes_written(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
         kv = cache(t[0])
-        return tensor(t[2], "latent").shape[0] * _cache_width(kv) * BITS[kv.dtype] * 1 // 8
+        return tensor(t[2], "latent").shape[0] * kv.row_bytes()
 
 
 class CacheRead(OpDef):
@@ -84,7 +84,7 @@ class CacheRead(OpDef):
 
     def bytes_read(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
         kv = cache(t[0])
-        return tensor(r[0], "latent").shape[0] * _cache_width(kv) * BITS[kv.dtype] // 8
+        return tensor(r[0], "latent").shape[0] * kv.row_bytes()
 
 
 class AttnMla(OpDef):
@@ -171,5 +171,5 @@ class AttnMlaAbsorbed(OpDef):
 
     def bytes_read(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
         q, rope, kv = tensor(t[0], "q_latent"), tensor(t[1], "q_rope"), cache(t[2])
-        cached = q.shape[0] * dim(str(a["context"])) * _cache_width(kv) * BITS[kv.dtype] // 8
+        cached = q.shape[0] * dim(str(a["context"])) * kv.row_bytes()
         return q.nbytes() + rope.nbytes() + cached

@@ -12,9 +12,9 @@ from typing import Any
 from moec.ir.dims import Size, ceildiv, dim
 from moec.ir.mesh import AXES, part
 from moec.ir.module import Module
-from moec.ir.ops.core import FLOATS
+from moec.ir.ops.core import FLOATS, OUT
 from moec.ir.optable import INT, STR, Attr, Attrs, OpDef, TypeRuleError, index, known, require, same, tensor
-from moec.ir.types import TensorType, Type
+from moec.ir.types import QUANTISED, TensorType, Type
 
 AXIS = Attr("str", choices=AXES)
 GROUP = {"axis": AXIS, "ranks": INT}
@@ -276,14 +276,17 @@ class Combine(OpDef):
 
     name = "comm.combine"
     operands = "rows handle weights"
-    attrs = {**EXPERTS, "node_limit": Attr("int", optional=True)}
+    attrs = {**EXPERTS, "node_limit": Attr("int", optional=True), "out": OUT}
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        rows, handle = tensor(t[0], "rows", 2, FLOATS), tensor(t[1], "handle", 1, ("i32",))
+        rows, handle = tensor(t[0], "rows", 2, (*FLOATS, *QUANTISED)), tensor(t[1], "handle", 1, ("i32",))
         weights = tensor(t[2], "weights", 2)
         same(handle.shape[0], _expert_ranks(a), "ranks of the handle and of the axis")
         same(rows.shape[0], dim(str(a["rows"])), "rows and their name")
-        return [TensorType(rows.dtype, (weights.shape[0], rows.shape[1]))]
+        if rows.quant is not None and rows.quant.block[0] != 1:
+            raise TypeRuleError(f"rows that travel alone need scales of their own, got {rows}")
+        dtype = str(a.get("out", "bf16" if rows.quant else rows.dtype))
+        return [TensorType(dtype, (weights.shape[0], rows.shape[1]))]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
         torch, (rows, (order, by_slot, counts), weights) = ctx.torch, x
@@ -301,4 +304,4 @@ class Combine(OpDef):
     def bytes_sent(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
         rows, weights = tensor(t[0], "rows"), tensor(t[2], "weights")
         k = known(weights.shape[1], "experts of a token")
-        return _sent_rows(weights.shape[0], k, a) * TensorType(rows.dtype, (1, rows.shape[1])).nbytes()
+        return _sent_rows(weights.shape[0], k, a) * TensorType(rows.dtype, (1, rows.shape[1]), rows.quant).nbytes()

@@ -9,7 +9,7 @@ from moec.ir.dims import Dim, Size, ceildiv
 from moec.ir.module import Module
 from moec.ir.ops.core import FLOATS, GLU, OUT, check_glu, product_dtype, swiglu
 from moec.ir.optable import BOOL, FLOAT, INT, Attr, Attrs, OpDef, known, require, same, tensor
-from moec.ir.types import TensorType, Type
+from moec.ir.types import QUANTISED, TensorType, Type
 
 
 class MoeRoute(OpDef):
@@ -217,14 +217,16 @@ class MoeCombine(OpDef):
 
     name = "moe.combine"
     operands = "rows order weights?"
+    attrs = {"out": OUT}
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        rows, order = tensor(t[0], "rows", 2, FLOATS), tensor(t[1], "order", 2)
+        rows, order = tensor(t[0], "rows", 2, (*FLOATS, *QUANTISED)), tensor(t[1], "order", 2)
         if len(t) == 3:
             weights = tensor(t[2], "weights", 2)
             require(order.shape == weights.shape, f"order and weights differ: {order} and {weights}")
         same(rows.shape[0], order.shape[0] * order.shape[1], "rows and tokens * top_k")
-        return [TensorType(rows.dtype, (order.shape[0], rows.shape[1]))]
+        dtype = str(a.get("out", "bf16" if rows.quant else rows.dtype))
+        return [TensorType(dtype, (order.shape[0], rows.shape[1]))]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
         rows = x[0][x[1].long()]

@@ -17,8 +17,8 @@ from moec.ir.lane16 import FORMATS
 from moec.ir.module import Module
 from moec.ir.ops.core import FLOATS
 from moec.ir.ops.quant import QUANT_ATTRS, parse_block, quantised
-from moec.ir.optable import FLOAT, INT, INTS, STR, Attr, Attrs, OpDef, TypeRuleError, index, known, require, tensor
-from moec.ir.types import BITS, QUANTISED, Quant, TensorType, Type
+from moec.ir.optable import FLOAT, INT, INTS, STR, Attr, Attrs, OpDef, index, known, require, tensor
+from moec.ir.types import BITS, QUANTISED, SCALE_BITS, Quant, TensorType, Type
 
 LAYOUTS = ("lane16",)
 _INDEX = re.compile(r"\{([a-z]+)(?:\*(\d+))?(?:\+(\d+))?\}")
@@ -61,23 +61,25 @@ class WeightLoadScaled(OpDef):
         "shape": INTS,
         "dtype": Attr("str", choices=QUANTISED),
         "granularity": STR,
+        "scale": Attr("str", optional=True, choices=tuple(SCALE_BITS)),
     }
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
         block = parse_block(str(a["granularity"]))
         require(
-            len(block) == len(_ints(a, "shape")) and all(block),
+            len(block) == len(_ints(a, "shape")),
             f"granularity {a['granularity']} does not fit the shape {list(_ints(a, 'shape'))}",
         )
-        return [TensorType(str(a["dtype"]), _ints(a, "shape"), Quant("f32", block))]
+        return [TensorType(str(a["dtype"]), _ints(a, "shape"), Quant(str(a.get("scale", "f32")), block))]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
         from moec.ir.numeric import Quantised
 
         shape, block = _ints(a, "shape"), parse_block(str(a["granularity"]))
-        blocks = tuple(-(-d // b) for d, b in zip(shape, block, strict=True))
+        blocks = tuple(-(-d // b) if b else 1 for d, b in zip(shape, block, strict=True))
         data = ctx.load(str(a["tensor"]), shape, str(a["dtype"]))
-        return [Quantised(data, ctx.load(str(a["scales"]), blocks, "f32"), str(a["dtype"]), block)]
+        scales = ctx.load(str(a["scales"]), blocks, "f32").float()
+        return [Quantised(data, scales, str(a["dtype"]), block, str(a.get("scale", "f32")))]
 
 
 class WeightRopeTable(OpDef):
@@ -210,31 +212,49 @@ def concat_quant(first: TensorType, axis: int, sizes: Sequence[int]) -> Quant | 
     if axis < lead:
         return first.quant
     block = list(first.quant.block)
-    size = block[axis - lead]
-    if size == 0:
-        raise TypeRuleError(f"cannot join parts along dim {axis}, which one scale spans")
-    block[axis - lead] = gcd(size, *sizes[:-1])
+    # gcd(0, n) = n: a scale that spanned its part now spans a block.
+    block[axis - lead] = gcd(block[axis - lead], *sizes[:-1])
     return Quant(first.quant.scale, tuple(block))
 
 
 class WeightSlice(OpDef):
-    """Part `start..stop` of dim `axis` of an unquantised tensor."""
+    """Part `start..stop` of dim `axis`; quantised data keep their scales, in finer blocks where it begins in one."""
 
     name = "weight.slice"
     operands = "x"
     attrs = {"axis": INT, "start": INT, "stop": INT}
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x = _plain(t[0])
+        x = _unpacked(t[0])
         axis, start, stop = int(a["axis"]), int(a["start"]), int(a["stop"])
         require(0 <= axis < len(x.shape), f"axis {axis} is out of range for {x}")
         size = x.shape[axis]
         require(isinstance(size, int) and 0 <= start < stop <= size, f"slice {start}..{stop} leaves 0..{size}")
-        return [x.with_shape(*x.shape[:axis], stop - start, *x.shape[axis + 1 :])]
+        shape = (*x.shape[:axis], stop - start, *x.shape[axis + 1 :])
+        return [replace(x.with_shape(*shape), quant=finer(x, axis, start))]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
         start, stop = int(a["start"]), int(a["stop"])
+        # Quantised has the same method.
         return [x[0].narrow(int(a["axis"]), start, stop - start)]
+
+
+def finer(x: TensorType, axis: int, boundary: int) -> Quant | None:
+    """The quantisation of `x` with blocks along `axis` that also end at `boundary`."""
+    if x.quant is None:
+        return None
+    at = axis - (len(x.shape) - len(x.quant.block))
+    if at < 0 or x.quant.block[at] == 0:
+        return x.quant
+    block = list(x.quant.block)
+    block[at] = gcd(block[at], boundary)
+    return Quant(x.quant.scale, tuple(block))
+
+
+def _unpacked(t: Type) -> TensorType:
+    x = tensor(t, "x")
+    require(x.layout is None, f"x must be unpacked, got {x}")
+    return x
 
 
 def _plain(t: Type) -> TensorType:
@@ -244,19 +264,24 @@ def _plain(t: Type) -> TensorType:
 
 
 class WeightReshape(OpDef):
-    """The same elements in another shape."""
+    """The same elements in another shape; of quantised data, rows `[a·b, K]` as `[a, b, K]` in blocks that divide b."""
 
     name = "weight.reshape"
     operands = "x"
     attrs = {"shape": INTS}
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x, shape = _plain(t[0]), _ints(a, "shape")
+        x, shape = _unpacked(t[0]), _ints(a, "shape")
         require(prod(shape) == x.elements(), f"{x} does not reshape to {list(shape)}")
-        return [x.with_shape(*shape)]
+        if x.quant is None:
+            return [x.with_shape(*shape)]
+        rows = len(x.shape) == len(x.quant.block) == 2 and len(shape) == 3 and shape[2] == x.shape[1]
+        require(rows, f"{x} is quantised: only its rows can be divided, not {list(shape)}")
+        return [replace(x.with_shape(*shape), quant=finer(x, 0, shape[1]))]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        return [x[0].reshape(_ints(a, "shape"))]
+        shape = _ints(a, "shape")
+        return [x[0].reshape(shape) if isinstance(x[0], ctx.torch.Tensor) else x[0].divide_rows(shape)]
 
 
 class WeightTranspose(OpDef):
@@ -267,9 +292,14 @@ class WeightTranspose(OpDef):
     attrs = {"perm": INTS}
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x, perm = _plain(t[0]), _ints(a, "perm")
+        x, perm = _unpacked(t[0]), _ints(a, "perm")
         require(sorted(perm) == list(range(len(x.shape))), f"perm {list(perm)} does not permute the dims of {x}")
-        return [x.with_shape(*(x.shape[p] for p in perm))]
+        out = x.with_shape(*(x.shape[p] for p in perm))
+        if x.quant is None:
+            return [out]
+        lead = len(x.shape) - len(x.quant.block)
+        require(perm[:lead] == tuple(range(lead)), f"perm {list(perm)} moves dims out of the scale blocks of {x}")
+        return [replace(out, quant=Quant(x.quant.scale, tuple(x.quant.block[p - lead] for p in perm[lead:])))]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
         return [x[0].permute(_ints(a, "perm"))]
@@ -292,7 +322,7 @@ class WeightCast(OpDef):
 
 
 class WeightDequant(OpDef):
-    """Multiply a quantised tensor by its scales."""
+    """Multiply a quantised tensor by its scales; with `weight.quantise` behind it, a re-quantisation."""
 
     name = "weight.dequant"
     operands = "x"
@@ -325,6 +355,15 @@ class WeightQuantise(OpDef):
         return [quantise(x[0], str(a["dtype"]), parse_block(str(a["granularity"])), str(a["scale"]))]
 
 
+def packable(x: TensorType) -> bool:
+    """Whether `lane16` can store the scales of a matrix: constant over each 128 columns of a row."""
+    if x.quant is None:
+        return True
+    columns = x.quant.block[-1]
+    width = known(x.shape[-1], "width")
+    return len(x.quant.block) == 2 and (columns % 128 == 0 or columns >= width)
+
+
 class WeightPack(OpDef):
     """Store matrices in a kernel's layout. `lane16`: tiles of 16 rows whose 4-byte lanes hold consecutive columns."""
 
@@ -339,16 +378,15 @@ class WeightPack(OpDef):
             f"x must be an unpacked matrix or stack of matrices, got {x}",
         )
         require(x.dtype in FORMATS, f"layout {a['layout']} stores {', '.join(FORMATS)}, got {x.dtype}")
-        if x.quant and FORMATS[x.dtype].row_scales:
+        if x.quant and FORMATS[x.dtype].scale_dtype == "uint8":
             require(
                 x.quant == Quant("ue8m0", (1, 32)),
                 f"layout {a['layout']} stores {x.dtype} with scale(ue8m0, 1x32), got {x.quant}",
             )
-        elif x.quant:
-            block = x.quant.block
+        else:
             require(
-                len(block) == 2 and block[0] > 0 and block[0] % 16 == 0 and block[1] == 128,
-                f"layout {a['layout']} needs scale blocks of 16·n x 128, got {'x'.join(map(str, block))}",
+                packable(x),
+                f"layout {a['layout']} has a scale for each 128 columns: the blocks of {x} do not follow them",
             )
         return [replace(x, layout=str(a["layout"]))]
 

@@ -75,7 +75,7 @@ def stage_bytes(
             for layer in range(*ranges["l"]):
                 layers[layer] = layers.get(layer, 0.0) + size
             continue
-        tensors = tuple(str(op.attrs["tensor"]) for op in weight.program.ops if op.name == "weight.load")
+        tensors = tuple(str(op.attrs["tensor"]) for op in weight.program.ops if op.name.startswith("weight.load"))
         key = tensors if len(split) < 2 else weight.name
         if size > outside.get(key, ("", 0.0))[1]:
             outside[key] = ("first" if role == "embedding" else "last", size)

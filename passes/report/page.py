@@ -163,7 +163,8 @@ def _pass(number: int, step: _Step) -> str:
     out = [f'<details class="pass" id="pass{number}"><summary><b>{number}. {html.escape(r.name)}</b> '
            f"<span>{len(step.changes)} changes, {r.seconds * 1e3:.1f} ms</span></summary>"]  # fmt: skip
     out += [f'<p class="warning">warning: {html.escape(w)}</p>' for w in r.warnings]
-    out += [f"<p>{html.escape(n)}</p>" for n in r.notes]
+    out += [f"<p>{html.escape(n)}</p>" for n in [*r.notes, *r.details]]
+    out += r.figures
     if not step.sides:
         out.append("<p>The text did not change.</p>")
     for name, rows in step.sides:

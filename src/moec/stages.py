@@ -47,6 +47,8 @@ class Traced:
 
     source: ModelSource
     ir: Module
+    notes: tuple[str, ...] = ()
+    """What the number formats of the checkpoint mean for the IR."""
 
     def optimize(
         self,
@@ -91,7 +93,7 @@ class Traced:
         manager = Manager(Context(sized, limits, where), verify, strict, Path(dump) if dump else None)
         manager.run(module, pipeline(sized, recipe, passes, where.ranks))
         check_memory(module, manager.context)
-        return Plan(self.source, module, manager.context, manager.records)
+        return Plan(self.source, module, manager.context, manager.records, manager.dump)
 
     def _layout(self, target: Target, asked: LayoutRequest | None, recipe: str) -> tuple[Layout, Target]:
         """How the model lies on the target's devices, and the target at that size."""
@@ -112,6 +114,8 @@ class Plan:
     ir: Module
     context: Context
     records: list[Record] = field(default_factory=list)
+    dump: Path | None = None
+    """Folder with the report of the passes, where one was asked for."""
 
     @property
     def warnings(self) -> list[str]:
@@ -157,6 +161,8 @@ class Plan:
                     part = None if progress is None else _part_of(progress, rank, mesh.ranks)
                     file = work / "weights" / f"rank-{rank:05}.safetensors"
                     pack_weights(modules[mesh.index(rank, "pp")], loader, file, part, rank)
+                if mesh.ranks == 1:
+                    self._account(loader, say)
             artifact.copy_tokenizer(self.source.folder, work)
             artifact.write_manifest(work, self._facts())
         return Artifact(Path(out))
@@ -190,6 +196,22 @@ class Plan:
         say(program.note(compiled))
         program.write(compiled, folder)
         return program.plan(self.ir)
+
+    def _account(self, loader: Callable[[str, tuple[int, ...], str], Any], say: Callable[[str], None]) -> None:
+        """Measure what was announced: weights that were quantised twice, and for the report all that are scaled."""
+        from moec.ir.accounting import measure, requantised
+        from moec.passes.report.noise import add_quantisation
+
+        twice = requantised(self.ir)
+        wanted = None if self.dump is not None else set(twice)
+        if wanted is not None and not wanted:
+            return
+        noises = measure(self.ir, loader, points=4, only=wanted)
+        for name in twice:
+            worst = min((n.weight_db for n in noises if n.weight == name), default=float("inf"))
+            say(f"@{name}: quantised again, {worst:.1f} dB from what the checkpoint holds")
+        if self.dump is not None:
+            add_quantisation(self.dump / "report.html", noises)
 
     def _loader(
         self, weights: str | Path | None, seed: int | None, say: Callable[[str], None]
@@ -239,8 +261,9 @@ class Plan:
         limits = self.context.limits
         kv = next(a.type for a in module.functions["decode"].args if isinstance(a.type, CacheType))
         pages = limits.batch * -(-limits.context // PAGE)
-        dtype = {"f32": "float32", "bf16": "uint16"}[kv.dtype]
+        dtype = "uint8" if kv.quant else {"f32": "float32", "bf16": "uint16"}[kv.dtype]
         shape = [pages if str(d) == "P" else d for d in kv.shape]
+        shape[-1] = kv.row_bytes() if kv.quant else shape[-1]
         return {"entries": dict(entries), "page_size": PAGE, "cache": {"dtype": dtype, "shape": shape}}
 
     def _facts(self) -> dict[str, Any]:
@@ -301,6 +324,7 @@ def _keep_phase(module: Module, phase: str) -> None:
 def trace(
     model: str | nn.Module,
     overrides: Mapping[str, str] | None = None,
+    weights: str | Path | None = None,
     *,
     example_inputs: Sequence[torch.Tensor] | None = None,
 ) -> Traced:
@@ -308,8 +332,13 @@ def trace(
 
     A torch module that maps token ids i64[1, T] to logits is exported with `example_inputs` (default: eight zeros) and
     raised; `traced.source.report` says what was. Raises the InputErrors of `moec.frontend`.
+
+    The headers of `weights`, else of the folder of the model, tell which tensors are FP8 with scales: these are loaded
+    as they are; TensorError says which scales are missing or do not fit.
     """
     from moec.frontend import find_model, trace_model
+    from moec.frontend.checkpoint import adopt, open_checkpoint
+    from moec.frontend.safetensors_header import CheckpointError
 
     if not isinstance(model, str):
         import torch
@@ -320,4 +349,13 @@ def trace(
         imported, module = trace_module(model, example)
         return Traced(imported, module)
     source = find_model(model, overrides)
-    return Traced(source, trace_model(source))
+    module = trace_model(source)
+    folder = Path(weights) if weights is not None else source.folder
+    if folder is None:
+        return Traced(source, module)
+    try:
+        checkpoint = open_checkpoint(folder)
+    except CheckpointError:
+        # What is wrong is said when the weights are read, if ever.
+        return Traced(source, module)
+    return Traced(source, module, tuple(adopt(module, checkpoint)))

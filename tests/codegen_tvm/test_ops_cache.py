@@ -13,6 +13,7 @@ from moec.codegen.tvm.cache import (
     build_cache_append,
     build_cache_gather,
 )
+from moec.ir.numeric import quantise
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -60,3 +61,26 @@ def test_offsets_past_two_to_the_31_elements() -> None:
     spec = CacheAppendSpec(layout, 1, 4, 4)
     run(build_cache_append, spec, latent, rope_key, ints([0]), ints([5]), ints([page]), cache, 1)
     assert torch.equal(cache[page, 5], torch.cat([latent, rope_key], 1)[0].bfloat16())
+
+
+@pytest.mark.parametrize("kv_rank,rope_dim", [(128, 16), (512, 64), (256, 6)])
+def test_fp8_rows_hold_what_torch_quantises(kv_rank: int, rope_dim: int) -> None:
+    """Bytes of a row: E4M3, FP32 scales, BF16 key; and reading them back."""
+    layout = CacheLayout(kv_rank, rope_dim, "fp8", 2)
+    assert CacheLayout(512, 64, "fp8", 2).row == 656
+    latent = normal(70, kv_rank) * torch.logspace(-6, 3, 70)[:, None]
+    latent[5] = 0
+    rope_key = normal(70, rope_dim, seed=1)
+    cache = torch.zeros(2, 64, layout.row, dtype=torch.uint8)
+    seq, pos, pages = ints([0] * 70), ints(list(range(70))), ints([1, 0])
+    spec = CacheAppendSpec(layout, 128, kv_rank, rope_dim)
+    run(build_cache_append, spec, latent, rope_key, seq, pos, pages, cache, 70)
+    rows = torch.cat((cache[1], cache[0, :6]))
+    expected = quantise(latent, "fp8_e4m3", (1, 128), "f32")
+    blocks = kv_rank // 128
+    assert torch.equal(rows[:, :kv_rank], expected.data.view(torch.uint8))
+    assert torch.equal(rows[:, kv_rank : kv_rank + 4 * blocks].contiguous().view(torch.float32), expected.scale)
+    assert torch.equal(rows[:, kv_rank + 4 * blocks :].contiguous().view(torch.bfloat16), rope_key.bfloat16())
+    out = torch.empty(70, layout.width)
+    run(build_cache_gather, CacheGatherSpec(layout, 128, layout.width), pages, cache, out, 0, 70)
+    assert torch.equal(out, torch.cat((expected.dequantise(), rope_key.bfloat16().float()), 1))

@@ -65,12 +65,13 @@ def compile_model(
     check_recipe(recipe)
     if out is not None:
         check_output(out)
-    plan = trace(model, parse_overrides(settings or [])).optimize(
+    traced = trace(model, parse_overrides(settings or []), weights)
+    plan = traced.optimize(
         target, phase=phase, batch=batch, context=context, chunk=chunk,
         layout=LayoutRequest(ranks, tp, dp, ep, redundant, pp, pad), recipe=recipe,
         passes=passes or [], verify=verify, strict=strict, dump=dump_ir,
     )  # fmt: skip
-    waiting = [f"{record.name}: {line}" for record in plan.records for line in record.notes]
+    waiting = [*traced.notes, *(f"{record.name}: {line}" for record in plan.records for line in record.notes)]
     waiting += [f"warning: {line}" for line in plan.warnings]
     if ignored := getattr(plan.source.config, "ignored", ()):
         waiting.insert(0, f"config: no effect on inference: {', '.join(ignored)}")

@@ -173,11 +173,26 @@ def diff(
 
 
 @ir.command()
-def stats(file: File, as_json: Json = False) -> None:
+def stats(
+    file: File,
+    as_json: Json = False,
+    quantisation: Annotated[
+        bool, typer.Option("--quantisation", help="Measure what the number formats cost, worst first.")
+    ] = False,
+    weights: Annotated[Path | None, typer.Option(help="Folder of safetensors [--quantisation: random ones].")] = None,
+    points: Annotated[int, typer.Option(min=1, help="Layers and experts of a weight to measure, evenly spaced.")] = 4,
+) -> None:
     """Count ops by function and kind, parameters, and bytes of weights by how they are stored."""
+    from moec.cli.options import UsageError
     from moec.ir.stats import statistics
 
-    found = statistics(read_module(file))
+    module = read_module(file)
+    if quantisation:
+        _quantisation(module, weights, points, as_json)
+        return
+    if weights is not None:
+        raise UsageError(message="--weights says what --quantisation measures: pass both")
+    found = statistics(module)
     if as_json:
         print(json.dumps(found))
         return
@@ -187,6 +202,31 @@ def stats(file: File, as_json: Json = False) -> None:
     for name, ops in found["functions"].items():
         kinds = ", ".join(f"{n} {kind}" for kind, n in ops.items())
         print(f"  @{name}: {sum(ops.values())} ops ({kinds})")
+
+
+def _quantisation(module: Module, weights: Path | None, points: int, as_json: bool) -> None:
+    """Noise of stored weights and of products with Gaussian rows, worst products first."""
+    from moec.frontend.checkpoint import RandomWeights, bind, open_checkpoint
+    from moec.ir.accounting import measure
+
+    if weights is None:
+        print("moec: weights are random; --weights FOLDER measures a checkpoint", file=sys.stderr)
+        loader = RandomWeights(0).load
+    else:
+        checkpoint = open_checkpoint(weights)
+        bind(module, checkpoint)
+        loader = checkpoint.load
+    found = [noise.as_json() for noise in measure(module, loader, points)]
+    if as_json:
+        print(json.dumps({"module": module.name, "quantisation": found}))
+        return
+    print(f"@{module.name}: signal to noise in dB, of the stored weight and of its product with Gaussian rows")
+    for n in found:
+        point = ", ".join(map(str, n["point"]))
+        ratios = "  ".join(
+            f"{'exact' if n[k] is None else format(n[k], '.2f'):>6}" for k in ("weight_db", "product_db")
+        )
+        print(f"  {ratios}  @{n['weight']}[{point}] {n['stored']}, input {n['input']}")
 
 
 @ir.command()
