@@ -37,7 +37,7 @@ BUILT_IN = (
 
 def families() -> list[Family]:
     """Built-in families, then those of installed packages (entry points `moec.models`)."""
-    from moec.model_defs.deepseek_v3 import checkpoint, config
+    from moec.model_defs.deepseek_v3 import checkpoint, config, sparse
 
     def model(c: Any) -> Any:
         from moec.model_defs.deepseek_v3.model import Model
@@ -46,6 +46,7 @@ def families() -> list[Family]:
 
     types = ("deepseek_v3", "deepseek_v2", "kimi_k2")
     found = [Family("deepseek_v3", types, config.from_hf, checkpoint.TENSORS, model)]
+    found.append(Family("deepseek_v32", ("deepseek_v32",), sparse.read, checkpoint.TENSORS, model))
     for name in BUILT_IN:
         found += import_module(f"moec.model_defs.families.{name}").FAMILIES
     return found + [family for _, family in plugins("moec.models", [f.name for f in found])]

@@ -1,0 +1,106 @@
+"""What is refused costs one line that says what and where; and V3.2 within its indexer's reach equals transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from random_configs import make_model, randomise, save_model
+from test_families import evaluated
+
+import moec
+from moec.errors import InputError
+from moec.frontend.checkpoint import bind, open_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_model("mixtral", 0, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def changed(folder: Path, **fields: Any) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return str(folder)
+
+
+def refused(call: Callable[[], Any]) -> str:
+    with pytest.raises(InputError) as error:
+        call()
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_unsupported_architecture_names_the_nearest(folder: Path) -> None:
+    assert "did you mean mixtral" in refused(lambda: moec.trace(changed(folder, model_type="mixtrel")))
+
+
+def test_unknown_rope_type(folder: Path) -> None:
+    rope = {"rope_type": "spiral", "rope_theta": 1e4}
+    assert "'spiral' is not supported, only default, linear" in refused(
+        lambda: moec.trace(changed(folder, rope_parameters=rope))
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("attention_sink_size", 4), ("hidden_act", "gelu"), ("num_experts_per_tok", 99)]
+)
+def test_fields_that_change_the_mathematics(field: str, value: Any, folder: Path) -> None:
+    assert field in refused(lambda: moec.trace(changed(folder, **{field: value})))
+
+
+def test_code_in_the_folder_never_runs(folder: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    (folder / "modeling_evil.py").write_text(f"open({str(mark)!r}, 'w')")
+    moec.trace(changed(folder, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"}))
+    refused(lambda: moec.trace(changed(folder, model_type="evil")))
+    assert not mark.exists()
+
+
+def test_config_and_weights_that_disagree(folder: Path) -> None:
+    text = changed(folder, intermediate_size=999)
+    plan = moec.trace(text).optimize("cpu", context=16)
+    message = refused(lambda: plan.compile(folder.parent / "m.moec"))
+    assert "has shape" in message and "999" in message
+    assert not (folder.parent / "m.moec").exists()
+
+
+def test_harmless_fields_are_listed(folder: Path) -> None:
+    assert "router_aux_loss_coef" in moec.trace(str(folder)).source.config.ignored
+
+
+def test_sparse_attention_within_the_reach_of_its_indexer(tmp_path: Path) -> None:
+    config = transformers.DeepseekV32Config(
+        vocab_size=61, hidden_size=48, intermediate_size=56, moe_intermediate_size=20, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
+        topk_group=1, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=12,
+        v_head_dim=12, index_topk=48, index_n_heads=2, index_head_dim=16, max_position_embeddings=96,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    config._attn_implementation = "eager"
+    torch.manual_seed(1)
+    model = transformers.DeepseekV32ForCausalLM(config).eval().float()
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    traced, checkpoint = moec.trace(str(tmp_path)), open_checkpoint(tmp_path)
+    (note,) = bind(traced.ir, checkpoint)
+    assert "indexer" in note
+    ids = torch.arange(40) * 7 % 61
+    with torch.no_grad():
+        expected = model(ids[None]).logits[0].numpy()
+    got = evaluated(traced.ir, checkpoint.load, ids).numpy()
+    assert np.abs(got - expected).max() / expected.std() < 5e-5
+    assert "exceeds the model's 48 positions" in refused(lambda: traced.optimize("cpu", context=64))
+
+
+def test_models_are_drawn_from_their_seed() -> None:
+    one, same, other = (make_model("llama", s).config.to_dict() for s in (4, 4, 5))
+    assert one == same != other
