@@ -23,11 +23,24 @@ def split_stages(module: Module, mesh: Mesh, out: Outcome) -> int:
         ranges = _layers(entry, mesh.pp)
         for stage in range(mesh.pp):
             name = f"{entry.name}.{stage}"
-            module.functions[name] = _stage(module, entry, name, stage, mesh, ranges[stage])
+            function = _stage(module, entry, name, stage, mesh, ranges[stage])
+            _own_layers(module, function, stage)
+            module.functions[name] = function
         del module.functions[entry.name]
+    for name in called:
+        del module.functions[name]
     shown = ", ".join(f"{layers.start}-{layers.stop - 1}" for layers in _layers(entries[0], mesh.pp))
     out.notes.append(f"layers of the stages: {shown}")
     return mesh.pp * len(entries)
+
+
+def _own_layers(module: Module, function: Function, stage: int) -> None:
+    """Give a stage its own copies of layer functions: later passes schedule each stage alone."""
+    for op in [o for o in function.ops if o.name == "repeat"]:
+        name = str(op.attrs["func"])
+        copy = f"{name}.{stage}"
+        module.functions[copy] = clone_function(module.functions[name], copy)
+        op.attrs["func"] = copy
 
 
 def _layers(entry: Function, stages: int) -> list[range]:
