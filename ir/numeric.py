@@ -139,8 +139,10 @@ def quantise(x: torch.Tensor, dtype: str, block: tuple[int, ...], scale_format: 
     split = [d for c, s in zip(counts, sizes, strict=True) for d in (c, s)]
     if dtype == "logfmt10":
         return _logfmt(wide, block)
-    blocked = torch.nn.functional.pad(wide.abs(), pad).reshape(*wide.shape[:lead], *split)
-    amax = blocked.amax(dim=[lead + 2 * i + 1 for i in range(len(block))])
+    whole = not any(pad)
+    blocked = (wide if whole else torch.nn.functional.pad(wide, pad)).reshape(*wide.shape[:lead], *split)
+    inside = [lead + 2 * i + 1 for i in range(len(block))]
+    amax = torch.maximum(blocked.amax(dim=inside), -blocked.amin(dim=inside))
     scale = amax / LARGEST[dtype]
     if scale_format == "ue8m0":
         # Exact, where the rounding of a logarithm would not be: scale = mantissa * 2^exponent with mantissa >= 1/2.
@@ -150,7 +152,9 @@ def quantise(x: torch.Tensor, dtype: str, block: tuple[int, ...], scale_format: 
     # A block of tiny values may have a subnormal scale; dividing by it would overflow the format.
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
     out = Quantised(wide, scale, dtype, block, scale_format)
-    out.data = _encode(wide / out.scale_per_element(), dtype)
+    scaled = blocked / scale[(..., *[part for _ in block for part in (slice(None), None)])]
+    scaled = scaled.reshape(*wide.shape[:lead], *[c * s for c, s in zip(counts, sizes, strict=True)])
+    out.data = _encode(scaled[tuple(slice(0, d) for d in wide.shape)], dtype)
     return out
 
 
@@ -177,19 +181,19 @@ def _encode(x: torch.Tensor, dtype: str) -> torch.Tensor:
     if dtype == "i8":
         return x.round().to(torch.int8)
     if dtype == "fp4_e2m1":
+        # Between 0 and 2 the format has steps of 1/2, then of 1, from 4 on of 2. Rounding ties to even multiples of a
+        # step takes the value with an even code, as the MX specification asks.
         magnitude = x.abs()
-        upper = torch.bucketize(magnitude, _FP4).clamp(1, 7)
-        low, high = _FP4[upper - 1], _FP4[upper]
-        middle = (low + high) / 2
-        # Ties go to the value with an even code, as the MX specification asks.
-        take_high = (magnitude > middle) | ((magnitude == middle) & (upper % 2 == 0))
-        return torch.where(take_high, high, low).copysign(x)
+        step = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
+        return (x / step).round() * step
     return x.to(TORCH[dtype])
 
 
 def _nibbles(values: torch.Tensor) -> torch.Tensor:
     """FP4 values `[..., K]` as their codes, two in a byte, the first in its low half: uint8 `[..., ceil(K/2)]`."""
-    codes = torch.bucketize(values.abs(), _FP4).to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
+    doubled = (values.abs() * 2).to(torch.uint8)  # 0, 1, 2, 3, 4, 6, 8, 12
+    codes = torch.where(doubled > 4, (doubled >> 1) + 2 - (doubled == 12).to(torch.uint8), doubled)
+    codes |= torch.signbit(values).to(torch.uint8) << 3
     codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
