@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +19,8 @@ from moec.ir.evaluate import Loader, WeightPrograms
 from moec.ir.numeric import Packed, Quantised
 
 ALIGN = 4096
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def pack_weights(
@@ -27,22 +32,44 @@ def pack_weights(
     """
     plan = [(w, stored_arrays(w)) for w in module.weights.values()]
     offsets, header, total = _header([a for _, arrays in plan for a in arrays])
-    programs = WeightPrograms(module, loader, rank)
     done = 0
+    work = [(plan_of, point) for plan_of in plan for point in enumerate(points(plan_of[0]))]
+
+    def make(item: tuple[tuple[Weight, list[StoredArray]], tuple[int, tuple[int, ...]]]) -> Sequence[torch.Tensor]:
+        (weight, arrays), (_, point) = item
+        # Programs keep the point that they are at: each run has its own.
+        value = WeightPrograms(module, loader, rank).value(weight.name, point)
+        return _bytes(value, [a.safetensors_dtype == "U8" for a in arrays])
+
     with path.open("wb") as file:
         file.write(header)
         file.truncate(len(header) + total)
-        for weight, arrays in plan:
-            as_bytes = [a.safetensors_dtype == "U8" for a in arrays]
-            for number, point in enumerate(points(weight)):
-                for array, data in zip(arrays, _bytes(programs.value(weight.name, point), as_bytes), strict=True):
-                    size = array.nbytes // weight.points()
-                    assert data.nbytes == size, (array, data.shape)
-                    file.seek(len(header) + offsets[array.name] + number * size)
-                    file.write(data.numpy().data)
-                    done += size
-                if progress is not None:
-                    progress(done, total)
+        for ((weight, arrays), (number, _)), parts in _ahead(make, work):
+            for array, data in zip(arrays, parts, strict=True):
+                size = array.nbytes // weight.points()
+                assert data.nbytes == size, (array, data.shape)
+                file.seek(len(header) + offsets[array.name] + number * size)
+                file.write(data.numpy().data)
+                done += size
+            if progress is not None:
+                progress(done, total)
+
+
+def _ahead(make: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[T, R]]:
+    """(item, make(item)) in order, made by a thread for each usable CPU, at most one result ahead of each."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers, "moec-pack", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        made: deque[tuple[T, Future[R]]] = deque()
+        for item in items:
+            if len(made) > workers:
+                first, result = made.popleft()
+                yield first, result.result()
+            made.append((item, pool.submit(make, item)))
+        for first, result in made:
+            yield first, result.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def points(weight: Weight) -> Iterator[tuple[int, ...]]:

@@ -37,7 +37,10 @@ def compile_model(
         bool, typer.Option("--pad", help="Fill up feed-forward widths with zeros where TP would cut scale blocks.")
     ] = False,
     recipe: Annotated[
-        str, typer.Option(help="auto, deepseek-v3, weight-only, mxfp4-experts, per-tensor, per-channel, bf16, fp32, or FILE.yaml.")
+        str,
+        typer.Option(
+            help="auto, deepseek-v3, weight-only, mxfp4-experts, per-tensor, per-channel, bf16, fp32, or FILE.yaml."
+        ),
     ] = "auto",
     weights: Annotated[Path | None, typer.Option(help="Folder of safetensors.")] = None,
     random_weights: Annotated[int | None, typer.Option(metavar="SEED", help="Random weights from a seed.")] = None,
