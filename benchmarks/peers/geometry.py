@@ -98,9 +98,16 @@ def parameters(c: Config) -> int:
     return sum(t.size for t in tensors(c))
 
 
-def step_bytes(c: Config, bytes_per_weight: float) -> float:
-    """Bytes of weights that the decode step of one token reads; what is no matrix has 4 bytes an element."""
-    return sum(t.size * t.used * (bytes_per_weight if t.matrix else 4) for t in tensors(c))
+def stored(t: Tensor, bytes_per_weight: float, bytes_per_expert_weight: float | None = None) -> float:
+    """Bytes of an element of a tensor; what is no matrix has 4."""
+    if not t.matrix:
+        return 4
+    return bytes_per_expert_weight if bytes_per_expert_weight and "_exps" in t.name else bytes_per_weight
+
+
+def step_bytes(c: Config, bytes_per_weight: float, bytes_per_expert_weight: float | None = None) -> float:
+    """Bytes of weights that the decode step of one token reads."""
+    return sum(t.size * t.used * stored(t, bytes_per_weight, bytes_per_expert_weight) for t in tensors(c))
 
 
 def attention_step(c: Config, context: int, element: int) -> tuple[float, float]:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -42,6 +43,8 @@ class Peer:
     cache_element: int
     make: Make | None = None
     needs: tuple[tuple[str, str], ...] = ()
+    bytes_per_expert_weight: float | None = None
+    """Of the routed experts' matrices, where they are stored in another way."""
 
     def missing(self) -> list[str]:
         """Packages that are not installed."""
@@ -53,15 +56,15 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def make_artifact(work: Path, model: str, small: bool, context: int) -> Path:
+def make_artifact(work: Path, model: str, small: bool, context: int, recipe: str = "weight-only") -> Path:
     """The artifact of this checkout's compiler: its name holds a hash of the sources, older ones are removed."""
-    stem = f"{_name(model, small)}-{context}-"
+    stem = f"{_name(model, small)}-{recipe}-{context}-"
     path = work / f"{stem}{_sources()}.moec"
     if not path.exists():
         for old in work.glob(f"{stem}*.moec"):
             shutil.rmtree(old)
         plan = moec.trace(model, geometry.SMALL if small else None).optimize(
-            "cpu", context=context, recipe="weight-only"
+            "cpu", context=context, recipe=recipe, chunk=1024
         )
         plan.compile(path, random_weights=0)
     return path
@@ -102,6 +105,16 @@ _TORCH = (("transformers", "transformers"),)
 PEERS = {
     # FP8 with a scale of four bytes for each block of 128 x 128.
     "moec": Peer("moec weight-only", runners.Moec, 1 + 4 / 128**2, 2, make_artifact),
+    # Routed experts in 4 bits with a byte for 32 of them; `bytes_per_weight` counts all other matrices as FP8.
+    "moec-mxfp4": Peer(
+        "moec mxfp4-experts",
+        runners.Moec,
+        1 + 4 / 128**2,
+        2,
+        partial(make_artifact, recipe="mxfp4-experts"),
+        (),
+        17 / 32,
+    ),
     # Blocks of 32: a half-precision scale and 32 integers of 8 or of 4 bits.
     "llama-q8": Peer("llama.cpp Q8_0", runners.Llama, 34 / 32, 2, _gguf("Q8_0"), _LLAMA),
     "llama-q4": Peer("llama.cpp Q4_0", runners.Llama, 18 / 32, 2, _gguf("Q4_0"), _LLAMA),
@@ -143,4 +156,6 @@ def artifacts(given: list[str]) -> dict[str, str]:
 
 def weight_bytes(peer: Peer, c: Config) -> float:
     """Bytes of all weights as the peer stores them."""
-    return geometry.parameters(c) * peer.bytes_per_weight
+    return sum(
+        t.size * geometry.stored(t, peer.bytes_per_weight, peer.bytes_per_expert_weight) for t in geometry.tensors(c)
+    )

@@ -48,7 +48,7 @@ def rows(c: Config, limits: Limits, measured: dict[str, list[Measured]]) -> dict
     out: dict[str, Row] = {}
     for name, runs in measured.items():
         first = next(iter(out.values()), None)
-        bytes_read = geometry.step_bytes(c, PEERS[name].bytes_per_weight)
+        bytes_read = geometry.step_bytes(c, PEERS[name].bytes_per_weight, PEERS[name].bytes_per_expert_weight)
         prefill, decode = {}, {}
         for tokens in runs[0].prefill:
             bound = limits.peak * tokens / geometry.prefill_operations(c, tokens)

@@ -99,9 +99,10 @@ def test_every_computing_op_of_every_layer_is_compared(fp32: Model, folder: Path
     assert {layer for _, layer in expected} == {None, 0, 1, 2}
 
 
-def test_weight_only_agrees_with_its_own_rounding(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["weight-only", "mxfp4-experts"])
+def test_recipes_agree_with_their_own_rounding(folder: Path, tmp_path: Path, recipe: str) -> None:
     """The reference rounds weights and cache as the artifact does; transformers does not."""
-    found = compare(compiled(folder, tmp_path / "m.moec", "weight-only"), folder, IDS)
+    found = compare(compiled(folder, tmp_path / "m.moec", recipe), folder, IDS)
     assert found.agrees, found.departures[:1]
     assert found.transformers_error is not None
     assert found.transformers_error > 100 * found.bound
