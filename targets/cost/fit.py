@@ -62,6 +62,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     ),
     Family("mla_prefill", lambda r: r["op"] == "mla_prefill", _all("mla_prefill")),
     Family("moe_experts", lambda r: r["op"] == "moe_experts", _parameters("experts.floor", "experts.expert")),
+    Family("stream", lambda r: r["op"] == "stream", _all("stream")),
     Family(
         "low latency",
         lambda r: r["op"] in ("moe_dispatch", "moe_combine") and r.get("mode", "low_latency") == "low_latency",
@@ -69,6 +70,18 @@ FAMILIES: Final[tuple[Family, ...]] = (
     ),
 )
 """In the order of the fit: later families use what earlier ones found."""
+
+WITHOUT_FP8: Final[tuple[Family, ...]] = (
+    Family("gemm", lambda r: r["op"] == "gemm", _all("gemm_bf16")),
+    *(family for family in FAMILIES if not family.name.startswith("gemm")),
+)
+"""The same for devices that widen FP8 weights: products of all types share their parameters."""
+
+
+def families(target: Target) -> tuple[Family, ...]:
+    """The families of a target, in the order of the fit."""
+    return FAMILIES if target.device.fp8.matrix else WITHOUT_FP8
+
 
 Start = Mapping[str, float]
 
@@ -120,7 +133,7 @@ def with_values(target: Target, values: Start, source: str) -> Target:
 
 def fit(target: Target, rows: Sequence[Row], source: str) -> Target:
     """The target with the parameters of every family that has rows fitted to them."""
-    for family in FAMILIES:
+    for family in families(target):
         mine = [row for row in rows if family.matches(row)]
         if mine:
             target = fit_family(target, family, mine, source)
@@ -136,7 +149,7 @@ def fit_and_check(
     (nan would not be JSON: they carry those of the fit itself).
     """
     fitted, report = fit(target, rows, source), {}
-    for family in FAMILIES:
+    for family in families(target):
         mine = [row for row in rows if family.matches(row)]
         if not mine:
             continue

@@ -15,7 +15,7 @@ from moec import targets
 from moec.cli import targets as command
 from moec.errors import InputError, MoecError
 from moec.targets.cost import op_time
-from moec.targets.cost.fit import FAMILIES, fit_family, folds, largest_unseen, shape, with_values
+from moec.targets.cost.fit import FAMILIES, fit_and_check, fit_family, folds, largest_unseen, shape, with_values
 
 H100 = targets.load("h100")
 PREFILL = next(family for family in FAMILIES if family.name == "mla_prefill")
@@ -117,3 +117,25 @@ def test_an_output_that_cannot_be_written(app: typer.Typer, tmp_path: Path) -> N
     done = CliRunner().invoke(app, ["targets", "calibrate", "h100", "--rows", str(rows), "--out", str(out)])
     assert isinstance(done.exception, MoecError)
     assert done.exception.exit_code == 1
+
+
+def test_a_cpu_is_calibrated_by_the_rows_of_its_own_ops() -> None:
+    """Products of widened FP8 and of BF16 weights share their parameters where there are no FP8 units."""
+    cpu = targets.load("cpu")
+    hidden = {
+        "calibration.gemm_bf16.floor": 1.2e-6,
+        "calibration.gemm_bf16.memory": 0.5,
+        "calibration.stream.floor": 4e-7,
+    }
+    machine = with_values(cpu, hidden, "made up")
+    rows: list[dict[str, Any]] = [
+        {"op": "gemm", "m": m, "n": n, "k": k, "dtype": dtype}
+        for m in (1, 4, 32) for n in (192, 768, 4096) for k in (256, 2048) for dtype in ("fp8_block", "bf16")
+    ]  # fmt: skip
+    rows += [{"op": "stream", "bytes": size} for size in (1000, 20_000, 400_000, 8_000_000)]
+    measured = [{**row, "time_us": op_time(row, machine).time_us} for row in rows]
+    fitted, report = fit_and_check(cpu, measured, "test")
+    assert set(report) == {"gemm", "stream"}
+    for path, value in hidden.items():
+        assert fitted.calibration[path].value == pytest.approx(value, rel=0.15)
+    assert report["gemm"]["median"] < 0.03 < report["gemm"]["median_before"]

@@ -43,9 +43,16 @@ def bench(
     trace: Annotated[
         Path | None, typer.Option(metavar="OUT.json", help="With --profile: one step of each phase for Perfetto.")
     ] = None,
+    calibration_rows: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT.jsonl", help="Time every op instead, as rows for `moec targets calibrate`."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure prefill and decode rates, load time and memory; or where the time of a step goes."""
+    if calibration_rows is not None:
+        _rows(artifact, repeat, threads, calibration_rows, as_json)
+        return
     if profile:
         _profile(artifact, prompt_tokens, repeat, threads, trace, as_json)
         return
@@ -83,6 +90,20 @@ def _profile(
             ],
         )
     print(json.dumps([p.as_json() for p in found]) if as_json else "\n\n".join(map(_profile_table, found)))
+
+
+def _rows(artifact: str, repeat: int, threads: int | None, out: Path, as_json: bool) -> None:
+    from moec.profile import calibration_rows
+    from moec.runtime import load
+    from moec.targets.describe import write_whole
+
+    model = load(artifact, threads=threads)
+    rows = calibration_rows(model, max(repeat, 8))
+    write_whole(out, "".join(f"{json.dumps(row)}\n" for row in rows))
+    ops = sorted({row["op"] for row in rows})
+    print(
+        json.dumps({"out": str(out), "rows": len(rows), "ops": ops}) if as_json else f"wrote {len(rows)} rows to {out}"
+    )
 
 
 def _profile_table(p: Profile) -> str:
