@@ -112,7 +112,8 @@ def plot(title: str, series: Mapping[str, list[tuple[int, float]]], mark: int) -
         down = top + (high_y - math.log10(max(y, 1e-3))) / (high_y - low_y) * high
         return round(across, 1), round(down, 1)
 
-    out = [f'<svg width="{left + wide + 90}" height="{top + high + 34}" font-size="11" font-family="sans-serif">']
+    size = f'width="{left + wide + 90}" height="{top + high + 34}" font-size="11" font-family="sans-serif"'
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>']
     out.append(f'<text x="{left}" y="14">{title}</text>')
     for power in range(low_y, high_y + 1):
         _, y = at(2**low_x, 10.0**power)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 from dataclasses import dataclass
 from importlib.resources import files
@@ -158,13 +159,18 @@ def _texts(module: Module) -> dict[str, list[str]]:
     return {"weight programs": lines, **out}
 
 
+def _figure(svg: str) -> str:
+    """A picture of a pass, as an image of its own."""
+    return f'<img alt="plot" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
+
+
 def _pass(number: int, step: _Step) -> str:
     r = step.record
     out = [f'<details class="pass" id="pass{number}"><summary><b>{number}. {html.escape(r.name)}</b> '
            f"<span>{len(step.changes)} changes, {r.seconds * 1e3:.1f} ms</span></summary>"]  # fmt: skip
     out += [f'<p class="warning">warning: {html.escape(w)}</p>' for w in r.warnings]
     out += [f"<p>{html.escape(n)}</p>" for n in [*r.notes, *r.details]]
-    out += r.figures
+    out += [_figure(svg) for svg in r.figures]
     if not step.sides:
         out.append("<p>The text did not change.</p>")
     for name, rows in step.sides:
