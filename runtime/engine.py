@@ -103,8 +103,15 @@ class Engine:
 
     def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
         """Append one token to each of B <= batch sequences; returns f32[B, V], a view that the next call overwrites."""
+        arrays, args = self.place(self._decode, sequences, tokens)
+        self._decode.function(*args)
+        return arrays["logits"]
+
+    def place(
+        self, call: Call, sequences: List[Sequence], tokens: Iterable[int]
+    ) -> tuple[dict[str, NDArray[Any]], list[Any]]:
+        """Make room for one token of each sequence and fill the arguments of a decode call."""
         count = len(sequences)
-        call = self._decode
         arrays, args = call.bind(tokens=count, rows=count, sequences=count)
         for row, sequence in enumerate(sequences):
             self.pool.extend(sequence, 1)
@@ -114,8 +121,7 @@ class Engine:
         arrays["ids"][:] = tokens
         arrays["seq"][:] = arrays["rows"][:] = np.arange(count)
         np.cumsum(arrays["pos"] + 1, out=arrays["starts"][1:])
-        call.function(*args)
-        return arrays["logits"]
+        return arrays, args
 
 
 class Call:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,10 +37,46 @@ class Collectives:
         self._replicas = replicas
         self._sent: dict[tuple[str, int], _Dispatched] = {}
 
+    def another(self) -> Collectives:
+        """The same ranks and placement for a call that runs beside this one's: dispatches are kept apart."""
+        return Collectives(self.world, self._replicas)
+
     def run(self, op: Collective, layer: int, buffers: Buffers) -> None:
         """Run one collective; raises RuntimeError when a peer is gone or late."""
         axis = self.world.axes[op.axis]
         getattr(self, f"_{op.name}")(op, axis, layer, buffers)
+
+    def moves(self, op: Collective, layer: int, b: Buffers) -> Iterator[dist.Work]:
+        """A dispatch or combine in steps: what is yielded has been started, and has to have ended to go on.
+
+        Forwarding inside nodes runs at once.
+        """
+        axis = self.world.axes[op.axis]
+        if _forwards(op, axis):
+            self.run(op, layer, b)
+            return
+        if op.name == "combine":
+            rows, _, weights = (b.array(v) for v in op.inputs)
+            handle = op.inputs[1]
+            done = self._sent.pop((handle.buffer, handle.offset))
+            assert isinstance(done, _Direct)
+            pairs = done.pairs
+            work, home = axis.start_rows(pairs.outgoing(rows), pairs.got, pairs.sent)
+            yield work
+            b.array(op.outputs[0])[...] = done.summed(pairs.in_order(home), weights)
+            return
+        x, ids, _ = (b.array(v) for v in op.inputs)
+        slots = self._replicas(layer, op.attrs).choose(ids, axis.index)
+        k = slots.shape[1]
+        local = op.attrs["slots"] // axis.size
+        order, counts = _Pairs.sorted(axis, local, slots.reshape(-1))
+        counting, theirs = axis.start_counts(counts)
+        yield counting
+        sent, got = counts.sum(1).tolist(), theirs.sum(1).tolist()
+        moving, arrived = axis.start_rows(x[order // k], sent, got)
+        yield moving
+        pairs = _Pairs.arrived(axis, local, order, sent, got, arrived, theirs)
+        self._deliver(op, b, _Direct(pairs))
 
     def _all_reduce(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
         x, y = b.array(op.inputs[0]), b.array(op.outputs[0])
@@ -112,8 +148,10 @@ class Collectives:
     def _dispatch(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
         x, ids, weights = (b.array(v) for v in op.inputs)
         slots = self._replicas(layer, op.attrs).choose(ids, axis.index)
-        way = _Forwarded if _forwards(op, axis) else _Direct
-        done = way(axis, op.attrs, x, slots, weights)
+        way = _Forwarded if _forwards(op, axis) else _Direct.send
+        self._deliver(op, b, way(axis, op.attrs, x, slots, weights))
+
+    def _deliver(self, op: Collective, b: Buffers, done: _Dispatched) -> None:
         rows, offsets, counts = done.arrived()
         b.resize(op.attrs["rows"], len(rows))
         b.array(op.outputs[0])[...] = rows
@@ -152,11 +190,23 @@ class _Pairs:
     @staticmethod
     def send(axis: Axis, local: int, x: Array, row: Array, slot: Array) -> _Pairs:
         """Send `x[row[p]]` to the rank of `slot[p]`; what arrives is sorted by the slots of this rank."""
-        order = np.argsort(slot, kind="stable")
-        counts = np.bincount(slot, minlength=local * axis.size).reshape(axis.size, local)
+        order, counts = _Pairs.sorted(axis, local, slot)
         theirs = axis.exchange_counts(counts)
         sent, got = counts.sum(1).tolist(), theirs.sum(1).tolist()
         arrived = axis.exchange_rows(x[row[order]], sent, got)
+        return _Pairs.arrived(axis, local, order, sent, got, arrived, theirs)
+
+    @staticmethod
+    def sorted(axis: Axis, local: int, slot: Array) -> tuple[Array, Array]:
+        """The pairs in the order in which they travel, and how many go to each slot of each rank."""
+        counts = np.bincount(slot, minlength=local * axis.size).reshape(axis.size, local)
+        return np.argsort(slot, kind="stable"), counts
+
+    @staticmethod
+    def arrived(
+        axis: Axis, local: int, order: Array, sent: list[int], got: list[int], arrived: Array, theirs: Array
+    ) -> _Pairs:
+        """The pairs once their rows are there."""
         slots = np.repeat(np.tile(np.arange(local), axis.size), theirs.reshape(-1))
         by_slot = np.argsort(slots, kind="stable")
         offsets = np.concatenate(([0], np.cumsum(theirs.sum(0))))
@@ -164,9 +214,16 @@ class _Pairs:
 
     def back(self, results: Array) -> Array:
         """The result of every pair, in the order in which the pairs were given."""
+        return self.in_order(self.axis.exchange_rows(self.outgoing(results), self.got, self.sent))
+
+    def outgoing(self, results: Array) -> Array:
+        """Results in the order in which their rows arrived."""
         arrived = np.empty_like(results)
         arrived[self.by_slot] = results
-        home = self.axis.exchange_rows(arrived, self.got, self.sent)
+        return arrived
+
+    def in_order(self, home: Array) -> Array:
+        """Results that came home in the order in which the pairs were given."""
         out = np.empty_like(home)
         out[self.order] = home
         return out
@@ -182,19 +239,28 @@ class _Dispatched(Protocol):
         """Send results back; returns each token's weighted sum."""
 
 
+@dataclass
 class _Direct:
     """Every pair travels to the rank of its slot."""
 
-    def __init__(self, axis: Axis, attrs: dict[str, Any], x: Array, slots: Array, weights: Array) -> None:
+    pairs: _Pairs
+
+    @staticmethod
+    def send(axis: Axis, attrs: dict[str, Any], x: Array, slots: Array, weights: Array) -> _Direct:
+        """Send every token to each of its slots."""
         tokens, k = slots.shape
-        self.pairs = _Pairs.send(axis, attrs["slots"] // axis.size, x, np.arange(tokens * k) // k, slots.reshape(-1))
+        local = attrs["slots"] // axis.size
+        return _Direct(_Pairs.send(axis, local, x, np.arange(tokens * k) // k, slots.reshape(-1)))
 
     def arrived(self) -> tuple[Array, Array, list[int]]:
         return self.pairs.rows, self.pairs.offsets, self.pairs.got
 
     def back(self, rows: Array, weights: Array) -> Array:
-        results = self.pairs.back(rows).reshape(*weights.shape, rows.shape[1])
-        return (weights[:, None, :] @ results)[:, 0]
+        return self.summed(self.pairs.back(rows), weights)
+
+    def summed(self, results: Array, weights: Array) -> Array:
+        """Each token's weighted sum of its pairs' results."""
+        return (weights[:, None, :] @ results.reshape(*weights.shape, results.shape[1]))[:, 0]
 
 
 class _Forwarded:

@@ -14,9 +14,11 @@ from moec.runtime.artifact import Artifact
 from moec.runtime.cache import Sequence
 from moec.runtime.distributed.collectives import Collectives
 from moec.runtime.distributed.monitor import Monitor
+from moec.runtime.distributed.overlapped import Overlapped
 from moec.runtime.distributed.world import World
 from moec.runtime.engine import Call, Engine, Ids, Logits
-from moec.runtime.plan import Entry
+from moec.runtime.memory import Memory
+from moec.runtime.plan import Argument, Entry, Plan
 from moec.runtime.steps import Collective, Loop, Segment, Step, View
 
 NOTHING, DECODE, PREFILL = range(3)
@@ -32,10 +34,24 @@ class DistributedEngine(Engine):
         self.world = world
         self.collectives = collectives
         self.monitor = monitor
+        self.overlapped: Overlapped | None = None
+        """Set: decode runs in micro-batches."""
         super().__init__(artifact, threads)
+        self._artifact = artifact
 
     def _entry(self, entry: Entry, sequences: int) -> Call:
-        return SteppedCall(self, entry, sequences)
+        return SteppedCall(self, entry, sequences, self.collectives, self.fixed)
+
+    def another(self, sequences: int) -> SteppedCall:
+        """One more decode call, with a workspace and dispatches of its own."""
+        assert isinstance(self._artifact.plan, Plan)
+        entry = self._artifact.plan.decode
+        memory = Memory([a for a in entry.args if a.kind == "workspace"])
+
+        def fixed(arg: Argument) -> NDArray[Any]:
+            return memory.view(arg) if arg.kind == "workspace" else self.fixed(arg)
+
+        return SteppedCall(self, entry, sequences, self.collectives.another(), fixed)
 
     def prefill(self, sequence: Sequence, tokens: Ids, last_only: bool = True) -> Logits:
         """As `Engine.prefill`; the ranks of this one's tensor-parallel and pipeline groups give the same tokens."""
@@ -45,6 +61,8 @@ class DistributedEngine(Engine):
     def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
         """As `Engine.decode`; waits while other ranks have prompts to feed."""
         self._meet(DECODE)
+        if self.overlapped is not None and len(sequences) > 1:
+            return self.overlapped.decode(sequences, list(tokens))
         return super().decode(sequences, tokens)
 
     def drain(self) -> None:
@@ -68,7 +86,7 @@ class DistributedEngine(Engine):
 
 
 @dataclass(eq=False)
-class _Binding:
+class Binding:
     """The arguments of a call for given sizes: tensors of every segment, and the arrays in which collectives work."""
 
     symbols: dict[str, int]
@@ -96,10 +114,19 @@ class _Binding:
 class SteppedCall(Call):
     """One entry as steps: segments of the library, collectives, loops over layers."""
 
-    def __init__(self, engine: DistributedEngine, entry: Entry, sequences: int) -> None:
+    def __init__(
+        self,
+        engine: DistributedEngine,
+        entry: Entry,
+        sequences: int,
+        collectives: Collectives,
+        fixed: Callable[[Argument], NDArray[Any]],
+    ) -> None:
         self._engine = engine
-        self._sizes: dict[tuple[int, int, int], _Binding] = {}
-        super().__init__(entry, sequences, engine.pool.table_width, engine.library, engine.fixed)
+        self.collectives = collectives
+        self._workspace = fixed
+        self._sizes: dict[tuple[int, int, int], Binding] = {}
+        super().__init__(entry, sequences, engine.pool.table_width, engine.library, fixed)
         self._arguments = {a.name: a for a in entry.args}
 
     def _load(self, entry: Entry) -> Callable[..., Any]:
@@ -114,33 +141,38 @@ class SteppedCall(Call):
             self._sizes[key] = self._prepare(tokens, rows, arrays, dict(zip(names, args, strict=True)))
         return arrays, [self._sizes[key]]
 
-    def _prepare(self, tokens: int, rows: int, arrays: dict[str, Any], tensors: dict[str, Any]) -> _Binding:
+    def _prepare(self, tokens: int, rows: int, arrays: dict[str, Any], tensors: dict[str, Any]) -> Binding:
         mesh, rank = self._engine.world.mesh, self._engine.world.rank
         each = -(-tokens // mesh.tp)
         mine = min((mesh.index(rank, "tp") + 1) * each, tokens) - min(mesh.index(rank, "tp") * each, tokens)
         symbols = {"T": tokens, "R": rows, "U": mine, "D": 0}
         arrays["step"][:] = (0, 0, mine)
-        workspace = self._engine.fixed(self._arguments["workspace"])
+        workspace = self._workspace(self._arguments["workspace"])
         flat = {name: a.reshape(-1) for name, a in {**arrays, "workspace": workspace}.items()}
-        binding = _Binding(symbols, arrays["step"], flat)
+        binding = Binding(symbols, arrays["step"], flat)
         for segment in segments_of(self._entry.steps):
             function = self._engine.library.function(segment.symbol)
             binding.segments[segment] = (function, [tensors[n] for n in segment.args])
         return binding
 
-    def _run(self, binding: _Binding) -> None:
+    def begin(self, binding: Binding) -> tuple[Step, ...]:
+        """Announce a call; returns its steps."""
         self._engine.monitor.begin(self._entry.symbol)
         binding.step[2] = binding.symbols["U"]
+        return self._entry.steps
+
+    def _run(self, binding: Binding) -> None:
+        self.begin(binding)
         self._steps(self._entry.steps, binding, -1)
 
-    def _steps(self, steps: tuple[Step, ...], binding: _Binding, layer: int) -> None:
+    def _steps(self, steps: tuple[Step, ...], binding: Binding, layer: int) -> None:
         for step in steps:
             if isinstance(step, Segment):
                 function, args = binding.segments[step]
                 function(*args)
             elif isinstance(step, Collective):
                 with self._engine.monitor.communication(f"{step.name}, {step.where}", None if layer < 0 else layer):
-                    self._engine.collectives.run(step, layer, binding)
+                    self.collectives.run(step, layer, binding)
             else:
                 for inner in range(step.first, step.last + 1):
                     binding.step[0] = inner

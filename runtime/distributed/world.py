@@ -42,19 +42,30 @@ class Axis:
 
     def exchange_counts(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Row i goes to rank i; returns the rows that the others have for this one."""
+        work, got = self.start_counts(counts)
+        work.wait()
+        return got
+
+    def start_counts(self, counts: NDArray[np.int64]) -> tuple[dist.Work, NDArray[np.int64]]:
+        """Start `exchange_counts`; the result is there once the work has been waited for."""
         sent = torch.from_numpy(np.ascontiguousarray(counts, dtype=np.int64))
         got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=self.group)
-        return got.numpy()
+        return dist.all_to_all_single(got, sent, group=self.group, async_op=True), got.numpy()
 
     def exchange_rows(self, x: NDArray[Any], sent: Sequence[int], got: Sequence[int]) -> NDArray[Any]:
         """Consecutive rows of `x`, `sent[i]` of them to rank i; returns `got[i]` rows from each in turn."""
+        work, out = self.start_rows(x, sent, got)
+        work.wait()
+        return out
+
+    def start_rows(self, x: NDArray[Any], sent: Sequence[int], got: Sequence[int]) -> tuple[dist.Work, NDArray[Any]]:
+        """Start `exchange_rows`; the result is there once the work, which keeps `x`, has been waited for."""
         rows = torch.from_numpy(np.ascontiguousarray(x))
         out = torch.empty((sum(got), *x.shape[1:]), dtype=rows.dtype)
-        dist.all_to_all_single(out, rows, list(got), list(sent), group=self.group)
+        work = dist.all_to_all_single(out, rows, list(got), list(sent), group=self.group, async_op=True)
         width = x.itemsize * int(np.prod(x.shape[1:], dtype=np.int64))
         self.sent += np.asarray(sent, dtype=np.int64) * width * (np.arange(self.size) != self.index)
-        return out.numpy()
+        return work, out.numpy()
 
 
 @dataclass
