@@ -1,12 +1,14 @@
 """Decode over gloo processes with exchanges hidden behind the computation of another micro-batch, and without.
 
-python benchmarks/overlap_gloo.py [--ranks 2] [--batch 32] [--rate 2gbit] [--trace out.json] [--out results.json]
+python benchmarks/overlap_gloo.py [--ranks 2] [--batch 96] [--link 0.25] [--trace out.json] [--out results.json]
 
-Compiles a random model of DeepSeek-V3's architecture (6 layers, hidden 1024, 32 experts) for the ranks, starts them with
-torchrun and times decode steps of three kinds in turn: the whole batch, two micro-batches that wait for every exchange,
-and two that hide them. Logits must be equal bit for bit between the last two. `--rate` limits the loopback device of a
-network namespace of its own (needs the right to make one): between processes of one machine data travels at the speed
-of memory, between machines it does not.
+Compiles a random model of DeepSeek-V3's architecture (6 layers, hidden 1024, 32 experts) for the ranks, starts them
+with torchrun and times decode steps of three kinds in turn: the whole batch, two micro-batches that wait for each
+exchange, and two that hide them. Logits must be equal bit for bit between the last two.
+
+Between processes of one machine data travels at the speed of memory, at the cost of the cores that compute. `--link G`
+emulates a network card of G Gbit/s for each rank: a dispatch or combine is over when gloo has moved the data and the
+card would have sent them, one after the other; no core is busy meanwhile. All kinds use the same link.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import argparse
 import hashlib
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,7 @@ MODEL = {
     "kv_lora_rank": 256,
     "vocab_size": 4096,
 }
-PROMPT, STEPS, ROUNDS = 16, 8, 3
+PROMPT, STEPS, ROUNDS = 3, 4, 3
 KINDS = ("whole batch", "two micro-batches, waiting", "two micro-batches, hidden")
 
 
@@ -62,11 +63,8 @@ def main() -> None:
         results = Path(folder) / "results.json"
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
         run += [__file__, "--worker", "--artifact", str(artifact), "--batch", str(options.batch), "--out", str(results)]
+        run += ["--link", str(options.link)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if options.rate:
-            limit = f"tc qdisc add dev lo root tbf rate {options.rate} burst 256kb latency 100ms"
-            run = ["unshare", "-n", "bash", "-c", f"ip link set lo up && {limit} && exec {shlex.join(run)}"]
-            environment["GLOO_SOCKET_IFNAME"] = "lo"
         subprocess.run(run, check=True, env=environment)
         found = json.loads(results.read_text())
     _report(options, found)
@@ -84,10 +82,17 @@ def _work(options: argparse.Namespace) -> None:
         times: list[list[float]] = [[] for _ in kinds]
         digests: list[set[str]] = [set() for _ in kinds]
         spans: list[Any] = []
+        draw = np.random.default_rng(rank)
+        sequences = [engine.pool.open() for _ in range(options.batch)]
+        for sequence in sequences:
+            engine.prefill(sequence, draw.integers(0, MODEL["vocab_size"], PROMPT))
+        tokens = draw.integers(0, MODEL["vocab_size"], (STEPS, options.batch)).tolist()
+        if options.link:
+            _slow(options.link)
         for round_ in range(ROUNDS + 1):
             for kind, overlapped in enumerate(kinds):
                 last = round_ == ROUNDS and kind == len(kinds) - 1
-                seconds, digest = _decode(engine, overlapped, options.batch, rank, spans if last else None)
+                seconds, digest = _decode(engine, overlapped, sequences, tokens, spans if last else None)
                 digests[kind].add(digest)
                 if round_:
                     times[kind].append(seconds)
@@ -97,28 +102,49 @@ def _work(options: argparse.Namespace) -> None:
             options.out.write_text(json.dumps(told))
 
 
-def _decode(engine: Any, overlapped: Any, batch: int, rank: int, spans: list[Any] | None) -> tuple[float, str]:
-    """Seconds of a step and a digest of all logits, from fresh sequences."""
-    draw = np.random.default_rng(rank)
-    sequences = [engine.pool.open() for _ in range(batch)]
-    engine.overlapped = None
-    for sequence in sequences:
-        engine.prefill(sequence, draw.integers(0, MODEL["vocab_size"], PROMPT))
+def _slow(gbit: float) -> None:
+    """Give every rank a network card of so many Gbit/s."""
+    from moec.runtime.distributed.world import Axis
+
+    start = Axis.start_rows
+    free = [0.0]
+
+    class Sent:
+        def __init__(self, work: Any, due: float) -> None:
+            self.work, self.due = work, due
+
+        def wait(self) -> None:
+            self.work.wait()
+            time.sleep(max(0.0, self.due - time.perf_counter()))
+
+    def start_rows(axis: Any, x: Any, sent: Any, got: Any) -> Any:
+        before = int(axis.sent.sum())
+        work, out = start(axis, x, sent, got)
+        away = int(axis.sent.sum()) - before
+        free[0] = max(free[0], time.perf_counter()) + away * 8 / (gbit * 1e9)
+        return Sent(work, free[0]), out
+
+    Axis.start_rows = start_rows  # type: ignore[method-assign]
+
+
+def _decode(
+    engine: Any, overlapped: Any, sequences: list[Any], tokens: list[list[int]], spans: list[Any] | None
+) -> tuple[float, str]:
+    """Seconds of a step and a digest of all logits; the sequences are as before afterwards."""
     engine.overlapped = overlapped
     digest, seconds = hashlib.sha256(), []
-    for step in range(STEPS):
+    for step, given in enumerate(tokens):
         if overlapped is not None:
             overlapped.ran = [] if spans is not None and step == STEPS - 1 else None
-        tokens = draw.integers(0, MODEL["vocab_size"], batch).tolist()
         engine.world.agree(0)
         began = time.perf_counter()
-        logits = engine.decode(sequences, tokens)
+        logits = engine.decode(sequences, given)
         seconds.append(time.perf_counter() - began)
         digest.update(np.ascontiguousarray(logits).tobytes())
         if spans is not None and overlapped is not None and overlapped.ran:
             spans += [(r.name, r.stream, (r.start - began) * 1e6, (r.end - r.start) * 1e6) for r in overlapped.ran]
     for sequence in sequences:
-        engine.pool.close(sequence)
+        sequence.length -= STEPS
     return statistics.median(seconds), digest.hexdigest()
 
 
@@ -131,9 +157,8 @@ def _report(options: argparse.Namespace, found: list[dict[str, Any]]) -> None:
         print(f"{name:28} {medians[-1]:8.2f} ms a step (rounds {shown})")
     equal = all(rank["digests"][1] == rank["digests"][2] and len(rank["digests"][2]) == 1 for rank in found)
     whole = all(rank["digests"][0] == rank["digests"][2] for rank in found)
-    print(
-        f"hidden over waiting {medians[1] / medians[2] - 1:+.1%}, over the whole batch {medians[0] / medians[2] - 1:+.1%}"
-    )
+    gains = [medians[k] / medians[2] - 1 for k in (1, 0)]
+    print(f"hidden over waiting {gains[0]:+.1%}, over the whole batch {gains[1]:+.1%}")
     same, other = "equal" if equal else "DIFFER", "equal" if whole else "different: products of other sizes"
     print(f"logits bit for bit: hidden and waiting {same}, whole batch {other}")
     if options.trace is not None:
@@ -142,7 +167,7 @@ def _report(options: argparse.Namespace, found: list[dict[str, Any]]) -> None:
         spans = [Span(n, s, start, us, f"rank {k}") for k, r in enumerate(found) for n, s, start, us in r["spans"]]
         write_trace(options.trace, spans)
     if options.out is not None:
-        options.out.write_text(json.dumps({"ranks": options.ranks, "rate": options.rate, "ms": medians}) + "\n")
+        options.out.write_text(json.dumps({"ranks": options.ranks, "link_gbit": options.link, "ms": medians}) + "\n")
     if not equal:
         raise SystemExit(1)
 
@@ -150,8 +175,8 @@ def _report(options: argparse.Namespace, found: list[dict[str, Any]]) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--batch", type=int, default=32, help="sequences of a rank (default 32)")
-    parser.add_argument("--rate", help="limit of the loopback device, such as 2gbit (default: none)")
+    parser.add_argument("--batch", type=int, default=96, help="sequences of a rank (default 96)")
+    parser.add_argument("--link", type=float, default=0.0, help="Gbit/s of an emulated network card (default: none)")
     parser.add_argument("--trace", type=Path, help="write the last hidden step of every rank as a Perfetto trace")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -29,6 +29,8 @@ def main(request: dict[str, Any]) -> None:
         routed: list[Any] = []
         if request.get("watch"):
             _watch(model, routed)
+        for name, parts, hide in request.get("micro_batches", ()):
+            out[f"decoded_{name}"] = _decoded(model.engine, parts, hide)
         if "ids" in request:
             ids = np.asarray(request["ids"])
             for chunk in request.get("chunks", (None, 7, 1)):
@@ -39,6 +41,23 @@ def main(request: dict[str, Any]) -> None:
             traffic = model.world.traffic() if isinstance(model, DistributedModel) else {}
             out["sent"], out["routed"] = (np.array(json.dumps(x)) for x in (dict(traffic), routed))
             np.savez(Path(request["out"]) / f"rank{rank}.npz", **out)
+
+
+def _decoded(engine: Any, parts: int, hide: bool) -> Any:
+    """Logits of some decode steps over sequences of this rank, in micro-batches (0: as one batch)."""
+    from moec.runtime.distributed.overlapped import Overlapped
+
+    draw = np.random.default_rng(int(os.environ["RANK"]))
+    sequences = [engine.pool.open() for _ in range(engine.batch)]
+    engine.overlapped = None
+    for sequence in sequences:
+        engine.prefill(sequence, draw.integers(0, 50, 3))
+    engine.overlapped = Overlapped(engine, parts, hide) if parts else None
+    steps = [engine.decode(sequences, draw.integers(0, 50, len(sequences)).tolist()).copy() for _ in range(4)]
+    engine.overlapped = None
+    for sequence in sequences:
+        engine.pool.close(sequence)
+    return np.stack(steps)
 
 
 def _watch(model: Any, routed: list[Any]) -> None:

@@ -166,6 +166,15 @@ def test_the_command_prints_once(pair: Path) -> None:
     assert json.loads(done.stdout)["token_ids"] == one.generate([5, 6, 7], 5), done.stderr
 
 
+def test_micro_batches_that_hide_their_exchanges(pair: Path, tmp_path: Path) -> None:
+    """Exchanges under way beside computation change no bit; other sizes of products change rounding only."""
+    kinds = [("whole", 0, True), ("waiting", 2, False), ("hidden", 2, True)]
+    for rank in results(2, pair, tmp_path, micro_batches=kinds):
+        assert np.array_equal(rank["decoded_hidden"], rank["decoded_waiting"])
+        whole = rank["decoded_whole"]
+        assert np.abs(rank["decoded_hidden"] - whole).max() < 1e-4 * whole.std()
+
+
 def test_one_process_for_several_ranks(pair: Path) -> None:
     with pytest.raises(moec.errors.InputError, match=r"split over 2 ranks.*torchrun --nproc-per-node 2"):
         moec.load(pair)
