@@ -18,7 +18,8 @@ from moec.frontend.onnx_file import NotExported, read_exported
 from moec.ir import parse_module
 from moec.ir.diff import diff
 
-FAMILIES = ("mixtral", "gpt_oss", "llama4_text", "phimoe", "granitemoe")
+SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in ("llama4_text", "phimoe", "granitemoe", "qwen2_moe", "dots1")]
+FAMILIES = ["mixtral", "gpt_oss", *SLOW]
 PROMPT, LENGTH = 12, 20
 
 
