@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from moec.errors import InputError, near, printable
+from moec.frontend.mxfp4 import read_blocks
 from moec.frontend.safetensors_header import CheckpointError, TensorEntry, read_header
 from moec.ir import Module, Op, Weight
 from moec.ir.numeric import TORCH, powers_of_two
@@ -29,6 +30,8 @@ READABLE = ("f32", "bf16", "f16", "f64")
 SCALED = ("fp8_e4m3", "fp8_e5m2")
 SCALE_NAMES = ("_scale_inv", "_scale")
 """Endings of a scale tensor's name behind its weight's: `q_proj.weight_scale_inv`."""
+BYTES = ("u8",)
+"""Types of packed data, which is read where a program asks for it."""
 
 
 class TensorError(InputError):
@@ -103,8 +106,10 @@ def quantisation(folder: Path) -> tuple[tuple[int, int], str]:
     if not isinstance(declared, dict):
         return (128, 128), "f32"
     method = declared.get("quant_method")
+    if method == "mxfp4":
+        return (128, 128), "f32"
     if method != "fp8":
-        message = f"quantization_config has quant_method {printable(method)!r}: fp8 can be read"
+        message = f"quantization_config has quant_method {printable(method)!r}: fp8 can be read, and mxfp4"
         raise CheckpointError(file=path, message=message)
     block = declared.get("weight_block_size") or [128, 128]
     if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and 0 < b < 1 << 20 for b in block)):
@@ -129,6 +134,7 @@ def bind(module: Module, checkpoint: Checkpoint) -> list[str]:
     Raises TensorError for a missing tensor, another shape (both are named) or a type that cannot be read.
     """
     used: set[str] = set()
+    read_blocks(module, checkpoint.tensors)
     for weight in module.weights.values():
         for op in [o for o in weight.program.ops if o.name == "weight.load_scaled"]:
             for name in tensor_names(weight, op):
@@ -246,7 +252,7 @@ def _entry(checkpoint: Checkpoint, name: str, op: Op) -> TensorEntry:
         file = printable(entry.file.name)
         message = f"in {file} has shape {list(entry.shape)}, the configuration asks for {list(want)}"
         raise TensorError(folder=checkpoint.folder, tensor=name, message=message)
-    if entry.dtype not in READABLE:
+    if entry.dtype not in READABLE and not (entry.dtype in BYTES and op.attrs["dtype"] in BYTES):
         message = f"has element type {entry.dtype}; {', '.join(READABLE)} can be read"
         raise TensorError(folder=checkpoint.folder, tensor=name, message=message)
     return entry

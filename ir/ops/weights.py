@@ -160,6 +160,30 @@ class WeightFill(OpDef):
         return [ctx.torch.full(_ints(a, "shape"), a["value"])]
 
 
+class WeightMxfp4(OpDef):
+    """Unpack MXFP4 (OCP MX specification): two E2M1 elements a byte, the low bits first, times 2^(scale - 127).
+
+    `blocks[out, groups, 16]` and `scales[out, groups]` of u8 give `[out, groups · 32]`, exact in BF16.
+    """
+
+    name = "weight.mxfp4"
+    operands = "blocks scales"
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        blocks, scales = tensor(t[0], "blocks", 3, ("u8",)), tensor(t[1], "scales", 2, ("u8",))
+        require(blocks.shape[:2] == scales.shape, f"blocks and scales differ: {blocks} and {scales}")
+        require(blocks.shape[2] == 16, f"a block has 16 bytes, got {blocks}")
+        return [TensorType("bf16", (blocks.shape[0], blocks.shape[1] * 32))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        torch = ctx.torch
+        values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+        table = torch.tensor(values + [-v for v in values])
+        halves = torch.stack((x[0] & 15, x[0] >> 4), -1).flatten(-2)
+        scaled = torch.ldexp(table[halves.long()], x[1].int()[..., None] - 127)
+        return [scaled.flatten(-2).to(torch.bfloat16)]
+
+
 class WeightSelect(OpDef):
     """One entry of the leading dim, by an index of the weight: the expert of a stacked tensor."""
 
