@@ -34,7 +34,9 @@ def _rewrite(weight: Weight, load: Op) -> bool:
     at = ops.index(load)
     if [op.name for op in ops[at : at + 3]] != ["weight.load", "weight.select", "weight.transpose"]:
         return False
-    experts, inner, outer = load.attrs["shape"]  # type: ignore[misc]
+    shape = load.attrs["shape"]
+    assert isinstance(shape, tuple)
+    experts, inner, outer = shape
     index = ops[at + 1].operands[1]
     made: list[Op] = []
 
@@ -47,8 +49,8 @@ def _rewrite(weight: Weight, load: Op) -> bool:
     assert isinstance(inner, int)
     groups = -(-inner // BLOCK)
     parts = []
-    for suffix, shape in (("blocks", (experts, outer, groups, BLOCK // 2)), ("scales", (experts, outer, groups))):
-        whole = emit("weight.load", tensor=f"{load.attrs['tensor']}_{suffix}", shape=shape, dtype="u8")
+    for suffix, dims in (("blocks", (experts, outer, groups, BLOCK // 2)), ("scales", (experts, outer, groups))):
+        whole = emit("weight.load", tensor=f"{load.attrs['tensor']}_{suffix}", shape=dims, dtype="u8")
         parts.append(emit("weight.select", whole, index))
     unpacked = emit("weight.mxfp4", *parts)
     assert isinstance(unpacked.type, TensorType)
