@@ -46,7 +46,7 @@ class CacheAppendHeads(OpDef):
         size = kv.shape[2]
         page = pages[seq.long(), (pos // size).long()].long()
         rows = ctx.torch.cat((k.flatten(1), v.flatten(1)), -1)
-        kv[layer, page, (pos % size).long()] = ctx.round(rows, ctx.cache_dtype)
+        kv[layer, page, (pos % size).long()] = ctx.round(rows, ctx.cache_type.dtype)
         return []
 
     def bytes_written(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
