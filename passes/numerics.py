@@ -93,8 +93,9 @@ class Numerics:
         self._before = self._trace(module) if after.nudged else after
         bound = max(tolerance, LEAST)
         pairs = [(before.results[k], after.results.get(k)) for k in before.results]
-        if len(before.ranks) == len(after.ranks):
-            pairs += [(a, b) for a, b in zip(before.scores, after.scores, strict=False) if a.shape == b.shape]
+        # Scores of other ranks, or of micro-batches in their own order, are not those of the same tokens.
+        if len(before.ranks) == len(after.ranks) and len(before.scores) == len(after.scores):
+            pairs += [(a, b) for a, b in zip(before.scores, after.scores, strict=True) if a.shape == b.shape]
         self.moved = worst = max((_distance(a, b) for a, b in pairs), default=0.0)
         # A whole tensor hides a few wrong tokens: each may move by some tolerances only.
         token = max((_worst_row(a, b) for a, b in pairs), default=0.0) / ROW
