@@ -124,7 +124,7 @@ def _slow(gbit: float) -> None:
         free[0] = max(free[0], time.perf_counter()) + away * 8 / (gbit * 1e9)
         return Sent(work, free[0]), out
 
-    Axis.start_rows = start_rows  # type: ignore[method-assign]
+    Axis.start_rows = start_rows  # type: ignore[method-assign, assignment]
 
 
 def _decode(
