@@ -8,10 +8,11 @@ from typing import Any
 
 from moec.model_defs import functional as F
 from moec.model_defs.deepseek_v3.checkpoint import TENSORS
-from moec.model_defs.deepseek_v3.config import Config, ConfigError, from_hf
+from moec.model_defs.deepseek_v3.config import Config, from_hf
 from moec.model_defs.deepseek_v3.model import Layer, Model, Moe
+from moec.model_defs.family import Family
+from moec.model_defs.fields import ConfigError
 from moec.model_defs.layers import Layers, Mlp
-from moec.model_defs.registry import Family
 
 
 @dataclass(frozen=True)
@@ -59,4 +60,4 @@ class LimitedModel(Model):
             self.moe_layers = Layers(Layer(c, moe), dense, last)
 
 
-FAMILY = Family("limited_deepseek", ("limited_deepseek",), read_config, LimitedModel, TENSORS)
+FAMILY = Family("limited_deepseek", ("limited_deepseek",), read_config, TENSORS, LimitedModel)
