@@ -118,7 +118,7 @@ from moec.codegen.triton.problem import check, make
 from moec.codegen.triton.spec import kernel, serving
 spec = kernel("swiglu_limited")
 assert spec in serving("swiglu.limited", "sm_90a")
-assert "def swiglu_limited" in source_of(spec.function.partition(":")[0])
+assert "def swiglu_limited" in source_of(spec.function, spec.source)
 print(json.dumps(max(max(check(make(spec, case, "sm_90a")).values()) for case in spec.cases)))
 """
     helpers = Path(__file__).parents[1] / "triton"
