@@ -23,7 +23,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11] * 3, [3]]
 """Uneven, and fewer than replicas: some rank has no prompt at all."""
 
 
-def agree(model: Path | str, mesh: str | Case, recipe: str, tmp: Path, seed: int = 0) -> None:
+def agree(model: Path | str, mesh: str | Case, recipe: str, tmp: Path, seed: int = 0, bound: float = BOUND) -> None:
     """Prefill whole, in chunks and token by token, and generation, equal those of one process on every rank."""
     case = CASES[mesh] if isinstance(mesh, str) else mesh
     one = moec.load(compiled(model, tmp / "one.moec", recipe), threads=1)
@@ -37,7 +37,7 @@ def agree(model: Path | str, mesh: str | Case, recipe: str, tmp: Path, seed: int
         for chunk in (None, 7, 1):
             expected = one.logits(ids, chunk=chunk)
             worst = np.abs(found[f"logits_{chunk}"] - expected).max() / np.abs(expected).max()
-            assert worst < BOUND, f"chunk={chunk}: {worst}"
+            assert worst < bound, f"chunk={chunk}: {worst}"
         assert json.loads(str(found["tokens"])) == tokens
 
 
@@ -80,12 +80,15 @@ def test_small_models_on_every_mesh(name: str, variant: str, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_fp8_blocks_over_tensor_parallel_ranks(tmp_path: Path) -> None:
-    """Whole 128x128 blocks on every rank: the same FP8 weights as in one process."""
+    """Whole 128x128 blocks on every rank: the same FP8 weights as in one process.
+
+    Sums over other parts differ in their last bit, which can turn the rounding of a cached BF16 value: a wider bound.
+    """
     sizes = {
-        "num_attention_heads": 4, "num_key_value_heads": 4, "v_head_dim": 64, "qk_nope_head_dim": 48,
-        "qk_rope_head_dim": 16, "intermediate_size": 512, "moe_intermediate_size": 256,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "v_head_dim": 64, "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64, "intermediate_size": 512, "moe_intermediate_size": 256,
     }  # fmt: skip
-    agree(skewed("block-sizes", tmp_path / "hf", **sizes), "tp2", "weight-only", tmp_path)
+    agree(skewed("block-sizes", tmp_path / "hf", **sizes), "tp2", "weight-only", tmp_path, bound=1e-3)
 
 
 @pytest.mark.parametrize("via", [pytest.param("direct", marks=pytest.mark.slow), "node"])
