@@ -88,7 +88,7 @@ class Raiser:
             if found is not None:
                 return found
         if name.startswith("embedding"):
-            ids, table = self.state["ids"], self.weights.ref(node.args[0])
+            ids, table = self.state["ids"], self.weights.table(node.args[0])
             return self.emit("embed", node, ids, table, dtype="bf16")  # type: ignore[no-any-return]
         if name.startswith("linear"):
             return self._linear(node)

@@ -33,6 +33,10 @@ class Weights:
         """A parameter."""
         return self._declare([node], None)
 
+    def table(self, node: Any) -> WeightRef:
+        """The embedding, apart from an output head tied to it: each is stored as its readers want it."""
+        return self._declare([node], None, "embed")
+
     def joined(self, nodes: list[Any]) -> WeightRef:
         """Parameters joined by rows."""
         return self._declare(nodes, None)
@@ -73,13 +77,13 @@ class Weights:
         program.function.returns = [out]
         self.module.weights[name] = Weight(name, out.type, (), program.function)
 
-    def _declare(self, nodes: list[Any], experts: int | None) -> WeightRef:
+    def _declare(self, nodes: list[Any], experts: int | None, called: str = "") -> WeightRef:
         nodes = [same(n) for n in nodes]
         names = [self.exported.name(n) for n in nodes]
         templates = [self._template(n) for n in names]
         by_layer = templates != names
         last = [re.split(r"\.\{l\}\.|^", t)[-1].removesuffix(".weight") for t in templates]
-        symbol = "_and_".join([last[0], *(n.rsplit(".", 1)[-1] for n in last[1:])])
+        symbol = called or "_and_".join([last[0], *(n.rsplit(".", 1)[-1] for n in last[1:])])
         symbol = f"{self.stack}.{symbol}" if by_layer else symbol
         if symbol not in self.module.weights:
             self.module.weights[symbol] = self._weight(symbol, nodes, templates, by_layer, experts)
