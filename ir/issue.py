@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moec.ir.module import Function, Module, Op, Value
-from moec.ir.optable import OPS, operand_type
+from moec.ir.optable import OPS, OpDef, operand_type
 from moec.ir.types import CacheType, TensorType
 
 CALLS = ("call", "repeat")
@@ -67,8 +67,10 @@ def is_view(op: Op) -> bool:
         return False
     if any(not isinstance(r.type, TensorType) for r in op.results):
         return True
-    rule, types = OPS[op.name], [operand_type(o) for o in op.operands]
-    results = [r.type for r in op.results]
+    rule = OPS[op.name]
+    if type(rule).bytes_written is OpDef.bytes_written:  # writes its results, whatever their size
+        return False
+    types, results = [operand_type(o) for o in op.operands], [r.type for r in op.results]
     return not (rule.bytes_read(types, results, op.attrs) or rule.bytes_written(types, results, op.attrs))
 
 

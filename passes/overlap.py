@@ -13,8 +13,9 @@ from moec.passes.planning import memory
 from moec.passes.streams.buffers import assign_buffers
 from moec.passes.streams.costs import Costs, Work, op_costs, work_of
 from moec.passes.streams.events import add_events
-from moec.passes.streams.layer import LayerSchedule, schedule_layer
+from moec.passes.streams.layer import EFFORT, LayerSchedule, schedule_layer
 from moec.passes.streams.rotate import Rounds, rotate
+from moec.passes.streams.tasks import LayerTasks, layer_tasks
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Overlap(Pass):
 
     name: ClassVar[str] = "overlap"
     pieces: int = 4
-    effort: float = 1.0
+    effort: float = EFFORT
     balance: float = 0.0
 
     def requires(self, module: Module) -> str:
@@ -95,12 +96,17 @@ class Overlap(Pass):
                 out.warnings.append(f"@{entry.name}: {text}")
 
     def schedule(self, function: Function, work: Work) -> LayerSchedule | None:
-        """The schedule of a layer function; None without exchanges. Clocks follow the load of the matrix units."""
+        """The schedule of a layer function; None without exchanges."""
+        found = self.tasks(function, work)
+        return None if found is None else schedule_layer(function, *found, self.effort)
+
+    def tasks(self, function: Function, work: Work) -> tuple[Costs, LayerTasks] | None:
+        """What a layer function is scheduled from; None without exchanges. Clocks follow the matrix units' load."""
         costs = op_costs(function, work)
         if not any(t.exchange for t in costs.whole.values()):
             return None
         costs = op_costs(function, replace(work, load=matrix_load(function, costs)))
-        return schedule_layer(function, costs, self.pieces, self.effort)
+        return costs, layer_tasks(function, costs, self.pieces)
 
 
 def _room(module: Module, work: Work) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,11 +11,11 @@ from moec.ir.issue import entries
 from moec.ir.rewrite import clone_module
 from moec.passes.base import Context, Outcome, Pass, PassError
 from moec.passes.overlap import Overlap
-from moec.passes.streams.costs import work_of
+from moec.passes.scheduling.bounds import interval_bounds_us
+from moec.passes.streams.costs import Costs, work_of
+from moec.passes.streams.layer import schedule_layer
 from moec.passes.streams.split import split_entry
-
-_EFFORT = 0.3
-"""Part of the usual search that a comparison is worth."""
+from moec.passes.streams.tasks import LayerTasks
 
 TRIED = (2, 4)
 """Numbers of micro-batches that are compared with the whole batch."""
@@ -52,26 +53,39 @@ class SplitMicrobatches(Pass):
             out.notes.append(f"@{entry.name}: one device, the batch stays whole")
             return 1
         times: dict[int, float] = {}
+        beyond: dict[int, float] = {}
         for count in (1, *TRIED):
-            time = layers_us(module, entry, ctx, count, self.balance)
-            if time is None:
+            limit = min(times.values()) if count > TRIED[0] else math.inf  # both times are shown of one and two
+            found = layers_us(module, entry, ctx, count, self.balance, limit)
+            if found is None:
                 break
-            times[count] = time
-            if len(times) > 1 and time > times[1] * (1 - self.least):
+            (times if found.searched else beyond)[count] = found.us
+            if count > 1 and found.us > times[1] * (1 - self.least):
                 break
-        if len(times) < 2:
+        if len(times) + len(beyond) < 2:
             out.notes.append(f"@{entry.name}: the batch stays whole: {'one sequence' if times else 'no exchanges'}")
             return 1
         best = min(times, key=lambda c: (times[c], c))
         best = best if times[best] <= times[1] * (1 - self.least) else 1
         shown = ", ".join(f"{count} {time / 1e3:.4g} ms" for count, time in times.items())
+        shown += "".join(f", {count} at least {time / 1e3:.4g} ms" for count, time in beyond.items())
         verdict = "stays whole: splitting loses" if best == 1 else f"{best} micro-batches"
         out.notes.append(f"@{entry.name}: {verdict} (layers with exchanges, by number of micro-batches: {shown})")
         return best
 
 
-def layers_us(module: Module, entry: Function, ctx: Context, count: int, balance: float = 0.0) -> float | None:
-    """Predicted microseconds of the layers that exchange data, in so many micro-batches.
+@dataclass(frozen=True)
+class LayersTime:
+    """Microseconds of the layers that exchange data: of the schedule found or, where none was searched, a bound."""
+
+    us: float
+    searched: bool = True
+
+
+def layers_us(
+    module: Module, entry: Function, ctx: Context, count: int, balance: float = 0.0, limit: float = math.inf
+) -> LayersTime | None:
+    """Predicted time of the layers that exchange data, in so many micro-batches; at least the bound when above `limit`.
 
     None when there are no such layers or fewer sequences than parts.
     """
@@ -82,10 +96,20 @@ def layers_us(module: Module, entry: Function, ctx: Context, count: int, balance
         module = clone_module(module)
         split_entry(module, module.functions[entry.name], count)
         entry = module.functions[entry.name]
-    total = 0.0
+    overlap = Overlap()
+    layers: list[tuple[Function, int, Costs, LayerTasks]] = []
     for op in entry.ops:
         if op.name == "repeat":
-            found = Overlap(effort=_EFFORT).schedule(module.functions[str(op.attrs["func"])], work)
+            function = module.functions[str(op.attrs["func"])]
+            number = int(str(op.attrs["last"])) - int(str(op.attrs["first"])) + 1
+            found = overlap.tasks(function, work)
             if found is not None:
-                total += found.interval_us * (int(str(op.attrs["last"])) - int(str(op.attrs["first"])) + 1)
-    return total or None
+                layers.append((function, number, *found))
+    if not layers:
+        return None
+    least = sum(number * max(interval_bounds_us(tasks.graph).values()) for _, number, _, tasks in layers)
+    if least >= limit:
+        return LayersTime(least, searched=False)
+    return LayersTime(
+        sum(n * schedule_layer(function, costs, tasks).interval_us for function, n, costs, tasks in layers)
+    )

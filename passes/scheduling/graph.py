@@ -77,6 +77,10 @@ class TaskGraph:
         _check_edges(self)
         _check_acyclic(self)
 
+    def __hash__(self) -> int:
+        """Graphs can be keys: what is found for one need not be searched again."""
+        return hash((tuple((task.name, len(task.modes)) for task in self.tasks), self.edges, self.repeat))
+
     @property
     def cyclic(self) -> bool:
         """Whether iterations overlap and the interval between them is what counts."""

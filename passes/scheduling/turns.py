@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from moec.passes.scheduling.bounds import interval_resource_bound, recurrence_bound
+from moec.passes.scheduling.bounds import interval_bounds_us
 from moec.passes.scheduling.check import check
 from moec.passes.scheduling.graph import TaskGraph
-from moec.passes.scheduling.grid import make_grid
 from moec.passes.scheduling.schedule import Schedule, makespan
 from moec.passes.scheduling.solve import Solution, solve
 
@@ -43,21 +42,12 @@ def by_turns(graph: TaskGraph, effort: float = 1.0) -> Solution | None:
     mode = {_named(name, k): m for name, m in found.schedule.mode.items() for k in range(count)}
     schedule = Schedule(start, mode, turn * count)
     check(graph, schedule)
-    grid = make_grid(graph)
-    least = max(interval_resource_bound(grid), recurrence_bound(grid)) * grid.unit_us
+    bounds = interval_bounds_us(graph)
+    least = max(bounds.values())
     optimal = turn * count <= least * (1 + 1e-9)
-    return Solution(
-        schedule,
-        makespan(graph, schedule),
-        found.lower_bound_us,
-        optimal,
-        {
-            "interval_resources": interval_resource_bound(grid) * grid.unit_us,
-            "interval_recurrences": recurrence_bound(grid) * grid.unit_us,
-        },
-        turn * count,
-        turn * count if optimal else least,
-    )
+    bound = turn * count if optimal else least
+    length = makespan(graph, schedule)
+    return Solution(schedule, length, found.lower_bound_us, optimal, bounds, turn * count, bound)
 
 
 def better(one: Solution, other: Solution) -> Solution:
