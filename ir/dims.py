@@ -205,6 +205,11 @@ def ceildiv(a: Size, b: Size) -> Size:
     return _binary("ceildiv", a, b)
 
 
+def minimum(a: Size, b: Size) -> Size:
+    """The lesser of two sizes."""
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else _binary("min", a, b)
+
+
 def bind(size: Size, values: Mapping[str, int]) -> int:
     """The integer value of a size under `values`."""
     return size if isinstance(size, int) else size.bind(values)

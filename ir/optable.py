@@ -220,6 +220,7 @@ from moec.ir.ops import (  # noqa: E402
     control,  # noqa: F401
     core,  # noqa: F401
     heads,  # noqa: F401
+    indexer,  # noqa: F401
     moe,  # noqa: F401
     quant,  # noqa: F401
     schedule,  # noqa: F401

@@ -106,17 +106,50 @@ def cache_append(
     apply("cache.append", kv, layer, latent, key_rope, seq, pos, pages)
 
 
-def cache_read(kv: Tensor, layer: Tensor, pages: Tensor, starts: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`cache.read` of all cached rows, S in number."""
-    both = apply("cache.read", kv, layer, pages, starts, length="S", rank=rank, dtype="bf16")
+def append_index(kv: Tensor, layer: Tensor, key: Tensor, seq: Tensor, pos: Tensor, pages: Tensor) -> None:
+    """`cache.append_index`."""
+    apply("cache.append_index", kv, layer, key, seq, pos, pages)
+
+
+def choose_positions(
+    q: Tensor,
+    weights: Tensor,
+    kv: Tensor,
+    layer: Tensor,
+    seq: Tensor,
+    pos: Tensor,
+    pages: Tensor,
+    scale: float,
+    top_k: int,
+) -> Tensor:
+    """`attn.index`: positions `[T, top_k]`."""
+    return apply("attn.index", q, weights, kv, layer, seq, pos, pages, scale=float(scale), top_k=top_k, context="C")
+
+
+def cache_read(
+    kv: Tensor, layer: Tensor, pages: Tensor, starts: Tensor, rank: int, index: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`cache.read` of all cached rows, S in number; `index`: width of the index keys beside them."""
+    more = {"index": index} if index else {}
+    both = apply("cache.read", kv, layer, pages, starts, length="S", rank=rank, dtype="bf16", **more)
     return both[0], both[1]
 
 
 def mla(
-    q: Tensor, kv: Tensor, key_rope: Tensor, seq: Tensor, pos: Tensor, starts: Tensor, scale: float, nope: int, v: int
+    q: Tensor,
+    kv: Tensor,
+    key_rope: Tensor,
+    seq: Tensor,
+    pos: Tensor,
+    starts: Tensor,
+    chosen: Tensor | None,
+    scale: float,
+    nope: int,
+    v: int,
 ) -> Tensor:
     """`attn.mla`."""
-    return apply("attn.mla", q, kv, key_rope, seq, pos, starts, scale=float(scale), nope=nope, v=v)
+    operands = (q, kv, key_rope, seq, pos, starts, *([] if chosen is None else [chosen]))
+    return apply("attn.mla", *operands, scale=float(scale), nope=nope, v=v)
 
 
 def append_heads(kv: Tensor, layer: Tensor, k: Tensor, v: Tensor, seq: Tensor, pos: Tensor, pages: Tensor) -> None:

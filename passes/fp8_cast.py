@@ -21,8 +21,10 @@ from moec.targets import Target
 PRODUCTS = ("linear", "linear.heads", "moe.experts")
 BIASES = (("linear", 2), ("moe.route", 2), ("moe.experts", 4), ("moe.experts", 5), ("norm.layer", 2), ("attn.heads", 6))
 """Ops and operand positions of vectors that are added; sinks are added to the scores' sum."""
-EXACT = ("norm.rms", "norm.add_rms", "norm.layer", "bias", "moe.route")
+EXACT = ("norm.rms", "norm.add_rms", "norm.layer", "bias", "moe.route", "gate")
 """Kinds of use whose weights are small and that CPU kernels read in FP32."""
+GATED = ("gate.rows", "attn.index")
+"""Ops whose second operand weighs the first: the product that makes it stays exact."""
 DISPATCH = {"moe.dispatch": 0, "comm.dispatch": 1}
 """Ops that send rows to experts, with the operand that holds the rows."""
 COMBINE = ("moe.combine", "comm.combine")
@@ -147,6 +149,9 @@ class Fp8Cast(Pass):
             return recipe.cache, 0
         block = recipe.cache.quant.block[-1]
         append = next((op for _, op in module.ops() if op.name == "cache.append"), None)
+        if any(op.name == "cache.append_index" for _, op in module.ops()):
+            message = "a cache with index keys has no FP8 layout: keep it in bf16 (fp8-cast{cache=bf16})"
+            raise PassError(name=self.name, message=message)
         if append is None or (recipe.cache.dtype, recipe.cache.quant.block) != ("fp8_e4m3", (1, 128)):
             message = f"a cache of {recipe.cache} has no layout: want fp8_e4m3 scale(f32, 1x128) for a latent, or bf16"
             raise PassError(name=self.name, message=message)
@@ -240,7 +245,7 @@ def _for_kernels(element: Element, kind: str, target: Target) -> Element:
 
 
 def weight_kinds(module: Module) -> Iterator[tuple[str, str]]:
-    """Each weight with the kind of its first use: op name, `head` (the product that an entry returns) or `bias`."""
+    """Each weight with the kind of its first use: op name, `head` (what an entry returns), `bias` or `gate`."""
     seen: set[str] = set()
     for function, op in module.ops():
         for position, operand in enumerate(op.operands):
@@ -254,6 +259,8 @@ def _kind(function: Function, op: Op, position: int) -> str:
         return "bias"
     if op.name == "linear" and op.result in function.returns and str(function.attrs.get("phase")) == function.name:
         return "head"
+    if op.name == "linear" and any(u.name in GATED and u.operands[1] is op.result for u in function.ops):
+        return "gate"
     return op.name
 
 

@@ -65,6 +65,10 @@ class MlaAbsorb(Pass):
     def choose(self, module: Module, function: Function, phase: str, ctx: Context, out: Outcome) -> str:
         """The form of a phase; notes both times, the crossover, the counts behind them and what folding would cost."""
         wanted = self.prefill if phase == "prefill" else self.decode
+        sparse = any(op.name == "attn.mla" and len(op.operands) == 7 for op in function.ops)
+        if sparse and wanted == "auto":
+            # Over chosen positions the plain form would expand all of them first.
+            wanted = ABSORBED
         if wanted not in FORMS:
             raise PassError(name=self.name, message=f"{phase} must be one of {', '.join(FORMS)}, got {wanted!r}")
         if not 1 <= self.queries <= 64:
@@ -128,7 +132,7 @@ def over_cached_latent(function: Function, op: Op) -> bool:
 def absorb(module: Module, function: Function, op: Op) -> None:
     """Replace one `attn.mla` over an up-projected cached latent by the absorbed form."""
     producer = function.producer()
-    q, kv, _, seq, pos, _ = op.operands
+    q, kv, _, seq, pos, _, *chosen = op.operands
     assert isinstance(q, Value) and isinstance(kv, Value)
     project = producer[kv]
     latent, up = project.operands[:2]
@@ -143,7 +147,8 @@ def absorb(module: Module, function: Function, op: Op) -> None:
     q_nope, q_rope = edit.insert(op, "split", q, attrs={"sizes": (nope, width - nope)})
     (q_latent,) = edit.insert(op, "linear.heads", q_nope, w_uk)
     attrs = {"scale": op.attrs["scale"], "context": "C"}
-    (summed,) = edit.insert(op, "attn.mla_absorbed", q_latent, q_rope, cache, layer, seq, pos, pages, attrs=attrs)
+    operands = (q_latent, q_rope, cache, layer, seq, pos, pages, *chosen)
+    (summed,) = edit.insert(op, "attn.mla_absorbed", *operands, attrs=attrs)
     op.name, op.operands, op.attrs = "linear.heads", [summed, w_uv], {}
     op.loc = edit.location(op.loc)
 

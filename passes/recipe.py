@@ -9,11 +9,11 @@
     cache: bf16
     combine: bf16
 
-`op` globs the kind of use: `linear`, `linear.heads`, `moe.experts`, `moe.route` (the gate), `head`, `embed`, `bias`,
-`norm.rms`; `name` globs the weight's name in the IR. Types are written as in the IR. `input` quantises what the product
-reads, `combine` the experts' results on their way back (bf16, fp8 or logfmt10), and `weight: checkpoint` keeps what the
-checkpoint holds, as a weight that no rule fits is kept. `cache: fp8` is the row of 656 bytes for a latent of 512 and a
-key of 64.
+`op` globs the kind of use: `linear`, `linear.heads`, `moe.experts`, `moe.route` (the gate), `gate` (of shared
+experts, and of index heads), `head`, `embed`, `bias`, `norm.rms`; `name` globs the weight's name in the IR. Types are
+written as in the IR. `input` quantises what the product reads, `combine` the experts' results on their way back (bf16,
+fp8 or logfmt10), and `weight: checkpoint` keeps what the checkpoint holds, as a weight that no rule fits is kept.
+`cache: fp8` is the row of 656 bytes for a latent of 512 and a key of 64.
 """
 
 from __future__ import annotations

@@ -39,13 +39,15 @@ from moec.codegen.tvm.vector import (
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What every user of one cache agrees on. `dtype`: "f32", "bf16" or "fp8"."""
+    """What every user of one cache agrees on. `dtype`: "f32", "bf16" or "fp8"; `beside`: elements of an index key
+    behind each position."""
 
     kv_rank: int
     rope_dim: int
     dtype: str
     max_pages: int
     page_size: int = 64
+    beside: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype != "fp8":
@@ -53,13 +55,13 @@ class CacheLayout:
 
     @property
     def width(self) -> int:
-        """Elements of one position."""
+        """Elements of one position, without what stands beside it."""
         return self.kv_rank + self.rope_dim
 
     @property
     def row(self) -> int:
         """Stored elements of one position."""
-        return cache_fp8.row_bytes(self.kv_rank, self.rope_dim) if self.dtype == "fp8" else self.width
+        return cache_fp8.row_bytes(self.kv_rank, self.rope_dim) if self.dtype == "fp8" else self.width + self.beside
 
     @property
     def storage(self) -> str:
@@ -68,7 +70,8 @@ class CacheLayout:
 
     def __str__(self) -> str:
         """Part of the names of the kernels that use the cache."""
-        return f"{self.kv_rank}x{self.rope_dim}{self.dtype}_{self.max_pages}x{self.page_size}"
+        beside = f"x{self.beside}" if self.beside else ""
+        return f"{self.kv_rank}x{self.rope_dim}{beside}{self.dtype}_{self.max_pages}x{self.page_size}"
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,8 @@ class FunctionEmitter:
         rank = self.p.limits["rank"]
         width = int(kv.type.shape[3])  # type: ignore[arg-type]
         dtype = "fp8" if kv.type.quant else kv.type.dtype
-        return CacheLayout(rank, width - rank, dtype, self.p.limits["N"], self.p.page_size)
+        beside = self.p.limits["index"]
+        return CacheLayout(rank, width - rank - beside, dtype, self.p.limits["N"], self.p.page_size, beside)
 
     def cache(self, kv: Operand, layer: Operand) -> Any:
         """Pointer to one layer of the cache."""
@@ -337,6 +338,9 @@ def _mla(e: FunctionEmitter, op: Op) -> None:
 
 
 def _mla_absorbed(e: FunctionEmitter, op: Op) -> None:
+    if len(op.operands) == 8:
+        emit_heads.mla_sparse(e, op)
+        return
     q, q_rope, kv, layer, seq, pos, pages = op.operands
     pq, pr, out = e.place(q), e.place(q_rope), e.place(op.result)
     spec = mla_decode.MlaDecodeSpec(

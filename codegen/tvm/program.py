@@ -78,7 +78,7 @@ def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine, watch
     layout = plan_function(function, symbols, extra_sizes(function.ops, symbols), {result: logits})
     layers = _layer_layouts(module, function, symbols)
     layer_size = max((lay.size for lay in layers.values()), default=0)
-    limits = {**symbols, "rank": _rank(module)}
+    limits = {**symbols, "rank": _rank(module), "index": _index_key(module)}
     watcher: Tracer | Profiler | None = None
     if watch:
         watcher = Tracer(module, function, symbols) if watch == "trace" else Profiler(module, function)
@@ -124,6 +124,12 @@ def _rank(module: Module) -> int:
             assert isinstance(first, TensorType)
             return prod(d for d in first.shape[1:] if isinstance(d, int))
     raise AssertionError("a model without a cache")
+
+
+def _index_key(module: Module) -> int:
+    """Width of the index key at the end of a cached position; 0 without."""
+    keys = (op.operands[2].type for _, op in module.ops() if op.name == "cache.append_index")
+    return next((int(k.shape[1]) for k in keys if isinstance(k, TensorType)), 0)  # type: ignore[arg-type]
 
 
 def _layer_layouts(module: Module, function: Function, symbols: Mapping[str, int]) -> dict[str, Layout]:

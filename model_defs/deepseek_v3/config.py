@@ -12,6 +12,15 @@ from moec.model_defs.rope import Rope, rope_of
 
 
 @dataclass(frozen=True)
+class Indexer:
+    """The lightning indexer: `top_k` positions are chosen by `heads` index heads of width `dim`."""
+
+    top_k: int
+    heads: int
+    dim: int
+
+
+@dataclass(frozen=True)
 class Config:
     """Sizes and variants; names follow the family's `config.json`, `rope` and `gate` gather what is spread there."""
 
@@ -45,6 +54,7 @@ class Config:
     num_nextn_predict_layers: int
     rope: Rope
     eos_token_ids: tuple[int, ...] = ()
+    index: Indexer | None = None
 
     @property
     def qk_head_dim(self) -> int:
@@ -54,7 +64,8 @@ class Config:
     @property
     def cache(self) -> tuple[str, int]:
         """Kind and width of the cache."""
-        return "kv.latent", self.kv_lora_rank + self.qk_rope_head_dim
+        width = self.kv_lora_rank + self.qk_rope_head_dim
+        return ("kv.latent", width) if self.index is None else ("kv.indexed", width + self.index.dim)
 
     @property
     def softmax_scale(self) -> float:
@@ -109,7 +120,7 @@ def from_hf(raw: Mapping[str, Any], name: str) -> Config:
         return ConfigError(model=name, message=message)
 
     family = "deepseek_v2" if raw["model_type"] == "deepseek_v2" else "deepseek_v3"
-    wanted = {f.name for f in fields(Config)} - {"model_type", "score", "group_score", "rope", "eos_token_ids"}
+    wanted = {f.name for f in fields(Config)} - {"model_type", "score", "group_score", "rope", "eos_token_ids", "index"}
     for key, value in raw.items():
         if value is not None and key not in wanted and key not in IGNORED and key not in ONLY:
             raise fail(f"field {key!r} is not known to this family{near(key, sorted(wanted))}")

@@ -15,6 +15,39 @@ LATENT_EPS = 1e-6
 """The norms of the compressed query and latent keep this value whatever `rms_norm_eps` says, as published."""
 
 
+class Indexer(nn.Module):
+    """The lightning indexer of DeepSeek-V3.2 (arXiv 2512.02556, sec. 2.1): each token's positions, by index scores."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        assert c.index is not None and c.q_lora_rank is not None
+        self.c, self.i = c, c.index
+        self.q = weight(self.i.heads * self.i.dim, c.q_lora_rank)
+        self.k = weight(self.i.dim, c.hidden_size)
+        self.k_norm = weight(self.i.dim)
+        self.k_norm_bias = weight(self.i.dim)
+        self.weights = weight(self.i.heads, c.hidden_size)
+
+    def forward(
+        self,
+        layer: Tensor,
+        x: Tensor,
+        q_a: Tensor,
+        kv: Tensor,
+        seq: Tensor,
+        pos: Tensor,
+        pages: Tensor,
+        rope: Tensor,
+    ) -> Tensor:
+        i, dims = self.i, self.c.qk_rope_head_dim
+        # The rotary part stands first here, and its pairs are half a part away from one another.
+        key = F.layer_norm(F.linear(x, self.k), self.k_norm, self.k_norm_bias, LATENT_EPS)
+        F.append_index(kv, layer, F.rope(key, pos, rope, 0, dims, False), seq, pos, pages)
+        q = F.rope(F.unflatten(F.linear(q_a, self.q), i.heads, i.dim), pos, rope, 0, dims, False)
+        scale = (i.heads * i.dim) ** -0.5
+        return F.choose_positions(q, F.linear(x, self.weights), kv, layer, seq, pos, pages, scale, i.top_k)
+
+
 class Attention(nn.Module):
     """Multi-head latent attention over the cached latent, in the plain form; the compiler may absorb it."""
 
@@ -35,12 +68,7 @@ class Attention(nn.Module):
         self.q_a_bias = weight(c.q_lora_rank) if c.attention_bias and c.q_lora_rank else None
         self.kv_a_bias = weight(rank + c.qk_rope_head_dim) if c.attention_bias else None
         self.o_bias = weight(c.hidden_size) if c.attention_bias else None
-
-    def query(self, x: Tensor) -> Tensor:
-        """Queries `[T, heads · (nope + rope)]`, through the compressed query where the model has one."""
-        if self.c.q_lora_rank is None:
-            return F.linear(x, self.q)
-        return F.linear(F.rms_norm(F.linear(x, self.q_a, self.q_a_bias), self.q_norm, LATENT_EPS), self.q_b)
+        self.indexer = Indexer(c) if c.index else None
 
     def forward(
         self,
@@ -54,15 +82,21 @@ class Attention(nn.Module):
         rope: Tensor,
     ) -> Tensor:
         c = self.c
-        q = F.unflatten(self.query(x), c.num_attention_heads, c.qk_head_dim)
+        # Queries come through a compressed one where the model has it.
+        compressed = c.q_lora_rank is not None
+        q_a = F.rms_norm(F.linear(x, self.q_a, self.q_a_bias), self.q_norm, LATENT_EPS) if compressed else x
+        q = F.linear(q_a, self.q_b if compressed else self.q)
+        q = F.unflatten(q, c.num_attention_heads, c.qk_head_dim)
         q = F.rope(q, pos, rope, c.qk_nope_head_dim, c.qk_rope_head_dim, c.rope_interleave)
         latent, key_rope = F.split(F.linear(x, self.kv_a, self.kv_a_bias), c.kv_lora_rank, c.qk_rope_head_dim)
         latent = F.rms_norm(latent, self.kv_norm, LATENT_EPS)
         key_rope = F.rope(key_rope, pos, rope, 0, c.qk_rope_head_dim, c.rope_interleave)
         F.cache_append(kv, layer, latent, key_rope, seq, pos, pages)
-        cached, cached_rope = F.cache_read(kv, layer, pages, starts, c.kv_lora_rank)
+        chosen = self.indexer(layer, x, q_a, kv, seq, pos, pages, rope) if self.indexer is not None else None
+        cached, cached_rope = F.cache_read(kv, layer, pages, starts, c.kv_lora_rank, c.index.dim if c.index else 0)
         expanded = F.linear(cached, self.kv_b)
-        y = F.mla(q, expanded, cached_rope, seq, pos, starts, c.softmax_scale, c.qk_nope_head_dim, c.v_head_dim)
+        sizes = (c.qk_nope_head_dim, c.v_head_dim)
+        y = F.mla(q, expanded, cached_rope, seq, pos, starts, chosen, c.softmax_scale, *sizes)
         return F.linear(F.flatten(y), self.o, self.o_bias)
 
 

@@ -144,7 +144,10 @@ def _linear_heads(rows: Rows, op: Op, role: Role) -> list[Row]:
 def _attention(rows: Rows, op: Op, role: Role) -> list[Row]:
     _, heads, width = rows.shape(op, 0)
     step = rows.step
-    row: dict[str, Any] = {"batch": step.sequences, "context": step.context, "heads": heads // rows.layout.tp}
+    context = step.context
+    if OPS[op.name].operands.endswith("chosen?") and len(op.operands) == len(OPS[op.name].operands.split()):
+        context = min(context, max(rows.shape(op, len(op.operands) - 1)[1], step.new))
+    row: dict[str, Any] = {"batch": step.sequences, "context": context, "heads": heads // rows.layout.tp}
     if op.name == "attn.mla":
         nope = int(op.attrs["nope"])  # type: ignore[arg-type]
         row |= {"nope": nope, "rope": width - nope, "v_head": op.attrs["v"], "form": "plain"}

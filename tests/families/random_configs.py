@@ -82,6 +82,16 @@ def llama(r: random.Random) -> dict[str, Any]:
     return base(r) | dims(r) | scaled_rope(r) | {"attention_bias": r.random() < 0.5, "mlp_bias": r.random() < 0.5}
 
 
+def mistral(r: random.Random) -> dict[str, Any]:
+    return base(r) | dims(r) | scaled_rope(r) | {"sliding_window": r.choice([None, 7, 20])}
+
+
+def qwen2(r: random.Random) -> dict[str, Any]:
+    c = base(r) | whole_heads(r) | scaled_rope(r)
+    window = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": r.choice([0, 1, 2])}
+    return c | r.choice([{}, window])
+
+
 def qwen3(r: random.Random) -> dict[str, Any]:
     return base(r) | dims(r) | scaled_rope(r) | {"attention_bias": r.random() < 0.5}
 
@@ -185,7 +195,59 @@ def minimax(r: random.Random) -> dict[str, Any]:
     return c
 
 
+def latent(r: random.Random) -> dict[str, Any]:
+    """Multi-head latent attention, with the query compressed or not."""
+    heads = r.choice([2, 3, 4])
+    return base(r) | {
+        "num_attention_heads": heads, "num_key_value_heads": heads, "kv_lora_rank": r.choice([16, 23, 32]),
+        "q_lora_rank": r.choice([None, 19, 24]), "qk_rope_head_dim": r.choice([4, 6, 8]),
+        "qk_nope_head_dim": r.choice([10, 12, 16]), "v_head_dim": r.choice([12, 14, 20]),
+    }  # fmt: skip
+
+
+def yarn(r: random.Random) -> dict[str, Any]:
+    """DeepSeek's rotary embedding for more positions, or the plain one."""
+    long = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24, "mscale": 1.0,
+        "mscale_all_dim": r.choice([0.8, 1.0]), "beta_fast": 16, "beta_slow": 1,
+    }  # fmt: skip
+    return r.choice([{}, {"rope_parameters": long}])
+
+
+def deepseek_v2(r: random.Random) -> dict[str, Any]:
+    c = latent(r)
+    groups = r.choice([
+        {"topk_method": "greedy", "n_group": None, "topk_group": None},
+        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ])  # fmt: skip
+    # transformers views pairs of the joined projection as complex numbers.
+    even = {"kv_lora_rank": r.choice([16, 22, 32])}
+    return c | yarn(r) | noaux(r, c["num_hidden_layers"]) | groups | even | {"norm_topk_prob": False}
+
+
+def deepseek_v3(r: random.Random) -> dict[str, Any]:
+    c = latent(r)
+    turned = {"rope_interleave": r.random() < 0.7, "attention_bias": r.random() < 0.3}
+    return c | yarn(r) | noaux(r, c["num_hidden_layers"]) | turned
+
+
+def deepseek_v32(r: random.Random) -> dict[str, Any]:
+    """Sparse attention of fewer positions than the tests have; with many index heads, scores do not tie at 0."""
+    c = latent(r) | {"q_lora_rank": r.choice([19, 24]), "attention_bias": False}
+    index = {
+        "index_topk": r.choice([5, 16, 40]),
+        "index_n_heads": r.choice([12, 16]),
+        "index_head_dim": r.choice([8, 20]),
+    }
+    return c | yarn(r) | noaux(r, c["num_hidden_layers"]) | index
+
+
 FAMILIES: dict[str, tuple[str, Draw]] = {
+    "deepseek_v2": ("DeepseekV2", deepseek_v2),
+    "deepseek_v3": ("DeepseekV3", deepseek_v3),
+    "deepseek_v32": ("DeepseekV32", deepseek_v32),
+    "mistral": ("Mistral", mistral),
+    "qwen2": ("Qwen2", qwen2),
     "llama": ("Llama", llama),
     "qwen3": ("Qwen3", qwen3),
     "mixtral": ("Mixtral", mixtral),

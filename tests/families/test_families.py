@@ -12,13 +12,13 @@ from random_configs import FAMILIES, save_model
 
 import moec
 from moec.frontend.checkpoint import bind, open_checkpoint
-from moec.ir import CacheType, Module
+from moec.ir import CacheType, Module, TensorType
 from moec.ir.evaluate import Evaluator, Loader, WeightPrograms
 
 BOUND = 1e-4
 """Greatest difference of logits in units of their standard deviation."""
 LENGTH = 50
-QUICK = ("mixtral", "qwen2_moe", "gpt_oss", "llama4_text", "phimoe", "granitemoe")
+QUICK = ("deepseek_v32", "mixtral", "qwen2_moe", "gpt_oss", "llama4_text", "phimoe", "granitemoe")
 """Families that between them use every kernel; the others' artifacts are compiled in the slow set."""
 COMPILED = [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
@@ -82,6 +82,14 @@ def test_artifact_equals_transformers(family: str, seed: int, tmp_path: Path) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_more_artifacts_equal_transformers(family: str, number: int, seed: int, tmp_path: Path) -> None:
     check_compiled(family, seed + number, tmp_path)
+
+
+@pytest.mark.parametrize(("family", "exact"), [("qwen2_moe", "shared_gate"), ("deepseek_v32", "indexer.weights")])
+def test_gates_stay_exact(family: str, exact: str, tmp_path: Path) -> None:
+    save_model(family, 4, tmp_path)
+    plan = moec.trace(str(tmp_path)).optimize("cpu", context=64, recipe="weight-only")
+    found = [w for w in plan.ir.weights.values() if exact in w.name]
+    assert found and all(isinstance(w.type, TensorType) and w.type.dtype == "f32" for w in found)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,6 +9,7 @@ from moec.model_defs.registry import preset_names
 
 PUBLISHED = {
     "deepseek-v2": (236e9, 21e9), "deepseek-v2-lite": (15.7e9, 2.66e9), "deepseek-v3": (671e9, 37e9),
+    "deepseek-v3.2": (671.9e9, 37.4e9),
     "dots.llm1": (142e9, 14e9), "ernie-4.5-21b-a3b": (21.9e9, 3.3e9), "ernie-4.5-300b-a47b": (300e9, 47e9),
     "glm-4.5": (353e9, 32e9), "glm-4.5-air": (106e9, 12.8e9), "gpt-oss-120b": (116.83e9, 5.71e9),
     "gpt-oss-20b": (20.91e9, 4.19e9), "granite-3.0-1b-a400m": (1.33e9, 0.43e9), "granite-3.0-3b-a800m": (3.3e9, 0.88e9),

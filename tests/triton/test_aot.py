@@ -227,7 +227,8 @@ def test_every_fallback_runs_where_it_is_needed() -> None:
 CONTROL = {"split", "unflatten", "flatten", "repeat", "call", "index.affine", "event.record", "event.wait"}
 """Views are read through, and the others steer launches."""
 LACKING = {
-    "attn.heads", "cache.append_heads", "clamp", "gate.rows", "moe.weigh", "norm.layer", "scale", "tensor.pointwise",
+    "attn.heads", "attn.index", "cache.append_heads", "cache.append_index", "clamp", "gate.rows", "moe.weigh",
+    "norm.layer", "scale", "tensor.pointwise",
     *(name for name in OPS if name.startswith("comm.")),
 }  # fmt: skip
 """Ops of families and exchanges that `moec compile` refuses by name for GPUs."""
