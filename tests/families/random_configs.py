@@ -216,7 +216,7 @@ def yarn(r: random.Random) -> dict[str, Any]:
 
 def deepseek_v2(r: random.Random) -> dict[str, Any]:
     c = latent(r)
-    groups = r.choice([
+    groups: dict[str, Any] = r.choice([
         {"topk_method": "greedy", "n_group": None, "topk_group": None},
         {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     ])  # fmt: skip
