@@ -8,8 +8,6 @@ from moec.ir import Module, WeightRef
 from moec.ir.mesh import mesh_of
 from moec.ir.rewrite import clone_module, remove_unused
 
-ENTRIES = ("prefill", "decode")
-
 
 def stage_module(module: Module, stage: int) -> Module:
     """What the ranks of a stage run; the module itself where there is one stage."""
@@ -23,7 +21,7 @@ def stage_module(module: Module, stage: int) -> Module:
         if function.attrs["stage"] == stage:
             function.name = name.removesuffix(f".{stage}")
             out.functions[function.name] = function
-    remove_unused(out, ENTRIES)
+    remove_unused(out)
     for name, layers in _layers(out).items():
         weight = out.weights[name]
         (index, _, _), *rest = weight.indices

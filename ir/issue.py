@@ -15,6 +15,8 @@ from moec.ir.optable import OPS, OpDef, operand_type
 from moec.ir.types import CacheType, TensorType
 
 CALLS = ("call", "repeat")
+ENTRIES = ("prefill", "decode")
+"""Functions that the runtime calls."""
 EVENTS = ("event.record", "event.wait")
 
 
@@ -56,7 +58,9 @@ def scheduled(module: Module) -> bool:
 
 
 def entries(module: Module) -> list[Function]:
-    """The functions that no other calls."""
+    """The functions that the runtime calls; in a module without any of `ENTRIES`, those that no other calls."""
+    if named := [module.functions[e] for e in ENTRIES if e in module.functions]:
+        return named
     called = {str(op.attrs["func"]) for _, op in module.ops() if op.name in CALLS}
     return [f for f in module.functions.values() if f.name not in called]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from moec.ir.issue import CALLS
+from moec.ir.issue import CALLS, ENTRIES
 from moec.ir.module import Function, Module, Op, Operand, Value, Weight, WeightRef
 from moec.ir.optable import OPS, infer
 
@@ -102,7 +102,7 @@ def merge_equal(function: Function) -> int:
     return removed
 
 
-def remove_unused(module: Module, entries: Iterable[str]) -> int:
+def remove_unused(module: Module, entries: Iterable[str] = ENTRIES) -> int:
     """Drop functions that no entry reaches and weights that nothing uses; returns how many went."""
     reached: set[str] = set()
     pending = [e for e in entries if e in module.functions]

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.ir import Module
+from moec.ir.issue import entries
 from moec.ir.rewrite import fresh_names, merge_equal, remove_dead, remove_unused
 from moec.passes.base import Context, Outcome, Pass
-
-ENTRIES = ("prefill", "decode")
-"""Functions that the runtime calls. A module that has neither keeps what no other of its functions calls."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,7 @@ class Canonicalise(Pass):
             out.matched += merged + dead
             if merged or dead:
                 out.notes.append(f"@{function.name}: {merged} equal ops merged, {dead} dead ops removed")
-        called = {str(op.attrs["func"]) for _, op in module.ops() if op.name == "repeat"}
-        entries = [e for e in ENTRIES if e in module.functions] or [f for f in module.functions if f not in called]
-        unused = remove_unused(module, entries)
+        unused = remove_unused(module, [entry.name for entry in entries(module)])
         if unused:
             out.matched += unused
             out.notes.append(f"{unused} unused functions and weights removed")

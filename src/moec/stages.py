@@ -313,12 +313,12 @@ def _part_of(progress: Callable[[int, int], None], rank: int, ranks: int) -> Cal
 
 
 def _keep_phase(module: Module, phase: str) -> None:
-    """Drop the other entry point; what only it calls is unused then. Raises WrongPhase."""
+    """Drop the other entry point and what only it needs. Raises WrongPhase."""
+    from moec.ir.rewrite import remove_unused
+
     if phase not in PHASES or phase not in module.functions:
         raise WrongPhase(phase=phase, reason=f"must be one of {', '.join(PHASES)}")
-    for other in PHASES[1:]:
-        if other != phase:
-            module.functions.pop(other, None)
+    remove_unused(module, [phase])
 
 
 def trace(
