@@ -5,7 +5,7 @@ Slow and simple on purpose: it is what kernels and passes are checked against. N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from moec.ir.accumulate import hopper_product
 from moec.ir.mesh import mesh_of
 from moec.ir.module import Function, Module, Op, Value, WeightRef
 from moec.ir.numeric import TORCH, Quantised, logical, quantise
-from moec.ir.ops.weights import tensor_name
+from moec.ir.ops.weight_sources import tensor_name
 from moec.ir.optable import OPS
 from moec.ir.printer import print_op
 from moec.ir.replicas import Replicas, replicas_of
@@ -45,6 +45,10 @@ class WeightPrograms:
         self._loader = loader
         self._point: dict[str, int] = {}
         self._cache: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
+
+    def take_over(self, other: WeightPrograms, names: Collection[str]) -> None:
+        """Keep the tensors that `other` made of the weights `names`, whose programs must be the same in both."""
+        self._cache.update({key: tensor for key, tensor in other._cache.items() if key[0] in names})
 
     def load(self, name: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         """A checkpoint tensor; `{l}` and `{e}` in its name stand for the current indices."""
