@@ -23,7 +23,7 @@ from moec.frontend.mxfp4 import read_blocks
 from moec.frontend.safetensors_header import CheckpointError, TensorEntry, read_header
 from moec.ir import Module, Op, Weight
 from moec.ir.numeric import TORCH, powers_of_two
-from moec.ir.ops.weights import name_indices, tensor_name
+from moec.ir.ops.weight_sources import name_indices, tensor_name
 from moec.ir.rewrite import retype
 
 READABLE = ("f32", "bf16", "f16", "f64")

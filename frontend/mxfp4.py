@@ -5,7 +5,7 @@ from __future__ import annotations
 from moec.frontend.safetensors_header import TensorEntry
 from moec.ir import Module, Op, TensorType, Value, Weight
 from moec.ir.module import Operand
-from moec.ir.ops.weights import tensor_name
+from moec.ir.ops.weight_sources import tensor_name
 from moec.ir.optable import OPS, infer
 from moec.ir.rewrite import fresh_names, replace_values
 

@@ -222,8 +222,11 @@ from moec.ir.ops import (  # noqa: E402
     heads,  # noqa: F401
     indexer,  # noqa: F401
     moe,  # noqa: F401
+    norms,  # noqa: F401
     quant,  # noqa: F401
     schedule,  # noqa: F401
     sharding,  # noqa: F401
+    views,  # noqa: F401
+    weight_sources,  # noqa: F401
     weights,  # noqa: F401
 )

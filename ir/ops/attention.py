@@ -15,14 +15,15 @@ INDEXED = "kv.indexed"
 """A cache with an index key behind each row's latent and rotary key; see `attn.index`."""
 
 
-def _cache_width(kv: CacheType) -> Size:
+def cache_width(kv: CacheType) -> Size:
+    """Width of a cached row; raises TypeRuleError unless the cache has its four dims."""
     require(len(kv.shape) == 4, f"kv must have dims [layers, pages, tokens a page, width], got {kv}")
     return kv.shape[3]
 
 
 def _holds(kv: CacheType, width: Size, what: str) -> None:
     """A row of the cache holds `width` elements, in an indexed cache beside the index key."""
-    whole = _cache_width(kv)
+    whole = cache_width(kv)
     if kv.kind != INDEXED:
         same(width, whole, f"{what} and cache width")
     else:
@@ -42,9 +43,12 @@ def _seen(t: Sequence[Type], at: int, context: Size) -> Size:
     return minimum(context, tensor(t[at], "chosen").shape[1])
 
 
-def _batch(seq: Type, pos: Type, tokens: Size) -> None:
+def check_batch(seq: Type, pos: Type, tokens: Size, pages: Type | None = None) -> None:
+    """Raise TypeRuleError unless `seq` and `pos` have a number for each token, and `pages` is a table of pages."""
     for t, what in ((seq, "seq"), (pos, "pos")):
         same(tensor(t, what, 1, ("i32",)).shape[0], tokens, f"tokens of x and {what}")
+    if pages is not None:
+        tensor(pages, "pages", 2, ("i32",))
 
 
 class CacheAppend(OpDef):
@@ -61,8 +65,7 @@ class CacheAppend(OpDef):
         latent, rope = tensor(t[2], "latent", 2, FLOATS), tensor(t[3], "key_rope", 2, FLOATS)
         _holds(kv, latent.shape[1] + rope.shape[1], "latent + rope width")
         same(latent.shape[0], rope.shape[0], "tokens of latent and key_rope")
-        _batch(t[4], t[5], latent.shape[0])
-        tensor(t[6], "pages", 2, ("i32",))
+        check_batch(t[4], t[5], latent.shape[0], t[6])
         return []
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
@@ -101,7 +104,7 @@ class CacheRead(OpDef):
         index(t[1])
         tensor(t[2], "pages", 2, ("i32",))
         tensor(t[3], "starts", 1, ("i32",))
-        rank, width = int(a["rank"]), _cache_width(kv)
+        rank, width = int(a["rank"]), cache_width(kv)
         require(isinstance(width, int) and 0 < rank < width, f"rank {rank} must be below the cache width {width}")
         assert isinstance(width, int)
         beside = int(a.get("index", 0))
@@ -149,7 +152,7 @@ class AttnMla(OpDef):
         same(q.shape[2], rope.shape[1] + nope, "width of q and nope + rope")
         same(kv.shape[1], q.shape[1] * (nope + v), "width of kv and heads * (nope + v)")
         same(kv.shape[0], rope.shape[0], "rows of kv and key_rope")
-        _batch(t[3], t[4], q.shape[0])
+        check_batch(t[3], t[4], q.shape[0])
         tensor(t[5], "starts", 1, ("i32",))
         _chosen(t, 6, q.shape[0])
         return [TensorType(q.dtype, (q.shape[0], q.shape[1], v))]
@@ -194,8 +197,7 @@ class AttnMlaAbsorbed(OpDef):
         index(t[3])
         same(q.shape[1], rope.shape[1], "heads of q_latent and q_rope")
         _holds(kv, q.shape[2] + rope.shape[2], "latent + rope width")
-        _batch(t[4], t[5], q.shape[0])
-        tensor(t[6], "pages", 2, ("i32",))
+        check_batch(t[4], t[5], q.shape[0], t[6])
         _chosen(t, 7, q.shape[0])
         dim(str(a["context"]))
         return [q]

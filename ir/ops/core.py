@@ -1,4 +1,4 @@
-"""Embedding, norms, projections, element-wise ops and views."""
+"""Embedding, projections, element-wise ops and rotary embedding."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from moec.ir.optable import (
     BOOL,
     FLOAT,
     INT,
-    INTS,
     Attr,
     Attrs,
     OpDef,
-    TypeRuleError,
     require,
     same,
     tensor,
@@ -43,73 +41,6 @@ class Embed(OpDef):
     def bytes_read(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
         y = tensor(r[0], "y")
         return y.nbytes() + tensor(t[0], "ids").nbytes()
-
-
-class NormRms(OpDef):
-    """Root-mean-square norm over the last dim (Zhang & Sennrich 2019): `y = x / sqrt(mean(x²) + eps) · w`."""
-
-    name = "norm.rms"
-    operands = "x w"
-    attrs = {"eps": FLOAT}
-
-    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x, w = tensor(t[0], "x", dtypes=FLOATS), tensor(t[1], "w", 1)
-        same(x.shape[-1], w.shape[0], "width of x and w")
-        return [x]
-
-    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        return [rms(x[0], x[1], a["eps"])]
-
-    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
-        return tensor(t[0], "x").elements() * 4
-
-
-class NormLayer(OpDef):
-    """Layer norm over the last dim (Ba et al. 2016): `y = (x - mean(x)) / sqrt(var(x) + eps) · w + b`."""
-
-    name = "norm.layer"
-    operands = "x w b"
-    attrs = {"eps": FLOAT}
-
-    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x = tensor(t[0], "x", dtypes=FLOATS)
-        for i, what in ((1, "w"), (2, "b")):
-            same(x.shape[-1], tensor(t[i], what, 1).shape[0], f"width of x and {what}")
-        return [x]
-
-    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        centred = x[0] - x[0].mean(-1, keepdim=True)
-        return [rms(centred, x[1], a["eps"]) + x[2]]
-
-    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
-        return tensor(t[0], "x").elements() * 7
-
-
-class AddNormRms(OpDef):
-    """Residual sum and its norm in one pass: `s = x + residual`, `y = rms(s) · w`."""
-
-    name = "norm.add_rms"
-    operands = "x residual w"
-    attrs = {"eps": FLOAT}
-    results = "s y"
-
-    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x = tensor(t[0], "x", dtypes=FLOATS)
-        require(t[1] == x, f"x and residual differ: {x} and {t[1]}")
-        same(x.shape[-1], tensor(t[2], "w", 1).shape[0], "width of x and w")
-        return [x, x]
-
-    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        s = x[0] + x[1]
-        return [s, rms(s, x[2], a["eps"])]
-
-    def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
-        return tensor(t[0], "x").elements() * 5
-
-
-def rms(x: Any, w: Any, eps: Any) -> Any:
-    """RMS norm of a torch tensor over its last dim."""
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * w
 
 
 def product_dtype(x: TensorType, w: TensorType, a: Attrs) -> str:
@@ -299,88 +230,6 @@ class GateRows(OpDef):
 
     def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
         return tensor(t[0], "x").elements()
-
-
-class Split(OpDef):
-    """Views of consecutive parts of the last dim, of the given sizes."""
-
-    name = "split"
-    operands = "x"
-    attrs = {"sizes": INTS}
-    results = "parts*"
-
-    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x = tensor(t[0], "x")
-        sizes = a["sizes"]
-        assert isinstance(sizes, tuple)
-        require(sum(map(int, sizes)) == x.shape[-1], f"sizes {list(sizes)} do not sum to {x.shape[-1]}")
-        return [TensorType(x.dtype, (*x.shape[:-1], int(s)), x.quant) for s in sizes]
-
-    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        return list(x[0].split(list(a["sizes"]), -1))
-
-    def bytes_read(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
-        return 0
-
-    bytes_written = bytes_read
-
-
-class Unflatten(OpDef):
-    """View of the last dim as several: `[T, h·d] -> [T, h, d]`."""
-
-    name = "unflatten"
-    operands = "x"
-    attrs = {"sizes": INTS}
-
-    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x = tensor(t[0], "x")
-        sizes = a["sizes"]
-        assert isinstance(sizes, tuple)
-        if prod(sizes) != x.shape[-1]:
-            raise TypeRuleError(f"sizes {list(sizes)} do not multiply to {x.shape[-1]}")
-        return [TensorType(x.dtype, (*x.shape[:-1], *sizes), x.quant)]
-
-    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        return [x[0].unflatten(-1, a["sizes"])]
-
-    bytes_read = Split.bytes_read
-    bytes_written = Split.bytes_read
-
-
-class Flatten(OpDef):
-    """View of all dims behind the first as one: `[T, h, d] -> [T, h·d]`."""
-
-    name = "flatten"
-    operands = "x"
-
-    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x = tensor(t[0], "x")
-        require(len(x.shape) >= 2, f"x must have at least 2 dims, got {x}")
-        width: Size = prod(x.shape[1:], start=1)
-        return [TensorType(x.dtype, (x.shape[0], width), x.quant)]
-
-    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        return [x[0].flatten(1)]
-
-    bytes_read = Split.bytes_read
-    bytes_written = Split.bytes_read
-
-
-class RowsGather(OpDef):
-    """Chosen rows: `y[r] = x[rows[r]]`."""
-
-    name = "rows.gather"
-    operands = "x rows"
-
-    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x, rows = tensor(t[0], "x"), tensor(t[1], "rows", 1, ("i32",))
-        return [TensorType(x.dtype, (rows.shape[0], *x.shape[1:]), x.quant)]
-
-    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        return [x[0][x[1].long()]]
-
-    def bytes_read(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
-        return tensor(r[0], "y").nbytes() + tensor(t[1], "rows").nbytes()
 
 
 class Rope(OpDef):

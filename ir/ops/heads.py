@@ -7,21 +7,15 @@ from typing import Any
 
 from moec.ir.dims import Size, dim
 from moec.ir.module import Module
+from moec.ir.ops.attention import cache_width, check_batch
 from moec.ir.ops.core import FLOATS
 from moec.ir.optable import FLOAT, INT, STR, Attr, Attrs, OpDef, cache, index, require, same, tensor
 from moec.ir.types import BITS, CacheType, TensorType, Type
 
 
 def _width(kv: CacheType) -> Size:
-    require(len(kv.shape) == 4, f"kv must have dims [layers, pages, tokens a page, width], got {kv}")
     require(kv.kind == "kv.heads", f"kv must be kv.heads, got {kv.kind}")
-    return kv.shape[3]
-
-
-def _batch(seq: Type, pos: Type, pages: Type, tokens: Size) -> None:
-    for t, what in ((seq, "seq"), (pos, "pos")):
-        same(tensor(t, what, 1, ("i32",)).shape[0], tokens, f"tokens of x and {what}")
-    tensor(pages, "pages", 2, ("i32",))
+    return cache_width(kv)
 
 
 class CacheAppendHeads(OpDef):
@@ -38,7 +32,7 @@ class CacheAppendHeads(OpDef):
         k, v = tensor(t[2], "k", 3, FLOATS), tensor(t[3], "v", 3, FLOATS)
         require(k.shape[:2] == v.shape[:2], f"tokens and heads of k and v differ: {k} and {v}")
         same(k.shape[1] * (k.shape[2] + v.shape[2]), _width(kv), "heads * (width of k and v) and cache width")
-        _batch(t[4], t[5], t[6], k.shape[0])
+        check_batch(t[4], t[5], k.shape[0], t[6])
         return []
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
@@ -83,7 +77,7 @@ class AttnHeads(OpDef):
         require(isinstance(heads, int) and groups >= 1 and heads % groups == 0, f"{heads} heads over {groups} kv_heads")
         require(v >= 1, f"v must be at least 1, got {v}")
         same(groups * (q.shape[2] + v), _width(kv), "kv_heads * (width of q and v) and cache width")
-        _batch(t[3], t[4], t[5], q.shape[0])
+        check_batch(t[3], t[4], q.shape[0], t[5])
         for key in ("window", "chunk"):
             require(int(a.get(key, 1)) >= 1, f"{key} must be at least 1, got {a.get(key)}")
         require(float(a.get("softcap", 1.0)) > 0, f"softcap must be above 0, got {a.get('softcap')}")

@@ -1,14 +1,11 @@
-"""The weight program: how tensors of a checkpoint become the weights of the module.
+"""What a weight program does with the tensors of a checkpoint: parts, joins, shapes, number formats, packing.
 
-A program runs once per point of its weight's index ranges; `{l}` and `{e}` in a tensor's name stand for the indices.
-Where several layers make up one turn of a `repeat`, `{l*2+1}` names one of them. No op here reads anything before the
-packer (or the reference evaluator) runs the program.
+A program runs once per point of its weight's index ranges; `weight_sources` holds the ops it begins with.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd, prod
 from typing import Any
@@ -17,147 +14,11 @@ from moec.ir.lane16 import FORMATS
 from moec.ir.module import Module
 from moec.ir.ops.core import FLOATS
 from moec.ir.ops.quant import QUANT_ATTRS, parse_block, quantised
-from moec.ir.optable import FLOAT, INT, INTS, STR, Attr, Attrs, OpDef, index, known, require, tensor
-from moec.ir.types import BITS, QUANTISED, SCALE_BITS, Quant, TensorType, Type
+from moec.ir.ops.weight_sources import ints
+from moec.ir.optable import INT, INTS, Attr, Attrs, OpDef, index, known, require, tensor
+from moec.ir.types import Quant, TensorType, Type
 
 LAYOUTS = ("lane16",)
-_INDEX = re.compile(r"\{([a-z]+)(?:\*(\d+))?(?:\+(\d+))?\}")
-
-
-def tensor_name(template: str, point: Mapping[str, int]) -> str:
-    """The checkpoint's name of a tensor at an index point: `{l}` and `{l*2+1}` are filled in."""
-    return _INDEX.sub(lambda m: str(point[m[1]] * int(m[2] or 1) + int(m[3] or 0)) if m[1] in point else m[0], template)
-
-
-def name_indices(template: str) -> frozenset[str]:
-    """The indices that a tensor's name depends on."""
-    return frozenset(m[1] for m in _INDEX.finditer(template))
-
-
-def _ints(a: Attrs, key: str) -> tuple[int, ...]:
-    return tuple(a[key])
-
-
-class WeightLoad(OpDef):
-    """Read one tensor of the checkpoint, whose shape and element type must be as stated."""
-
-    name = "weight.load"
-    attrs = {"tensor": STR, "shape": INTS, "dtype": Attr("str", choices=tuple(BITS))}
-
-    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        return [TensorType(str(a["dtype"]), _ints(a, "shape"))]
-
-    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        return [ctx.load(str(a["tensor"]), _ints(a, "shape"), str(a["dtype"]))]
-
-
-class WeightLoadScaled(OpDef):
-    """Read a block-scaled FP8 tensor and its scales (`*.weight_scale_inv`), kept as they are."""
-
-    name = "weight.load_scaled"
-    attrs = {
-        "tensor": STR,
-        "scales": STR,
-        "shape": INTS,
-        "dtype": Attr("str", choices=QUANTISED),
-        "granularity": STR,
-        "scale": Attr("str", optional=True, choices=tuple(SCALE_BITS)),
-    }
-
-    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        block = parse_block(str(a["granularity"]))
-        require(
-            len(block) == len(_ints(a, "shape")),
-            f"granularity {a['granularity']} does not fit the shape {list(_ints(a, 'shape'))}",
-        )
-        return [TensorType(str(a["dtype"]), _ints(a, "shape"), Quant(str(a.get("scale", "f32")), block))]
-
-    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        from moec.ir.numeric import Quantised
-
-        shape, block = _ints(a, "shape"), parse_block(str(a["granularity"]))
-        blocks = tuple(-(-d // b) if b else 1 for d, b in zip(shape, block, strict=True))
-        data = ctx.load(str(a["tensor"]), shape, str(a["dtype"]))
-        scales = ctx.load(str(a["scales"]), blocks, "f32").float()
-        return [Quantised(data, scales, str(a["dtype"]), block, str(a.get("scale", "f32")))]
-
-
-class WeightRopeTable(OpDef):
-    """Cosines and sines of rotary angles for `positions` positions, `[positions, cos(dims/2) | sin(dims/2)]`.
-
-    With `factor` above 1 the frequencies are YaRN's (Peng et al. 2023, arXiv 2309.00071): interpolated below
-    `beta_slow` turns over the `original` context, kept above `beta_fast`, blended between; `attention` scales cosines
-    and sines. Other `method`s: `linear` divides by `factor` (Chen et al. 2023, 2306.15595); `llama3` keeps more than
-    `beta_fast` turns, divides less than `beta_slow`, and blends between (Llama 3.1, 2407.21783); `factors` divides each
-    frequency by a number of its own (LongRoPE, 2402.13753), by `short_factors` where there are no more positions than
-    the `original` context, and scales by `short_attention` then.
-    """
-
-    name = "weight.rope_table"
-    attrs = {
-        "positions": INT,
-        "dims": INT,
-        "theta": FLOAT,
-        "factor": FLOAT,
-        "original": INT,
-        "beta_fast": FLOAT,
-        "beta_slow": FLOAT,
-        "attention": FLOAT,
-        "truncate": Attr("bool"),
-        "method": Attr("str", optional=True, choices=("yarn", "linear", "llama3", "factors")),
-        "factors": Attr("floats", optional=True),
-        "short_factors": Attr("floats", optional=True),
-        "short_attention": Attr("float", optional=True),
-    }
-
-    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        dims = int(a["dims"])
-        require(dims > 0 and dims % 2 == 0, f"rope dims must be even and positive, got {dims}")
-        if a.get("method") == "factors":
-            for key in ("factors", "short_factors"):
-                given = len(a.get(key, ()))
-                require(given == dims // 2, f"{dims // 2} {key} are needed for {dims} dims, got {given}")
-        return [TensorType("f32", (int(a["positions"]), dims))]
-
-    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        from moec.ir.numeric import rope_table
-
-        return [rope_table(**a)]
-
-
-class WeightTemperatureTable(OpDef):
-    """A rotary table that turns by no angle and scales: `1 + scale · log(1 + floor((p + 1) / floor))` at position p.
-
-    Attention temperature that grows with the position (Nakanishi 2025, arXiv 2501.19399), applied by `rope`.
-    """
-
-    name = "weight.temperature_table"
-    attrs = {"positions": INT, "dims": INT, "floor": FLOAT, "scale": FLOAT}
-
-    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        dims = int(a["dims"])
-        require(dims > 0 and dims % 2 == 0, f"dims must be even and positive, got {dims}")
-        require(float(a["floor"]) > 0, f"floor must be above 0, got {a['floor']}")
-        return [TensorType("f32", (int(a["positions"]), dims))]
-
-    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        torch = ctx.torch
-        steps = ((torch.arange(a["positions"], dtype=torch.float32) + 1) / a["floor"]).floor()
-        cos = (steps.log1p() * a["scale"] + 1)[:, None].expand(-1, a["dims"] // 2)
-        return [torch.cat((cos, torch.zeros_like(cos)), -1)]
-
-
-class WeightFill(OpDef):
-    """A tensor of one value: the weight of a norm that has none."""
-
-    name = "weight.fill"
-    attrs = {"shape": INTS, "value": FLOAT}
-
-    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        return [TensorType("f32", _ints(a, "shape"))]
-
-    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        return [ctx.torch.full(_ints(a, "shape"), a["value"])]
 
 
 class WeightMxfp4(OpDef):
@@ -295,7 +156,7 @@ class WeightReshape(OpDef):
     attrs = {"shape": INTS}
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x, shape = _unpacked(t[0]), _ints(a, "shape")
+        x, shape = _unpacked(t[0]), ints(a, "shape")
         require(prod(shape) == x.elements(), f"{x} does not reshape to {list(shape)}")
         if x.quant is None:
             return [x.with_shape(*shape)]
@@ -304,7 +165,7 @@ class WeightReshape(OpDef):
         return [replace(x.with_shape(*shape), quant=finer(x, 0, shape[1]))]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        shape = _ints(a, "shape")
+        shape = ints(a, "shape")
         return [x[0].reshape(shape) if isinstance(x[0], ctx.torch.Tensor) else x[0].divide_rows(shape)]
 
 
@@ -316,7 +177,7 @@ class WeightTranspose(OpDef):
     attrs = {"perm": INTS}
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x, perm = _unpacked(t[0]), _ints(a, "perm")
+        x, perm = _unpacked(t[0]), ints(a, "perm")
         require(sorted(perm) == list(range(len(x.shape))), f"perm {list(perm)} does not permute the dims of {x}")
         out = x.with_shape(*(x.shape[p] for p in perm))
         if x.quant is None:
@@ -326,7 +187,7 @@ class WeightTranspose(OpDef):
         return [replace(out, quant=Quant(x.quant.scale, tuple(x.quant.block[p - lead] for p in perm[lead:])))]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        return [x[0].permute(_ints(a, "perm"))]
+        return [x[0].permute(ints(a, "perm"))]
 
 
 class WeightCast(OpDef):

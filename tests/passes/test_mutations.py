@@ -12,7 +12,7 @@ import moec
 from moec.ir import OPS, Module, Op, Value, WeightRef, rewrite
 from moec.ir.module import Function
 from moec.ir.numeric import Quantised
-from moec.ir.ops.core import rms
+from moec.ir.ops.norms import rms
 from moec.ir.rewrite import replace_values, retype
 from moec.passes import fuse, mla_absorb
 from moec.passes.base import Context, Outcome, Pass
