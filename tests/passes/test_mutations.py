@@ -594,3 +594,10 @@ def test_a_model_too_large_is_refused_in_one_line() -> None:
     with pytest.raises(TooLarge, match="--set num_hidden_layers=2") as caught:
         moec.trace("deepseek-v2-lite").optimize("cpu", verify="numerics")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_one_phase_alone_keeps_its_numbers(phase: str, traced: Any) -> None:
+    """What only the other phase needs is gone before the first pass, not lost by it."""
+    plan = traced.optimize("cpu", context=64, chunk=16, phase=phase, verify="numerics")
+    assert {f.name.rpartition(".")[2] for f in plan.ir.functions.values()} == {phase}
