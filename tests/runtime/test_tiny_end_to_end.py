@@ -123,3 +123,29 @@ def test_a_profile_accounts_for_the_whole_step(
         assert 0.2 * phase["step_us"] < sum(op["us"] for op in phase["ops"]) < 1.5 * phase["step_us"]
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
     assert {e["name"] for e in events} == seen
+
+
+def test_measured_rows_calibrate_the_target(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that `moec bench` measures are what `moec targets calibrate` reads: attention in both forms, at several
+    contexts, each op with its own sizes."""
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["moec", *words])
+        with pytest.raises(SystemExit, match="0"):
+            main()
+        return capsys.readouterr().out
+
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "calibrated.yaml"
+    run("bench", str(artifact), "--calibration-rows", str(rows))
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    decode = [row for row in found if row["op"] == "mla_decode"]
+    prefill = [row for row in found if row["op"] == "mla_prefill"]
+    assert {(row["heads"], row["kv_rank"], row["rope"]) for row in decode} == {(4, 128, 16)}
+    assert len({row["context"] for row in decode}) == 5
+    assert {(row["form"], row["nope"], row["v_head"]) for row in prefill} == {("plain", 32, 32)}
+    report = json.loads(run("targets", "calibrate", "cpu", "--rows", str(rows), "--out", str(out), "--json"))
+    assert {"mla_decode bf16", "mla_prefill", "stream"} <= set(report["families"])
+    assert "fitted to rows.jsonl" in out.read_text()
+    run("targets", "check", str(out))

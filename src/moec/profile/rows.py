@@ -12,19 +12,23 @@ from moec.profile.run import OpTime, Profile, profile
 from moec.runtime import Model
 
 _PROMPTS = (4, 32, 128)
+_CONTEXTS = (16, 8, 4, 2, 1)
+"""Parts of the compiled context that decode is timed at."""
+_SURELY_BUSY = 8
+"""Pairs an expert at which all experts count as busy; with fewer, how many are busy depends on the routing."""
 _STORED = {"fp8_e4m3": "fp8_block", "bf16": "bf16"}
 
 
 def calibration_rows(model: Model, repeat: int = 8) -> list[dict[str, Any]]:
-    """Rows of `moec cost` with `time_us` of one call: decode at a quarter and at most of the context, prefills of
-    several sizes. Ops whose weights have no type of the cost model are left out.
+    """Rows of `moec cost` with `time_us` of one call: decode at several contexts, prefills of several sizes. Ops whose
+    weights have no type of the cost model are left out, and experts where nobody knows how many are busy.
 
     Raises NoProfile.
     """
     path = model.artifact.path / "program.ir"
     module = parse_module(path.read_text(), str(path))
     found: list[dict[str, Any]] = []
-    for context in sorted({max(1, model.context // 4), max(1, model.context - repeat - 4)}):
+    for context in sorted({max(1, (model.context - repeat - 4) // part) for part in _CONTEXTS}):
         found += rows_of(module, profile(model, "decode", context, repeat))
     chunk = int(model.artifact.manifest.chunk)
     for tokens in sorted({min(n, chunk, model.context) for n in _PROMPTS}):
@@ -56,6 +60,8 @@ def _row(module: Module, time: OpTime, measured: Profile, top_k: int) -> Iterato
         weight = _weight(op, 3)
         if weight is not None and weight.dtype in _STORED:
             experts, hidden, inter = _shape(weight)
+            if not decode and tokens * top_k < _SURELY_BUSY * experts:
+                return
             row = {"op": "moe_experts", "rows": tokens * top_k, "experts": experts, "hidden": hidden, "inter": inter}
             yield {**row, "dtype": _STORED[weight.dtype], "layout": "masked" if decode else "contiguous"}
     elif op.name == "attn.mla_absorbed":
@@ -66,6 +72,16 @@ def _row(module: Module, time: OpTime, measured: Profile, top_k: int) -> Iterato
         heads, rank = (int(d) for d in query.shape[1:])  # type: ignore[arg-type]
         row = {"batch": 1, "context": context, "heads": heads, "kv_rank": rank, "rope": int(rotary.shape[-1])}  # type: ignore[arg-type]
         yield {"op": "mla_decode", **row} if decode else {"op": "mla_prefill", "new_tokens": tokens, **row}
+    elif op.name == "attn.mla" and not decode:
+        query = operand_type(op.operands[0])
+        assert isinstance(query, TensorType)
+        _, heads, width = (int(d) if isinstance(d, int) else 0 for d in query.shape)
+        nope = int(str(op.attrs["nope"]))
+        widths = {"nope": nope, "rope": width - nope, "v_head": int(str(op.attrs["v"]))}
+        yield {
+            "op": "mla_prefill", "form": "plain", "batch": 1, "new_tokens": tokens, "context": context, "heads": heads,
+            **widths,
+        }  # fmt: skip
     elif op.name.startswith(("norm", "swiglu", "add", "rope")):
         cost = op_cost(op, phase_sizes(measured.phase, 1, context, context))
         yield {"op": "stream", "bytes": cost.bytes_read + cost.bytes_written}
