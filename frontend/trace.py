@@ -8,11 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.fx
 from torch import nn
 
+from moec.errors import InputError
 from moec.frontend.source import ModelSource
 from moec.ir import (
     Builder,
@@ -67,26 +68,55 @@ def _short(file: str) -> str:
     return path.name
 
 
-def trace_model(source: ModelSource) -> Module:
-    """The model as IR with `@prefill` and `@decode`, activations in bf16 until a recipe says more; reads no weight."""
-    c = source.config
+class NoDraftModule(InputError):
+    """Multi-token prediction of a model that has no module for it."""
+
+    template: ClassVar[str] = "{model}: {reason}; leave --mtp away"
+
+
+def trace_model(source: ModelSource, mtp: bool = False) -> Module:
+    """The model as IR with `@prefill` and `@decode`, activations in bf16 until a recipe says more; reads no weight.
+
+    With `mtp` both also return their hidden states, and `@draft` is the multi-token-prediction module that continues
+    from them; its layer is the cache's last. Raises NoDraftModule.
+    """
     module = Module(re.sub(r"\W", "_", source.name))
-    graph_module = source.family.model(c)
-    importer = _Importer(module, graph_module, source)
+    if not mtp:
+        importer = _Importer(module, source.family.model(source.config), source)
+        for phase in ("prefill", "decode"):
+            importer.entry(phase, phase)
+        return module
+    main, draft = _drafting(source)
+    importer = _Importer(module, main, source, extra_layers=1)
     for phase in ("prefill", "decode"):
-        importer.entry(phase)
+        importer.entry(phase, phase)
+    importer = _Importer(module, draft, source, extra_layers=1)
+    # A phase of several sequences, as decode; a prompt's tokens go through it in chunks.
+    importer.entry("draft", "decode", hidden=True)
     return module
 
 
+def _drafting(source: ModelSource) -> tuple[nn.Module, nn.Module]:
+    if source.family.drafting is None:
+        reason = f"multi-token prediction of {source.family.name} models is not declared"
+        raise NoDraftModule(model=source.name, reason=reason)
+    if not source.config.num_nextn_predict_layers:
+        reason = "the model has no multi-token-prediction module (num_nextn_predict_layers is 0)"
+        raise NoDraftModule(model=source.name, reason=reason)
+    return source.family.drafting(source.config)
+
+
 class _Importer:
-    def __init__(self, module: Module, root: nn.Module, source: ModelSource) -> None:
+    def __init__(self, module: Module, root: nn.Module, source: ModelSource, extra_layers: int = 0) -> None:
+        """`extra_layers`: layers of the cache beyond the model's."""
         self.module = module
+        self.layers = source.config.num_hidden_layers + extra_layers
         self.root = root
         self.source = source
         self.stacks = {name: m for name, m in root.named_modules() if isinstance(m, Layers)}
 
-    def entry(self, phase: str) -> None:
-        """Add the entry function of a phase and, before it, its layer functions."""
+    def entry(self, name: str, phase: str, hidden: bool = False) -> None:
+        """Add an entry function and, before it, its layer functions; with `hidden` it takes hidden states, too."""
         c = self.source.config
         tokens, batch, pages = symbol("T"), symbol("B"), symbol("P")
         kind, width = c.cache
@@ -97,9 +127,10 @@ class _Importer:
             ("pages", TensorType("i32", (batch, symbol("N")))),
             ("starts", TensorType("i32", (batch + 1,))),
             ("rows", TensorType("i32", (symbol("R"),))),
-            ("kv", CacheType(kind, (c.num_hidden_layers, pages, PAGE, width), "bf16")),
+            *([("hidden", TensorType("bf16", (tokens, c.hidden_size)))] if hidden else []),
+            ("kv", CacheType(kind, (self.layers, pages, PAGE, width), "bf16")),
         ]
-        self.function(phase, phase, self.root, args, "", None)
+        self.function(name, phase, self.root, args, "", None)
 
     def function(
         self,
@@ -132,8 +163,9 @@ class _Importer:
             elif node.op == "call_module":
                 env[node] = self.repeat(builder, node, phase, env)
             elif node.op == "output":
-                result = self.value(node.args[0], env)
-                return builder.returns(*(result if isinstance(result, tuple) else (result,)))
+                result = node.args[0]
+                several = result if isinstance(result, tuple) else (result,)
+                return builder.returns(*(self.value(r, env) for r in several))
             else:
                 raise TypeError(f"{node.meta.get('loc')}: {node.op} {node.target} is not an op of a model definition")
         raise AssertionError("a traced graph ends with its output")
@@ -199,6 +231,9 @@ class _Importer:
             relative = "embed"
         given = table[relative]
         stored = given if isinstance(given, Stored) else Stored(given)
+        if stack is None:
+            # Outside of the layers only a module behind the last one belongs to one.
+            numbering = str(self.source.config.num_hidden_layers)
         names = tuple(n.replace("{l}", numbering) if numbering else n for n in stored.names)
         return replace(stored, names=names)
 
@@ -210,7 +245,8 @@ def load_program(program: Builder, stored: Stored, shape: tuple[int, ...], exper
     """
     parts = []
     part = (shape[0] // len(stored.names), *shape[1:])
-    lying = part[::-1] if stored.transposed else part
+    place, places = stored.columns
+    lying = part[::-1] if stored.transposed else (*part[:-1], part[-1] * places)
     for name in stored.names:
         lead = (experts,) if stored.stacked else (1,) if stored.row else ()
         x = _one(program.emit("weight.load", tensor=name, shape=(*lead, *lying), dtype="bf16"))
@@ -219,6 +255,9 @@ def load_program(program: Builder, stored: Stored, shape: tuple[int, ...], exper
             x = _one(program.emit("weight.select", x, expert))
         if stored.transposed:
             x = _one(program.emit("weight.transpose", x, perm=(1, 0)))
+        if places > 1:
+            start, width = place * part[-1], part[-1]
+            x = _one(program.emit("weight.slice", x, axis=len(part) - 1, start=start, stop=start + width))
         if stored.row:
             x = _one(program.emit("weight.reshape", x, shape=part))
         if stored.interleaved:

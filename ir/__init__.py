@@ -6,7 +6,7 @@ Public surface: the structures (`Module`, `Function`, `Op`, `Value`, `WeightRef`
 
 from moec.ir.builder import Builder
 from moec.ir.dims import Dim, dim, parse_dim
-from moec.ir.module import Function, Location, Module, Op, Value, Weight, WeightRef
+from moec.ir.module import ENTRIES, Function, Location, Module, Op, Value, Weight, WeightRef
 from moec.ir.optable import OPS, AttributeValue, OpDef, TypeRuleError
 from moec.ir.parser import ParseError, parse_module
 from moec.ir.printer import print_function, print_module, print_op
@@ -15,6 +15,7 @@ from moec.ir.verify import VerifyError, verify
 from moec.plugins import plugins
 
 __all__ = [
+    "ENTRIES",
     "OPS",
     "AttributeValue",
     "Builder",

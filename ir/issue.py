@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from moec.ir.module import Function, Module, Op, Value
+from moec.ir.module import ENTRIES, Function, Module, Op, Value
 from moec.ir.optable import OPS, OpDef, operand_type
 from moec.ir.types import CacheType, TensorType
 
 CALLS = ("call", "repeat")
-ENTRIES = ("prefill", "decode")
-"""Functions that the runtime calls."""
 EVENTS = ("event.record", "event.wait")
 
 

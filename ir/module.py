@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from moec.ir.types import Type
 
+ENTRIES = ("prefill", "decode", "draft")
+"""Functions that a runtime calls; `draft` is a multi-token-prediction module."""
+
 Attribute = int | float | bool | str | tuple["Attribute", ...]
 
 

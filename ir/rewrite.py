@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from moec.ir.issue import CALLS, ENTRIES
-from moec.ir.module import Function, Module, Op, Operand, Value, Weight, WeightRef
+from moec.ir.issue import CALLS
+from moec.ir.module import ENTRIES, Function, Module, Op, Operand, Value, Weight, WeightRef
 from moec.ir.optable import OPS, infer
 
 

@@ -21,6 +21,8 @@ class Family:
 
     `config(raw, name)` reads a `config.json`, `tensors` names the checkpoint's tensors of each parameter,
     `model(config)` is the definition on the meta device: the shared decoder unless the family has its own.
+    `drafting(config)`, of a family with multi-token prediction, is the pair of the definition that returns its hidden
+    states too, and of the module that drafts from them.
     """
 
     name: str
@@ -28,3 +30,4 @@ class Family:
     config: Callable[[Mapping[str, Any], str], Any]
     tensors: Names
     model: Callable[[Any], Any] = _decoder
+    drafting: Callable[[Any], tuple[Any, Any]] | None = None

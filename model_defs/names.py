@@ -14,7 +14,8 @@ class Stored:
     """Tensors joined by rows, each stored otherwise than the definition has it.
 
     `stacked`: experts are the leading dim of one tensor; `transposed`: `[in, out]`; `interleaved`: rows of gate and up
-    take turns; `row`: a vector stored as a matrix of one row.
+    take turns; `row`: a vector stored as a matrix of one row; `columns`: (part, parts), one of equal parts of the
+    columns.
     """
 
     names: tuple[str, ...]
@@ -22,6 +23,7 @@ class Stored:
     transposed: bool = False
     interleaved: bool = False
     row: bool = False
+    columns: tuple[int, int] = (0, 1)
 
 
 Names = Mapping[str, tuple[str, ...] | Stored]

@@ -44,8 +44,13 @@ def families() -> list[Family]:
 
         return Model(c)
 
+    def drafting(c: Any) -> tuple[Any, Any]:
+        from moec.model_defs.deepseek_v3.model import Draft, Model
+
+        return Model(c, hidden=True), Draft(c)
+
     types = ("deepseek_v3", "deepseek_v2", "kimi_k2")
-    found = [Family("deepseek_v3", types, config.from_hf, checkpoint.TENSORS, model)]
+    found = [Family("deepseek_v3", types, config.from_hf, checkpoint.TENSORS, model, drafting)]
     found.append(Family("deepseek_v32", ("deepseek_v32",), sparse.read, checkpoint.TENSORS, model))
     for name in BUILT_IN:
         found += import_module(f"moec.model_defs.families.{name}").FAMILIES

@@ -24,11 +24,15 @@ class PassError(InputError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What an artifact is compiled for: sequences in a batch, tokens of context, tokens of a prefill chunk."""
+    """What an artifact is compiled for: sequences in a batch, tokens of context, tokens of a prefill chunk.
+
+    `drafts`: tokens of each sequence that a decode step verifies besides its next one.
+    """
 
     batch: int = 1
     context: int = 4096
     chunk: int = 256
+    drafts: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from moec.errors import near
-from moec.ir import CacheType, Function, Module, Op, TensorType, Value, Weight, WeightRef
+from moec.ir import ENTRIES, CacheType, Function, Module, Op, TensorType, Value, Weight, WeightRef
 from moec.ir.module import Operand
 from moec.ir.ops.weights import packable
 from moec.ir.rewrite import append_to_program, fresh_names, retype
@@ -257,7 +257,7 @@ def weight_kinds(module: Module) -> Iterator[tuple[str, str]]:
 def _kind(function: Function, op: Op, position: int) -> str:
     if (op.name, position) in BIASES:
         return "bias"
-    if op.name == "linear" and op.result in function.returns and str(function.attrs.get("phase")) == function.name:
+    if op.name == "linear" and op.result in function.returns and function.name in ENTRIES:
         return "head"
     if op.name == "linear" and any(u.name in GATED and u.operands[1] is op.result for u in function.ops):
         return "gate"
@@ -369,6 +369,8 @@ def _set_activations(module: Module, dtype: str, stored: tuple[Element, int]) ->
         for arg in function.args:
             if isinstance(arg.type, CacheType):
                 arg.type = CacheType(arg.type.kind, arg.type.shape, cache.dtype, cache.quant, rope)
+            elif arg.name == "hidden" and isinstance(arg.type, TensorType):
+                arg.type = arg.type.with_dtype(dtype)
     for _, op in module.ops():
         if op.name in ("embed", "cache.read") or op.attrs.get("carries") == "activations":
             op.attrs["dtype"] = dtype

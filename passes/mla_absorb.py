@@ -25,14 +25,14 @@ class MlaAbsorb(Pass):
     Consumes `attn.mla(q, linear(cache.read, kv_b))`; produces `linear.heads` with W_UK on the query side,
     `attn.mla_absorbed`, and `linear.heads` with W_UV behind it, (q·W_UK)·c = q·(W_UK·c). The form of each phase is the
     one whose ops cost less on the target at the compiled batch and context; `prefill` and `decode` force one, `queries`
-    is the number of tokens that a sequence decodes at once. Results change by rounding only.
+    is the number of tokens that a sequence decodes at once (0: as compiled). Results change by rounding only.
     """
 
     name: ClassVar[str] = "mla-absorb"
     tolerance: ClassVar[float] = 1e-5
     prefill: str = "auto"
     decode: str = "auto"
-    queries: int = 1
+    queries: int = 0
 
     def run(self, module: Module, ctx: Context) -> Outcome:
         out = Outcome()
@@ -71,8 +71,9 @@ class MlaAbsorb(Pass):
             wanted = ABSORBED
         if wanted not in FORMS:
             raise PassError(name=self.name, message=f"{phase} must be one of {', '.join(FORMS)}, got {wanted!r}")
-        if not 1 <= self.queries <= 64:
-            raise PassError(name=self.name, message=f"queries must lie in 1..64, got {self.queries}")
+        if not 0 <= self.queries <= 64:
+            raise PassError(name=self.name, message=f"queries must lie in 0..64, got {self.queries}")
+        queries = self.queries or 1 + ctx.limits.drafts
         absorbed = clone_function(function)
         sites = [o for o in absorbed.ops if o.name == "attn.mla" and over_cached_latent(absorbed, o)]
         for op in sites:
@@ -80,10 +81,10 @@ class MlaAbsorb(Pass):
         new = next(o for o in absorbed.ops if o.name == "attn.mla_absorbed")
         old = next(o for o in function.ops if o.name == "attn.mla" and over_cached_latent(function, o))
         ops = {PLAIN: attention_ops(function, old), ABSORBED: attention_ops(absorbed, new)}
-        forms = Forms(phase, ops, ctx, self.queries)
+        forms = Forms(phase, ops, ctx, queries)
         times = forms.typical_us()
         limits, decode = ctx.limits, phase == "decode"
-        tokens = self.queries if decode else min(limits.chunk, limits.context)
+        tokens = queries if decode else min(limits.chunk, limits.context)
         shown = f"plain {times[PLAIN]:.0f} us, absorbed {times[ABSORBED]:.0f} us of a layer's attention "
         shown += f"({tokens} tokens of {limits.batch if decode else 1} sequences at context {limits.context} on "
         form = wanted if wanted != "auto" else min(times, key=lambda k: times[k])

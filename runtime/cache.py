@@ -51,8 +51,13 @@ class PagePool:
             sequence.table[sequence.held] = self._free.pop()
             sequence.held += 1
 
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Take back the tokens from `length` on, and the pages that held nothing else."""
+        kept = -(-length // self.page_size)
+        self._free.extend(reversed(sequence.table[kept : sequence.held].tolist()))
+        sequence.table[kept : sequence.held] = 0
+        sequence.length, sequence.held = length, min(kept, sequence.held)
+
     def close(self, sequence: Sequence) -> None:
         """Give the pages of `sequence` back; it is empty afterwards."""
-        self._free.extend(reversed(sequence.table[: sequence.held].tolist()))
-        sequence.table[:] = 0
-        sequence.length = sequence.held = 0
+        self.truncate(sequence, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,18 @@ from moec.runtime.plan import Argument, Entry, Plan
 from moec.runtime.weights import Weights
 
 Logits = NDArray[np.float32]
+States = NDArray[np.float32]
 Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a draft continues from: `hidden` f32[n, H], the states of a sequence's positions from `first` on, and `ids`,
+    the n tokens at the positions behind them."""
+
+    first: int
+    ids: List[int] | Ids
+    hidden: States
 
 
 class Steps(Protocol):
@@ -43,6 +55,24 @@ class Steps(Protocol):
         """Set up the calling thread."""
 
 
+class DraftingSteps(Steps, Protocol):
+    """Steps of a model with a multi-token-prediction module."""
+
+    @property
+    def drafts(self) -> int:
+        """Most tokens of a sequence that `verify` takes besides its next one."""
+
+    @property
+    def states(self) -> States:
+        """As `Engine.states`."""
+
+    def verify(self, sequences: List[Sequence], tokens: List[List[int]]) -> Logits:
+        """As `Engine.verify`."""
+
+    def draft(self, sequences: List[Sequence], pieces: List[Piece], last_only: bool = True) -> Logits:
+        """As `Engine.draft`."""
+
+
 class Engine:
     """Kernels, weights and cache of an artifact. Not for two threads at once: calls share their buffers."""
 
@@ -53,13 +83,18 @@ class Engine:
         self.library = Library(artifact.kernels, threads)
         self.weights = Weights(artifact.weights, huge_pages)
         self.pool = PagePool(plan.pages, plan.page_size, artifact.manifest.context)
-        kept = [a for entry in (plan.prefill, plan.decode) for a in entry.args if a.kind in ("cache", "workspace")]
-        self.memory = Memory(kept)
+        entries = [plan.prefill, plan.decode, *([plan.draft] if plan.draft else [])]
+        self.memory = Memory([a for entry in entries for a in entry.args if a.kind in ("cache", "workspace")])
         self.chunk = min(artifact.manifest.chunk, plan.prefill.max_tokens)
         self.rows = plan.prefill.max_rows
         self.batch = artifact.manifest.batch
+        self.drafts = artifact.manifest.drafts
+        self.states = np.empty((0, 0), dtype=np.float32)
+        """Hidden states of the last call: f32[T, H] of its tokens, after a draft f32[R, H] of the rows whose logits
+        were wanted. A view that the next call overwrites; only of artifacts with a draft module."""
         self._prefill = self._entry(plan.prefill, sequences=1)
         self._decode = self._entry(plan.decode, sequences=self.batch)
+        self._draft = self._entry(plan.draft, sequences=self.batch) if plan.draft else None
 
     @property
     def threads(self) -> int:
@@ -78,8 +113,10 @@ class Engine:
         return Call(entry, sequences, self.pool.table_width, self.library, self.fixed)
 
     def call(self, phase: str) -> Call:
-        """The call of an entry, "prefill" or "decode"."""
-        return self._prefill if phase == "prefill" else self._decode
+        """The call of an entry: "prefill", "decode" or, where there is one, "draft"."""
+        found = {"prefill": self._prefill, "decode": self._decode, "draft": self._draft}[phase]
+        assert found is not None
+        return found
 
     def prefill(self, sequence: Sequence, tokens: Ids, last_only: bool = True) -> Logits:
         """Append `tokens` int64[T], T <= chunk, to `sequence`.
@@ -99,12 +136,71 @@ class Engine:
         arrays["rows"][:] = count - 1 if last_only else np.arange(count)
         call.function(*args)
         sequence.length += count
-        return arrays["logits"]
+        return self._results(arrays)
 
     def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
         """Append one token to each of B <= batch sequences; returns f32[B, V], a view that the next call overwrites."""
         arrays, args = self.place(self._decode, sequences, tokens)
         self._decode.function(*args)
+        return self._results(arrays)
+
+    def verify(self, sequences: List[Sequence], tokens: List[List[int]]) -> Logits:
+        """Append 1 to 1 + `drafts` tokens to each of B <= batch sequences in one step.
+
+        Returns f32[sum of tokens, V], the logits after each, sequence by sequence; a view that the next call
+        overwrites. Tokens that turn out wrong go with `PagePool.truncate`.
+        """
+        for sequence, few in zip(sequences, tokens, strict=True):
+            self.pool.extend(sequence, len(few))
+        firsts = [s.length for s in sequences]
+        arrays, args = self._several(self._decode, sequences, firsts, tokens, last_only=False)
+        self._decode.function(*args)
+        for sequence, few in zip(sequences, tokens, strict=True):
+            sequence.length += len(few)
+        return self._results(arrays)
+
+    def draft(self, sequences: List[Sequence], pieces: List[Piece], last_only: bool = True) -> Logits:
+        """Run the multi-token-prediction module over a piece of each of B <= batch sequences.
+
+        A piece has 1 to 1 + `drafts` tokens; one sequence alone may have a chunk. Earlier positions must have been
+        given before; those from `first` on are written anew. Returns f32[B, V], the logits of the token after each
+        piece, or with `last_only=False` those after each of its tokens; a view that the next call overwrites.
+        """
+        call = self.call("draft")
+        for sequence, piece in zip(sequences, pieces, strict=True):
+            self.pool.extend(sequence, max(0, piece.first + len(piece.ids) - sequence.length))
+        firsts, ids = [p.first for p in pieces], [p.ids for p in pieces]
+        arrays, args = self._several(call, sequences, firsts, ids, last_only)
+        np.concatenate([p.hidden for p in pieces], out=arrays["hidden"])
+        call.function(*args)
+        return self._results(arrays)
+
+    def _several(
+        self,
+        call: Call,
+        sequences: List[Sequence],
+        firsts: List[int],
+        tokens: List[List[int]] | List[List[int] | Ids],
+        last_only: bool,
+    ) -> tuple[dict[str, NDArray[Any]], list[Any]]:
+        """Arguments of a call with several tokens of each sequence, those of sequence b from position firsts[b] on."""
+        counts = np.array([len(few) for few in tokens])
+        ends, total = np.cumsum(counts), int(counts.sum())
+        rows = len(sequences) if last_only else total
+        arrays, args = call.bind(tokens=total, rows=rows, sequences=len(sequences))
+        np.concatenate(tokens, out=arrays["ids"], casting="unsafe")
+        arrays["seq"][:] = np.repeat(np.arange(len(sequences)), counts)
+        arrays["pos"][:] = np.arange(total) + np.repeat(np.array(firsts) - (ends - counts), counts)
+        for row, sequence in enumerate(sequences):
+            arrays["pages"][row] = sequence.table
+        arrays["starts"][0] = 0
+        np.cumsum(np.array(firsts) + counts, out=arrays["starts"][1:])
+        arrays["rows"][:] = ends - 1 if last_only else np.arange(total)
+        return arrays, args
+
+    def _results(self, arrays: dict[str, NDArray[Any]]) -> Logits:
+        if "states" in arrays:
+            self.states = arrays["states"]
         return arrays["logits"]
 
     def place(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from moec.runtime.engine import Ids, Steps
 from moec.runtime.sampling import Sampling
-from moec.runtime.scheduler import Rates, Scheduler
+from moec.runtime.scheduler import Rates, Request
+from moec.runtime.speculate import scheduler_of
 
 Stream = Callable[[int, int], None]
 """Called with (index of the prompt, new token) for every new token."""
@@ -29,13 +30,21 @@ def complete(
     sampling: Sampling,
     stop: Collection[int],
     stream: Stream | None = None,
+    drafts: int = 0,
 ) -> Completions:
     """Continue each prompt by up to `new_tokens` tokens, or to a token in `stop`.
+
+    `drafts`: tokens of each sequence that a step drafts and verifies; the caller knows that the engine can.
 
     Any number of prompts: at most `engine.batch` are live at a time. The caller has checked the prompts against the
     context and the vocabulary.
     """
-    scheduler = Scheduler(engine, stream and (lambda request, token: stream(request.number, token)))
+
+    def tell(request: Request, token: int) -> None:
+        if stream is not None:
+            stream(request.number, token)
+
+    scheduler = scheduler_of(engine, drafts, tell)
     requests = [scheduler.submit(prompt, new_tokens, sampling, stop) for prompt in prompts]
     try:
         while scheduler.busy:

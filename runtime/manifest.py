@@ -35,8 +35,16 @@ class Manifest:
     batch: int
     context: int
     chunk: int
+    drafts: int
+    """Most tokens that a multi-token-prediction module drafts a step; 0 without one."""
     recipe: str
     files: dict[str, str]  # relative path -> sha256
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The sizes that the kernels were compiled for."""
+        sizes = {"batch": self.batch, "context": self.context, "chunk": self.chunk}
+        return {**sizes, **({"drafts": self.drafts} if self.drafts else {})}
 
 
 def checksum(data: dict[str, Any]) -> str:
@@ -77,6 +85,7 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
         batch=limits.integer("batch", 1),
         context=limits.integer("context", 1),
         chunk=limits.integer("chunk", 1),
+        drafts=limits.integer("drafts", 0) if "drafts" in limits.data else 0,
         recipe=fields.text("recipe"),
         files=_files(fields.table("files"), path),
     )

@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.artifact import Artifact, open_artifact
 from moec.runtime.cache import Sequence
-from moec.runtime.engine import Engine, Ids, Logits, Steps
+from moec.runtime.engine import DraftingSteps, Engine, Ids, Logits, Piece, Steps
 from moec.runtime.errors import WrongOption
 from moec.runtime.generate import Completions, Stream, complete
 from moec.runtime.sampling import Sampling
-from moec.runtime.scheduler import Rates, Request, Scheduler
+from moec.runtime.scheduler import Rates, Request
+from moec.runtime.speculate import scheduler_of
 from moec.runtime.tokens import as_batch, as_prompts
 
 if TYPE_CHECKING:
@@ -116,16 +117,19 @@ class Model:
         seed: int = 0,
         stop: Iterable[int] | None = None,
         stream: Stream | None = None,
+        speculate: int = 0,
     ) -> list[int] | list[list[int]]:
         """The new tokens after `ids`, a list of ids; for several prompts (any lengths) a list of such lists.
 
         Ends at `max_new_tokens` or at a token in `stop` (default: the model's end-of-sequence tokens; it is part of the
         result). `stream(index of the prompt, token)` is called for every new token. Greedy at temperature 0; the same
-        seed gives the same tokens. Raises WrongTokens, EmptyPrompt, PromptTooLong, NoRoom, TokenOutsideVocabulary or
+        seed gives the same tokens. `speculate`: so many tokens are drafted a step by the model's multi-token-prediction
+        module, at most as many as compiled for: the same tokens at temperature 0, and equally distributed ones above.
+        Raises WrongTokens, EmptyPrompt, PromptTooLong, NoRoom, TokenOutsideVocabulary or
         WrongOption.
         """
         sampling = Sampling(temperature, top_p, seed)
-        single, done = self._complete(ids, max_new_tokens, sampling, stop, stream)
+        single, done = self._complete(ids, max_new_tokens, sampling, stop, stream, speculate)
         return done.tokens[0] if single else done.tokens
 
     def complete(
@@ -135,13 +139,47 @@ class Model:
         sampling: Sampling | None = None,
         stop: Iterable[int] | None = None,
         stream: Stream | None = None,
+        speculate: int = 0,
     ) -> Completions:
         """As `generate`, with the rates: `.tokens` is a list for each prompt, `.rates` tokens and seconds."""
-        return self._complete(ids, max_new_tokens, sampling or Sampling(), stop, stream)[1]
+        return self._complete(ids, max_new_tokens, sampling or Sampling(), stop, stream, speculate)[1]
 
-    def serve(self, stream: Callable[[Request, int], None] | None = None) -> Server:
-        """A server of requests that arrive over time; see `Server`. `stream(request, token)`: every new token."""
-        return Server(self, stream)
+    def draft_logits(self, ids: Any) -> Logits:
+        """What the multi-token-prediction module predicts: f32[B, T - 1, V], row t from `ids[: t + 2]` of int64[B, T].
+
+        Row t are the logits of the token after ids[t + 1]. Raises as `logits`, and WrongOption without a module.
+        """
+        self._check_drafts(1)
+        engine = cast(DraftingSteps, self.engine)
+        batch = as_batch(ids, self.artifact.manifest)
+        result = np.empty((len(batch), batch.shape[1] - 1, self.vocab), dtype=np.float32)
+        with self._lock:
+            engine.use_threads()
+            for row, tokens in enumerate(batch):
+                sequence = engine.pool.open()
+                try:
+                    for begin in range(0, len(tokens) - 1, engine.chunk):
+                        end = min(begin + engine.chunk, len(tokens) - 1)
+                        engine.prefill(sequence, tokens[begin:end])
+                        piece = Piece(begin, tokens[begin + 1 : end + 1], engine.states.copy())
+                        result[row, begin:end] = engine.draft([sequence], [piece], last_only=False)
+                finally:
+                    engine.pool.close(sequence)
+        return result
+
+    def serve(self, stream: Callable[[Request, int], None] | None = None, speculate: int = 0) -> Server:
+        """A server of requests that arrive over time; see `Server`. `stream(request, token)`: every new token.
+
+        `speculate`: as of `generate`; raises WrongOption.
+        """
+        self._check_drafts(speculate)
+        return Server(self, stream, speculate)
+
+    def _check_drafts(self, drafts: int) -> None:
+        most = self.artifact.manifest.drafts
+        if not 0 <= drafts <= most:
+            expected = f"0 to {most}, as compiled" if most else "0: compile with --mtp 1 for a module that drafts"
+            raise WrongOption(option="speculate", expected=expected, value=drafts)
 
     def as_module(self) -> torch.nn.Module:
         """A torch.nn.Module whose forward maps int64[B, T] to logits f32[B, T, V]; it has no gradients."""
@@ -150,10 +188,11 @@ class Model:
         return ArtifactModule(self)
 
     def _complete(
-        self, ids: Any, new: int, sampling: Sampling, stop: Iterable[int] | None, stream: Stream | None
+        self, ids: Any, new: int, sampling: Sampling, stop: Iterable[int] | None, stream: Stream | None, drafts: int
     ) -> tuple[bool, Completions]:
         prompts, single = self._prompts(ids, new)
-        return single, self._run(prompts, new, sampling, stop, stream)
+        self._check_drafts(drafts)
+        return single, self._run(prompts, new, sampling, stop, stream, drafts)
 
     def _prompts(self, ids: Any, new: int) -> tuple[list[Ids], bool]:
         if new < 1:
@@ -161,12 +200,18 @@ class Model:
         return as_prompts(ids, self.artifact.manifest, new)
 
     def _run(
-        self, prompts: list[Ids], new: int, sampling: Sampling, stop: Iterable[int] | None, stream: Stream | None
+        self,
+        prompts: list[Ids],
+        new: int,
+        sampling: Sampling,
+        stop: Iterable[int] | None,
+        stream: Stream | None,
+        drafts: int = 0,
     ) -> Completions:
         ends = self._ends(stop)
         with self._lock:
             self.engine.use_threads()
-            return complete(self.engine, prompts, new, sampling, ends, stream)
+            return complete(self.engine, prompts, new, sampling, ends, stream, drafts)
 
     def _ends(self, stop: Iterable[int] | None) -> frozenset[int]:
         """The tokens that end a sequence."""
@@ -204,9 +249,9 @@ class Server:
     What a request gives does not depend on the others. One thread at a time.
     """
 
-    def __init__(self, model: Model, stream: Callable[[Request, int], None] | None = None) -> None:
+    def __init__(self, model: Model, stream: Callable[[Request, int], None] | None = None, drafts: int = 0) -> None:
         self._model = model
-        self._scheduler = Scheduler(model.engine, stream)
+        self._scheduler = scheduler_of(model.engine, drafts, stream)
 
     @property
     def rates(self) -> Rates:

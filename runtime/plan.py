@@ -22,7 +22,9 @@ INPUTS: Final[dict[str, tuple[int | str, ...]]] = {
     "starts": ("B+1",),
     "rows": ("R",),
     "step": (3,),
+    "hidden": ("T", "H"),
 }
+"""Shapes of the inputs; the width H of hidden states is the model's."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,15 @@ class MeshPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Both entries, and the paged cache: `pages` pages of `page_size` tokens each."""
+    """The entries, and the paged cache: `pages` pages of `page_size` tokens each."""
 
     prefill: Entry
     decode: Entry
     page_size: int
     pages: int
     mesh: MeshPlan = MeshPlan()
+    draft: Entry | None = None
+    """The multi-token-prediction module; prefill and decode give their hidden states then."""
 
 
 def parse_plan(raw: bytes, file: str, manifest: Manifest, rank: int = 0) -> Plan:
@@ -99,9 +103,18 @@ def parse_plan(raw: bytes, file: str, manifest: Manifest, rank: int = 0) -> Plan
     if len(cache) < 2 or not isinstance(cache[1], int) or cache[1] < needed:
         raise fields.problem("cache.shape", f"has not the {needed} pages of {manifest.batch} full sequences")
     decode = _entry(entries.table("decode"))
-    if decode.max_tokens < manifest.batch or decode.max_rows < manifest.batch:
-        raise fields.problem("entries.decode", f"takes less than the batch of {manifest.batch} sequences")
-    return Plan(_entry(entries.table("prefill")), decode, page_size, cache[1], mesh)
+    step = manifest.batch * (1 + manifest.drafts)
+    if decode.max_tokens < step or decode.max_rows < step:
+        raise fields.problem("entries.decode", f"takes less than the {step} tokens of a step of all sequences")
+    prefill, draft = _entry(entries.table("prefill")), None
+    if manifest.drafts:
+        draft = _entry(entries.table("draft"))
+        if draft.max_tokens < step or draft.max_rows < manifest.batch:
+            raise fields.problem("entries.draft", f"takes less than the {step} tokens of a step of all sequences")
+        for name, entry in (("prefill", prefill), ("decode", decode), ("draft", draft)):
+            if not any(a.name == "states" and len(a.shape) == 2 for a in entry.args):
+                raise fields.problem(f"entries.{name}", "gives no hidden states")
+    return Plan(prefill, decode, page_size, cache[1], mesh, draft)
 
 
 def stage_of(mesh: MeshPlan, rank: int) -> int:
@@ -138,7 +151,10 @@ def _argument(fields: Fields) -> Argument:
         raise fields.problem("kind", f"is {kind!r}, known: {', '.join(get_args(Kind))}")
     if kind == "input" and name not in INPUTS:
         raise fields.problem("name", f"is {name!r}, known inputs: {', '.join(INPUTS)}")
-    if kind == "input":
+    if kind == "input" and name == "hidden":
+        if len(shape) != 2 or shape[0] != "T" or not isinstance(shape[1], int):
+            raise fields.problem("shape", "of the hidden states must be T rows of a width")
+    elif kind == "input":
         shape = INPUTS[name]
     if kind in ("weight", "cache", "workspace") and not all(isinstance(d, int) for d in shape):
         raise fields.problem("shape", f"of a {kind} must be numbers")

@@ -38,10 +38,45 @@ class Sampling:
         """A token id from `logits` f32[V]."""
         if self.temperature == 0:
             return int(logits.argmax())
+        return pick(nucleus(logits, self.temperature, self.top_p), rng)
+
+    def propose(self, logits: NDArray[np.float32], rng: np.random.Generator) -> Proposal:
+        """A drafted token from the draft's `logits` f32[V]."""
+        if self.temperature == 0:
+            return Proposal(int(logits.argmax()), None)
         probabilities = nucleus(logits, self.temperature, self.top_p)
-        reach = np.cumsum(probabilities)
-        # The last sum may round to below 1, and tokens of probability 0 must stay out of reach.
-        return int(np.searchsorted(reach, rng.random() * reach[-1], side="right"))
+        return Proposal(pick(probabilities, rng), probabilities)
+
+    def verify(self, proposal: Proposal, logits: NDArray[np.float32], rng: np.random.Generator) -> int:
+        """The token that the model's `logits` f32[V] give: the proposed one where it is kept, else another.
+
+        Tokens are distributed as by `draw` whatever the proposals (speculative sampling: Leviathan et al., arXiv
+        2211.17192, appendix A.1): a proposal x is kept with probability min(1, p(x) / q(x)); otherwise the token is
+        drawn from max(0, p - q). At temperature 0 it is what `draw` returns.
+        """
+        if proposal.probabilities is None:
+            return int(logits.argmax())
+        p, q = nucleus(logits, self.temperature, self.top_p), proposal.probabilities
+        if rng.random() * q[proposal.token] < p[proposal.token]:
+            return proposal.token
+        rest = np.maximum(p - q, 0)
+        # Where p and q differ by rounding alone nothing is left.
+        return pick(rest if rest.any() else p, rng)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A drafted token and the probabilities f64[V] that it was drawn with; None: it was the most probable one."""
+
+    token: int
+    probabilities: NDArray[np.float64] | None
+
+
+def pick(weights: NDArray[np.float64], rng: np.random.Generator) -> int:
+    """An index drawn in proportion to `weights` f64[V]."""
+    reach = np.cumsum(weights)
+    # The last sum may round to below 1, and what has no weight must stay out of reach.
+    return int(np.searchsorted(reach, rng.random() * reach[-1], side="right"))
 
 
 def nucleus(logits: NDArray[np.float32], temperature: float, top_p: float) -> NDArray[np.float64]:

@@ -19,12 +19,17 @@ from moec.runtime.sampling import Sampling
 
 @dataclass
 class Rates:
-    """Tokens and seconds of both phases."""
+    """Tokens and seconds of both phases; steps count the model's calls, whatever the number of sequences."""
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
     decoded_tokens: int = 0
     decode_seconds: float = 0.0
+    decode_steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    draft_seconds: float = 0.0
+    """Part of `decode_seconds`."""
 
     @property
     def prefill(self) -> float | None:
@@ -36,10 +41,15 @@ class Rates:
         """New tokens a second after each prompt's first one; None when no step was taken."""
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else None
 
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that were kept; None when none was drafted."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
+
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and what comes of it: `tokens` grows by one a step, a stop token is its last."""
+    """A prompt and what comes of it: `tokens` grows with every step, a stop token is its last."""
 
     number: int
     prompt: Ids
@@ -140,12 +150,16 @@ class Scheduler:
         logits = self.engine.decode(sequences, [r.tokens[-1] for r in requests])
         for row, request in enumerate(requests):
             self._accept(request, logits[row])
+        self.rates.decode_steps += 1
         self.rates.decoded_tokens += len(requests)
         self.rates.decode_seconds += perf_counter() - began
 
     def _accept(self, request: Request, logits: Logits) -> None:
         assert request.rng is not None
-        token = request.sampling.draw(logits, request.rng)
+        self._take(request, request.sampling.draw(logits, request.rng))
+
+    def _take(self, request: Request, token: int) -> None:
+        """Add a token to a request, and end it when it is the last."""
         request.tokens.append(token)
         if self.stream is not None:
             self.stream(request, token)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moec.codegen.tvm.library_cache import find_or_build
 from moec.errors import InputError, MoecError
-from moec.ir import Module, print_module
+from moec.ir import ENTRIES, Module, print_module
 from moec.ir.rewrite import clone_module
 from moec.plugins import plugins
 from moec.targets import Target
@@ -95,7 +95,7 @@ def machine_of(target: Target) -> Machine:
 
 
 def compile_module(module: Module, target: Target, limits: Mapping[str, int]) -> Compiled:
-    """Compile `@prefill` and `@decode`; `limits`: batch, context, chunk.
+    """Compile `@prefill`, `@decode`, and `@draft` where the module has it; `limits`: batch, context, chunk, drafts.
 
     Equal inputs find the library in the cache; two processes may compile at once, the first to finish is kept.
     Raises NoKernel or CompilerFailed.
@@ -106,7 +106,7 @@ def compile_module(module: Module, target: Target, limits: Mapping[str, int]) ->
 
 
 def compile_watched(module: Module, target: Target, limits: Mapping[str, int], watch: str) -> Watched:
-    """Compile so that a call tells more, see `build_phase`: `@prefill` with "trace", both phases with "ticks".
+    """Compile so that a call tells more, see `build_phase`: `@prefill` with "trace", every entry with "ticks".
 
     Cached as `compile_module`'s, raises the same.
     """
@@ -155,12 +155,12 @@ def _build(module: Module, target: Target, limits: Mapping[str, int], folder: Pa
     phases: list[Phase] = []
     entries: dict[str, Any] = {}
     shared: dict[str, Kernel] = {}
-    for name in ("prefill", "decode"):
+    for name in _entries(module):
         if is_sharded(module):
             segments, entries[name] = build_segmented(module, name, _sizes(name, limits), machine, shared)
             phases += segments
         else:
-            phases.append(build_phase(module, name, _sizes(name, limits), machine))
+            phases.append(build_phase(module, name, _sizes(name, limits), machine, kernels=shared))
             entries[name] = phases[-1].entry.as_json()
     _export(phases, machine, folder)
     described = {"entries": entries, "kernels": kernel_table(phases)}
@@ -172,8 +172,9 @@ def _build_watched(module: Module, target: Target, limits: Mapping[str, int], wa
 
     _require_kernels(module)
     machine = machine_of(target)
-    names = ("prefill",) if watch == "trace" else ("prefill", "decode")
-    phases = [build_phase(module, name, _sizes(name, limits), machine, watch) for name in names]
+    names = ("prefill",) if watch == "trace" else _entries(module)
+    shared: dict[str, Kernel] = {}
+    phases = [build_phase(module, name, _sizes(name, limits), machine, watch, shared) for name in names]
     _export(phases, machine, folder)
     described = {p.entry.symbol: {"entry": p.entry.as_json(), "points": [asdict(q) for q in p.points]} for p in phases}
     (folder / "program.json").write_text(json.dumps(described, sort_keys=True))
@@ -187,12 +188,24 @@ def _require_kernels(module: Module) -> None:
 
 
 def _sizes(phase: str, limits: Mapping[str, int]) -> Sizes:
-    """Prefill takes a chunk of one sequence, decode a token of every sequence."""
+    """Prefill takes a chunk of one sequence, decode a token of every sequence and those that were drafted for it.
+
+    A draft takes either: of a prompt it only fills its cache.
+    """
     from moec.codegen.tvm.program import Sizes
 
     context, chunk, batch = limits["context"], min(limits["chunk"], limits["context"]), limits["batch"]
-    tokens, sequences = (chunk, 1) if phase == "prefill" else (batch, batch)
-    return Sizes(tokens, tokens, context, sequences, PAGE, batch * -(-context // PAGE))
+    pages, step = batch * -(-context // PAGE), batch * (1 + limits.get("drafts", 0))
+    if phase == "prefill":
+        return Sizes(chunk, chunk, context, 1, PAGE, pages)
+    if phase == "decode":
+        return Sizes(step, step, context, batch, PAGE, pages)
+    tokens = max(chunk, step)
+    return Sizes(tokens, tokens, context, batch, PAGE, pages)
+
+
+def _entries(module: Module) -> tuple[str, ...]:
+    return tuple(name for name in ENTRIES if name in module.functions)
 
 
 def _export(phases: Sequence[Phase], machine: Machine, folder: Path) -> None:

@@ -18,6 +18,7 @@ from moec.codegen.tvm.tir import Kernel, Machine, const
 from moec.codegen.tvm.tracing import TracePoint, Tracer
 from moec.ir import CacheType, Function, Module, Op, TensorType, Value, WeightRef
 
+OUTPUTS = ("logits", "states")
 TIR_TYPES = {"f32": "float32", "bf16": "uint16", "i32": "int32"}
 
 
@@ -64,18 +65,27 @@ class Sizes:
     pages: int
 
 
-def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine, watch: str = "") -> Phase:
+def build_phase(
+    module: Module,
+    name: str,
+    sizes: Sizes,
+    machine: Machine,
+    watch: str = "",
+    kernels: dict[str, Kernel] | None = None,
+) -> Phase:
     """Emit the entry function `name` of a module whose ops all have kernels.
+
+    `kernels` are those built so far, which all entries of a library share: a name stands for one kernel there.
 
     With `watch` it has one more output: "trace" f32[words], into which the results of every op are copied (such a
     program is called for a sequence's first tokens only), or "ticks" i64[words], the time after every op.
     """
     function = module.functions[name]
     kv = next(a for a in function.args if isinstance(a.type, CacheType))
+    # Logits, and of a model that is drafted for its hidden states.
+    outputs = {v: Value(name, v.type) for name, v in zip(OUTPUTS, function.returns, strict=False)}
     symbols = symbol_bounds(sizes.max_tokens, sizes.max_rows, sizes.context, sizes.batch, sizes.page)
-    (result,) = function.returns
-    logits = Value("logits", result.type)
-    layout = plan_function(function, symbols, extra_sizes(function.ops, symbols), {result: logits})
+    layout = plan_function(function, symbols, extra_sizes(function.ops, symbols), outputs)
     layers = _layer_layouts(module, function, symbols)
     layer_size = max((lay.size for lay in layers.values()), default=0)
     limits = {**symbols, "rank": _rank(module), "index": _index_key(module)}
@@ -93,13 +103,13 @@ def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine, watch
             env = _inputs(entry, function, kv, sizes.pages)
             arena = layout.size + layer_size
             workspace = _array(entry, "workspace", "workspace", "float32", (arena + scratch,))
-            vocab = int(result.type.shape[1])  # type: ignore[union-attr, arg-type]
-            out = _matched(entry, "logits", "output", "float32", ("R", vocab), env.sizes)
+            results = {v: _output(entry, v, env.sizes) for v in outputs.values()}
             words = _array(entry, watcher.output, "output", watcher.dtype, (watcher.words,)) if watcher else None
             arrays = {w: _weight_arrays(entry, module, w) for w in _used_weights(module, function)}
             # Every argument is declared: from here on views of them may be.
             weights = {w: _weight(module, w, a) for w, a in arrays.items()}
-            program = Program(machine, limits, sizes.page, workspace, weights, env.counts(), scratch_at=arena)
+            counts, shared = env.counts(), {} if kernels is None else kernels
+            program = Program(machine, limits, sizes.page, workspace, weights, counts, shared, scratch_at=arena)
             loops = _Loops(program, module, layers, layout.size)
             if watcher is None:
                 emitter = FunctionEmitter(program, module, function, layout, 0)
@@ -108,7 +118,7 @@ def build_phase(module: Module, name: str, sizes: Sizes, machine: Machine, watch
                 loops = _WatchedLoops(program, module, layers, layout.size, watcher, sink)
                 emitter = watcher.emitter(program, module, function, layout, 0, watcher.frame, sink)  # type: ignore[arg-type]
             emitter.env = env.views()
-            emitter.env[logits] = (_flat(out), 0)
+            emitter.env |= {v: (_flat(out), 0) for v, out in results.items()}
             emitter.repeat = loops
             emitter.emit()
         scratch = program.scratch_size
@@ -213,17 +223,27 @@ class _Inputs:
 
 
 def _inputs(entry: Entry, function: Function, kv: Value, pages: int) -> _Inputs:
-    """Declare the integer inputs and the cache."""
+    """Declare the inputs and the cache."""
     sizes = {n: T.int32() for n in ("T", "R", "B", "N", "B + 1")}
     buffers: dict[Value, Any] = {}
     for arg in function.args:
         if isinstance(arg.type, TensorType):
-            buffers[arg] = _matched(entry, arg.name, "input", "int32", [str(d) for d in arg.type.shape], sizes)
+            dtype = "int32" if arg.type.dtype == "i32" else "float32"
+            buffers[arg] = _matched(entry, arg.name, "input", dtype, _dims(arg.type), sizes)
     assert isinstance(kv.type, CacheType)
     layers, _, page, width = kv.type.shape
     dtype, row = ("uint8", kv.type.row_bytes()) if kv.type.quant else (TIR_TYPES[kv.type.dtype], width)
     buffers[kv] = _matched(entry, "kv", "cache", dtype, (layers, pages, page, row), sizes)
     return _Inputs(buffers, sizes, pages)
+
+
+def _dims(t: Any) -> list[Any]:
+    """The dims of a tensor type: numbers, and symbols by their name."""
+    return [d if isinstance(d, int) else str(d) for d in t.shape]
+
+
+def _output(entry: Entry, value: Value, sizes: Mapping[str, Any]) -> Any:
+    return _matched(entry, value.name, "output", "float32", _dims(value.type), sizes)
 
 
 def _flat(buffer: Any) -> Any:

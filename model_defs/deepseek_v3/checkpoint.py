@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from moec.model_defs.names import Names, Stored
+
 LAYER = "model.layers.{l}."
 ATTN = LAYER + "self_attn."
 EXPERT = LAYER + "mlp.experts.{e}."
 
-TENSORS: dict[str, tuple[str, ...]] = {
+TENSORS: Names = {
     "embed": ("model.embed_tokens.weight",),
     "norm": ("model.norm.weight",),
     "head": ("lm_head.weight",),
@@ -39,11 +41,10 @@ TENSORS: dict[str, tuple[str, ...]] = {
     "mlp.experts_down": (EXPERT + "down_proj.weight",),
     "mlp.shared.gate_up": (LAYER + "mlp.shared_experts.gate_proj.weight", LAYER + "mlp.shared_experts.up_proj.weight"),
     "mlp.shared.down": (LAYER + "mlp.shared_experts.down_proj.weight",),
+    # The multi-token-prediction module stands behind the last layer (arXiv 2412.19437, sec. 2.2).
+    "enorm": (LAYER + "enorm.weight",),
+    "hnorm": (LAYER + "hnorm.weight",),
+    "e_proj": Stored((LAYER + "eh_proj.weight",), columns=(0, 2)),
+    "h_proj": Stored((LAYER + "eh_proj.weight",), columns=(1, 2)),
+    "mtp_norm": (LAYER + "shared_head.norm.weight",),
 }
-
-TIED_HEAD = ("model.embed_tokens.weight",)
-
-
-def extra_layer(config_layers: int) -> str:
-    """Prefix of the multi-token-prediction module, which stands behind the last layer (arXiv 2412.19437, sec. 2.2)."""
-    return f"model.layers.{config_layers}."

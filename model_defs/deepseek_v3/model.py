@@ -157,29 +157,105 @@ class Layer(nn.Module):
         return F.add(x, self.mlp(F.rms_norm(x, self.post_norm, self.eps)))
 
 
-class Model(nn.Module):
-    """Token ids to logits of the wanted rows; layers of a kind are traced once."""
+class MtpLayer(Layer):
+    """The layer of a multi-token-prediction module behind its joined projection (arXiv 2412.19437, eq. 21 and 22).
 
-    def __init__(self, c: Config) -> None:
+    The projection of the two joined vectors is the sum of two products: `e_proj` and `h_proj` are the columns of one
+    matrix that stand for the embedding (first) and for the hidden state.
+    """
+
+    def __init__(self, c: Config, mlp: nn.Module) -> None:
+        super().__init__(c, mlp)
+        self.enorm = weight(c.hidden_size)
+        self.hnorm = weight(c.hidden_size)
+        self.e_proj = weight(c.hidden_size, c.hidden_size)
+        self.h_proj = weight(c.hidden_size, c.hidden_size)
+
+    def forward(  # type: ignore[override]
+        self,
+        layer: Tensor,
+        x: Tensor,
+        hidden: Tensor,
+        kv: Tensor,
+        seq: Tensor,
+        pos: Tensor,
+        pages: Tensor,
+        starts: Tensor,
+        rope: Tensor,
+    ) -> Tensor:
+        embedded = F.linear(F.rms_norm(x, self.enorm, self.eps), self.e_proj)
+        seen = F.linear(F.rms_norm(hidden, self.hnorm, self.eps), self.h_proj)
+        return super().forward(layer, F.add(embedded, seen), kv, seq, pos, pages, starts, rope)
+
+
+def feed_forward(c: Config, layer: int) -> nn.Module:
+    """The feed-forward of a layer: dense in the first ones, experts behind them."""
+    return Mlp(c.hidden_size, c.intermediate_size) if layer < c.first_k_dense_replace else Moe(c)
+
+
+class Model(nn.Module):
+    """Token ids to logits of the wanted rows; layers of a kind are traced once.
+
+    With `hidden` the states behind the last norm are a second result, one row for every token: what a
+    multi-token-prediction module continues from.
+    """
+
+    def __init__(self, c: Config, hidden: bool = False) -> None:
         super().__init__()
-        self.c = c
+        self.c, self.hidden = c, hidden
         dense = min(c.first_k_dense_replace, c.num_hidden_layers)
         self.embed = weight(c.vocab_size, c.hidden_size)
         self.rope_table = weight(c.max_position_embeddings, c.qk_rope_head_dim)
-        mlp = Mlp(c.hidden_size, c.intermediate_size)
-        self.dense_layers = Layers(Layer(c, mlp), 0, dense - 1) if dense else None
         last = c.num_hidden_layers - 1
-        self.moe_layers = Layers(Layer(c, Moe(c)), dense, last) if dense <= last else None
+        self.dense_layers = Layers(Layer(c, feed_forward(c, 0)), 0, dense - 1) if dense else None
+        self.moe_layers = Layers(Layer(c, feed_forward(c, last)), dense, last) if dense <= last else None
         self.norm = weight(c.hidden_size)
         self.head = weight(c.vocab_size, c.hidden_size)
 
     def forward(
         self, ids: Tensor, seq: Tensor, pos: Tensor, pages: Tensor, starts: Tensor, rows: Tensor, kv: Tensor
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         x = F.embed(ids, self.embed)
         state = (kv, seq, pos, pages, starts, self.rope_table)
         if self.dense_layers is not None:
             x = self.dense_layers(x, *state)
         if self.moe_layers is not None:
             x = self.moe_layers(x, *state)
-        return F.linear(F.rms_norm(F.rows(x, rows), self.norm, self.c.rms_norm_eps), self.head, out="f32")
+        if not self.hidden:
+            return F.linear(F.rms_norm(F.rows(x, rows), self.norm, self.c.rms_norm_eps), self.head, out="f32")
+        x = F.rms_norm(x, self.norm, self.c.rms_norm_eps)
+        return F.linear(F.rows(x, rows), self.head, out="f32"), x
+
+
+class Draft(nn.Module):
+    """The multi-token-prediction module (arXiv 2412.19437, sec. 2.2): logits of the token after `ids`.
+
+    `ids[t]` is the token at position `pos[t] + 1`, `hidden[t]` the main model's state behind its last norm at `pos[t]`.
+    Embedding and head are the main model's; the module's layer is the cache's last. The second result, states of the
+    wanted rows, may stand in for the main model's where the module is applied again to draft one more token.
+    """
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.c = c
+        layer = c.num_hidden_layers
+        self.embed = weight(c.vocab_size, c.hidden_size)
+        self.rope_table = weight(c.max_position_embeddings, c.qk_rope_head_dim)
+        self.mtp = Layers(MtpLayer(c, feed_forward(c, layer)), layer, layer)
+        self.mtp_norm = weight(c.hidden_size)
+        self.head = weight(c.vocab_size, c.hidden_size)
+
+    def forward(
+        self,
+        ids: Tensor,
+        seq: Tensor,
+        pos: Tensor,
+        pages: Tensor,
+        starts: Tensor,
+        rows: Tensor,
+        hidden: Tensor,
+        kv: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        x = self.mtp(F.embed(ids, self.embed), hidden, kv, seq, pos, pages, starts, self.rope_table)
+        states = F.rms_norm(F.rows(x, rows), self.mtp_norm, self.c.rms_norm_eps)
+        return F.linear(states, self.head, out="f32"), states

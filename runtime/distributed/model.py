@@ -112,8 +112,9 @@ class DistributedModel(Model):
         self.world.leave()
 
     def _complete(
-        self, ids: Any, new: int, sampling: Sampling, stop: Iterable[int] | None, stream: Stream | None
+        self, ids: Any, new: int, sampling: Sampling, stop: Iterable[int] | None, stream: Stream | None, drafts: int
     ) -> tuple[bool, Completions]:
+        self._check_drafts(drafts)  # artifacts over ranks have no module for it
         replica, replicas = self.replica
         prompts, single = self._prompts(ids, new)
         mine = [i for i in range(len(prompts)) if i % replicas == replica]

@@ -36,6 +36,19 @@ class WrongPhase(InputError):
     template: ClassVar[str] = "phase {phase}: {reason}"
 
 
+class WrongDrafts(InputError):
+    """A number of drafted tokens that the model cannot have."""
+
+    template: ClassVar[str] = "--mtp {drafts}: the drafted tokens of a step must be {expected}"
+
+
+class DraftsOfRanks(InputError):
+    """Multi-token prediction over several ranks."""
+
+    template: ClassVar[str] = "--mtp runs in one process: compile it for one device (it is planned for {ranks} ranks)"
+
+
+MOST_DRAFTS = 8
 PHASES = ("both", "prefill", "decode")
 _DEFAULTS = {"cpu": (1, 256), "gpu": (128, 4096)}
 """Sequences and tokens of a prefill chunk that an artifact is compiled for when the user names none."""
@@ -58,6 +71,7 @@ class Traced:
         batch: int | None = None,
         context: int | None = None,
         chunk: int | None = None,
+        drafts: int | None = None,
         layout: LayoutRequest | None = None,
         recipe: str = "auto",
         passes: Sequence[str] = (),
@@ -68,9 +82,10 @@ class Traced:
         """Run the target's pipeline on a copy of the IR.
 
         `phase` keeps one of the two entry points. `context` defaults to the model's own, at most 4096; `batch` and
-        `chunk` to 1 and 256 on a CPU, 128 and 4096 elsewhere. `layout` asks for degrees of parallelism; None takes the
-        target's. Raises UnknownTarget, WrongPhase, WrongLayout, WrongRedundancy, CutBlock, WrongRanks, PassSpecError,
-        PassError, PassFailure or StrictError.
+        `chunk` to 1 and 256 on a CPU, 128 and 4096 elsewhere. `drafts`, of a model traced with its
+        multi-token-prediction module, are the most tokens that it drafts a step (default 1). `layout` asks for degrees
+        of parallelism; None takes the target's. Raises UnknownTarget, WrongPhase, WrongDrafts, DraftsOfRanks,
+        WrongLayout, WrongRedundancy, CutBlock, WrongRanks, PassSpecError, PassError, PassFailure or StrictError.
         """
         from moec import targets
         from moec.ir.rewrite import clone_module
@@ -84,16 +99,28 @@ class Traced:
         context = min(4096, self.source.config.max_position_embeddings) if context is None else context
         # A device with many cores prefills several prompts in a step.
         most = context if found.kind == "cpu" else context * (batch or few)
-        limits = Limits(few if batch is None else batch, context, min(short if chunk is None else chunk, most))
+        chunk = min(short if chunk is None else chunk, most)
+        limits = Limits(few if batch is None else batch, context, chunk, self._drafts(drafts))
         module = clone_module(self.ir)
         if phase != "both":
             _keep_phase(module, phase)
         where, sized = self._layout(found, layout, recipe)
         module.attrs["target"] = sized.name
+        if limits.drafts and where.ranks > 1:
+            raise DraftsOfRanks(ranks=where.ranks)
         manager = Manager(Context(sized, limits, where), verify, strict, Path(dump) if dump else None)
         manager.run(module, pipeline(sized, recipe, passes, where.ranks))
         check_memory(module, manager.context)
         return Plan(self.source, module, manager.context, manager.records, manager.dump)
+
+    def _drafts(self, asked: int | None) -> int:
+        """Tokens that are drafted a step: 0 without a module for it."""
+        has = "draft" in self.ir.functions
+        drafts = int(has) if asked is None else asked
+        if has != (drafts > 0) or drafts > MOST_DRAFTS:
+            expected = f"1 to {MOST_DRAFTS}" if has else "0: the model was traced without its module (mtp=True)"
+            raise WrongDrafts(drafts=drafts, expected=expected)
+        return drafts
 
     def _layout(self, target: Target, asked: LayoutRequest | None, recipe: str) -> tuple[Layout, Target]:
         """How the model lies on the target's devices, and the target at that size."""
@@ -170,7 +197,8 @@ class Plan:
     @property
     def _sizes(self) -> dict[str, int]:
         limits = self.context.limits
-        return {"batch": limits.batch, "context": limits.context, "chunk": limits.chunk}
+        sizes = {"batch": limits.batch, "context": limits.context, "chunk": limits.chunk}
+        return {**sizes, **({"drafts": limits.drafts} if limits.drafts else {})}
 
     def _cpu_kernels(self, folder: Path, modules: Sequence[Module], say: Callable[[str], None]) -> dict[str, Any]:
         """A library for the module of every pipeline stage; returns the call interface of the first and the others."""
@@ -326,9 +354,12 @@ def trace(
     overrides: Mapping[str, str] | None = None,
     weights: str | Path | None = None,
     *,
+    mtp: bool = False,
     example_inputs: Sequence[torch.Tensor] | None = None,
 ) -> Traced:
     """Trace a preset, a Hugging Face folder, or a definition; reads no weight and runs nothing of a model folder.
+
+    With `mtp` the model's multi-token-prediction module comes along as `@draft`.
 
     A torch module that maps token ids i64[1, T] to logits is exported with `example_inputs` (default: eight zeros) and
     raised; `traced.source.report` says what was. Raises the InputErrors of `moec.frontend`.
@@ -339,17 +370,20 @@ def trace(
     from moec.frontend import find_model, trace_model
     from moec.frontend.checkpoint import adopt, open_checkpoint
     from moec.frontend.safetensors_header import CheckpointError
+    from moec.frontend.trace import NoDraftModule
 
     if not isinstance(model, str):
         import torch
 
         from moec.frontend.torch_import import trace_module
 
+        if mtp:
+            raise NoDraftModule(model=type(model).__name__, reason="a torch module is traced as it is")
         example = (torch.zeros(1, 8, dtype=torch.int64),) if example_inputs is None else example_inputs
         imported, module = trace_module(model, example)
         return Traced(imported, module)
     source = find_model(model, overrides)
-    module = trace_model(source)
+    module = trace_model(source, mtp)
     folder = Path(weights) if weights is not None else source.folder
     if folder is None:
         return Traced(source, module)

@@ -71,8 +71,8 @@ def test_several_query_tokens_share_the_expansion(deepseek: Module) -> None:
     assert form(four, "decode") == "absorbed"
     assert any("(4 tokens of 16 sequences" in n for n in four.notes)
     assert one.notes != four.notes
-    with pytest.raises(PassError, match=r"queries must lie in 1\.\.64"):
-        decide(deepseek, target, limits, queries=0)
+    with pytest.raises(PassError, match=r"queries must lie in 0\.\.64"):
+        decide(deepseek, target, limits, queries=65)
 
 
 def test_folding_would_add_25_billion_parameters(deepseek: Module) -> None:

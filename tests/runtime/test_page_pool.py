@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from moec.runtime.cache import PagePool, Sequence
 from moec.runtime.errors import CacheFull
 
-ACTIONS = st.lists(st.tuples(st.sampled_from(["open", "extend", "close"]), st.integers(0, 9), st.integers(1, 40)))
+WHAT = st.sampled_from(["open", "extend", "truncate", "close"])
+ACTIONS = st.lists(st.tuples(WHAT, st.integers(0, 9), st.integers(1, 40)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -22,6 +23,8 @@ def test_pages_have_one_owner_and_none_is_lost(actions: list[tuple[str, int, int
             live.append(pool.open())
         elif live and what == "close":
             pool.close(live.pop(which % len(live)))
+        elif live and what == "truncate":
+            pool.truncate(live[which % len(live)], max(0, live[which % len(live)].length - tokens))
         elif live:
             sequence = live[which % len(live)]
             tokens = min(tokens, 64 - sequence.length)

@@ -25,6 +25,12 @@ def compile_model(
         int | None, typer.Option(min=1, help="Most tokens of a sequence (default: the model's, at most 4096).")
     ] = None,
     chunk: Annotated[int | None, typer.Option(min=1, help="Tokens of a prefill chunk [CPU: 256, else 4096].")] = None,
+    mtp: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Add the multi-token-prediction module, for up to N drafted tokens a step."
+        ),
+    ] = 0,
     ranks: Annotated[int | None, typer.Option(help="Devices [the target's].")] = None,
     tp: Annotated[int, typer.Option(help="Devices of an attention replica.")] = 1,
     dp: Annotated[int | None, typer.Option(help="Attention replicas [ranks / TP].")] = None,
@@ -68,9 +74,9 @@ def compile_model(
     check_recipe(recipe)
     if out is not None:
         check_output(out)
-    traced = trace(model, parse_overrides(settings or []), weights)
+    traced = trace(model, parse_overrides(settings or []), weights, mtp=mtp > 0)
     plan = traced.optimize(
-        target, phase=phase, batch=batch, context=context, chunk=chunk,
+        target, phase=phase, batch=batch, context=context, chunk=chunk, drafts=mtp,
         layout=LayoutRequest(ranks, tp, dp, ep, redundant, pp, pad), recipe=recipe,
         passes=passes or [], verify=verify, strict=strict, dump=dump_ir,
     )  # fmt: skip

@@ -34,7 +34,9 @@ class NotTokenIds(InputError):
 class NothingGenerated(InputError):
     """--compare with options of generation."""
 
-    template = "--compare runs the prompt only: leave --max-new-tokens, --temperature, --top-p and --seed away"
+    template = (
+        "--compare runs the prompt only: leave --max-new-tokens, --temperature, --top-p, --seed and --speculate away"
+    )
 
 
 class OneProcess(InputError):
@@ -60,6 +62,10 @@ def run(
     temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this sum.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
+    speculate: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Draft up to N tokens a step with the module of `moec compile --mtp`."),
+    ] = 0,
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels (default: all usable CPUs).")] = None,
     compare: Annotated[
         str | None,
@@ -74,7 +80,9 @@ def run(
     """Continue a prompt; the text appears as it is generated."""
     if sum(given is not None for given in (prompt, chat, prompt_ids)) != 1:
         raise OnePrompt()
-    if compare is not None and (max_new_tokens is not None or (temperature, top_p, seed) != (0.0, 1.0, 0)):
+    if compare is not None and (
+        max_new_tokens is not None or (temperature, top_p, seed, speculate) != (0.0, 1.0, 0, 0)
+    ):
         raise NothingGenerated()
     from moec.runtime import Sampling
     from moec.runtime.launch import first, launched, loaded
@@ -91,11 +99,12 @@ def run(
             return
         new = max_new_tokens if max_new_tokens is not None else _default_new(model, len(ids))
         if not first():
-            model.complete(ids, new, sampling)
+            model.complete(ids, new, sampling, speculate=speculate)
         elif as_json:
-            print(json.dumps(_fields(model, model.complete(ids, new, sampling), artifact)))
+            done = model.complete(ids, new, sampling, speculate=speculate)
+            print(json.dumps(_fields(model, done, artifact)))
         else:
-            print(_summary(_stream(model, ids, new, sampling)), file=sys.stderr)
+            print(_summary(_stream(model, ids, new, sampling, speculate)), file=sys.stderr)
 
 
 def _compare(model: Model, folder: str, ids: list[int], as_json: bool) -> None:
@@ -125,16 +134,24 @@ def _parse_ids(text: str) -> list[int]:
         raise NotTokenIds(value=text) from None
 
 
-def _stream(model: Model, ids: list[int], new: int, sampling: Sampling) -> Completions:
+def _stream(model: Model, ids: list[int], new: int, sampling: Sampling, speculate: int) -> Completions:
     """Print text as it comes, or ids when the artifact has no tokenizer."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if not model.has_tokenizer:
-        done = model.complete(ids, new, sampling, stream=lambda _, token: print(token, end=" ", flush=True))
+
+        def show(_: int, token: int) -> None:
+            print(token, end=" ", flush=True)
+
+        done = model.complete(ids, new, sampling, stream=show, speculate=speculate)
         print()
         return done
     text = model.tokenizer.stream()
-    done = model.complete(ids, new, sampling, stream=lambda _, token: print(text.push(token), end="", flush=True))
+
+    def write(_: int, token: int) -> None:
+        print(text.push(token), end="", flush=True)
+
+    done = model.complete(ids, new, sampling, stream=write, speculate=speculate)
     print(text.finish())
     return done
 
@@ -148,6 +165,7 @@ def _fields(model: Model, done: Completions, artifact: str) -> dict[str, object]
         "decode_tokens_per_s": done.rates.decode,
         "artifact": artifact,
         "target": model.artifact.manifest.target,
+        **({"acceptance_rate": done.rates.acceptance} if done.rates.drafted_tokens else {}),
     }
 
 
@@ -155,4 +173,9 @@ def _summary(done: Completions) -> str:
     rates = done.rates
     decode = f", decode {rates.decode:,.0f} tokens/s" if rates.decode else ""
     prefill = f"{rates.prefill:,.0f}" if rates.prefill else "-"
-    return f"[{rates.prompt_tokens} prompt tokens, prefill {prefill} tokens/s; {len(done.tokens[0])} new{decode}]"
+    drafted = ""
+    if rates.drafted_tokens:
+        counts = f"{rates.accepted_tokens} of {rates.drafted_tokens}"
+        drafted = f", {counts} drafted tokens kept ({rates.acceptance:.0%}) in {rates.decode_steps} steps"
+    new = f"{len(done.tokens[0])} new{decode}{drafted}"
+    return f"[{rates.prompt_tokens} prompt tokens, prefill {prefill} tokens/s; {new}]"

@@ -97,9 +97,7 @@ def _run_traced(
     model: Model, engine: Engine, module: Module, inputs: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, Trace]:
     """Logits f32[T, V] and trace of one call of the traced prefill on the artifact's weights."""
-    m = model.artifact.manifest
-    limits = {"batch": m.batch, "context": m.context, "chunk": m.chunk}
-    traced = compile_watched(module, targets.load("cpu"), limits, "trace")
+    traced = compile_watched(module, targets.load("cpu"), model.artifact.manifest.limits, "trace")
     phase = traced.phases["prefill"]
     library = Library(traced.library, engine.threads)
     arrays: dict[str, Any] = {}

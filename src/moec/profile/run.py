@@ -85,10 +85,8 @@ def profile(model: Model, phase: str, context: int, repeat: int = 8) -> Profile:
     if not isinstance(engine, Engine):
         raise NoProfile(path=artifact.path)
     module = parse_module((artifact.path / "program.ir").read_text(), str(artifact.path / "program.ir"))
-    m = artifact.manifest
-    limits = {"batch": m.batch, "context": m.context, "chunk": m.chunk}
     target = targets.load("cpu")
-    watched = compile_watched(module, target, limits, "ticks")
+    watched = compile_watched(module, target, artifact.manifest.limits, "ticks")
     library = Library(watched.library, engine.threads)
     described = watched.phases[phase]
     tokens = 1 if phase == "decode" else context
