@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moec.errors import MoecError
+from moec.errors import InputError, MoecError
 
 EXPOSED_TRACK = "exposed communication"
 """Track for the time in which only communication runs."""
@@ -23,6 +23,12 @@ class TraceNotWritten(MoecError):
     """The disk is full, or the folder is missing or may not be written to."""
 
     template = "{path}: cannot write the trace: {reason}"
+
+
+class TraceNotRead(InputError):
+    """A file that is missing or is not a trace of ours."""
+
+    template = "{path}: cannot read the trace: {reason}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,24 @@ def write_trace(path: str | Path, spans: Iterable[Span]) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise TraceNotWritten(path=path, reason=error.strerror) from None
+
+
+def read_trace(path: str | Path) -> list[Span]:
+    """The spans of a trace as `write_trace` leaves it; lanes of a track come together again. Raises TraceNotRead."""
+    try:
+        events = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]
+        devices = {e["pid"]: str(e["args"]["name"]) for e in events if e["name"] == "process_name"}
+        return [
+            Span(str(e["name"]), str(e["cat"]), float(e["ts"]), float(e["dur"]), devices[e["pid"]], dict(e["args"]))
+            for e in events
+            if e["ph"] == "X"
+        ]
+    except OSError as error:
+        raise TraceNotRead(path=path, reason=error.strerror) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TraceNotRead(path=path, reason=str(error)) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise TraceNotRead(path=path, reason=f"an event has no proper {error}") from None
 
 
 class _Names:

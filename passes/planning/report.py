@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moec.passes.planning.advice import Alternative
+from moec.passes.planning.cell import CellSchedule
 from moec.passes.planning.layout import Layout
 from moec.passes.planning.memory import Memory
 from moec.passes.planning.plan import PhasePlan, Plan
@@ -95,6 +96,14 @@ def _candidate(found: Candidate) -> dict[str, Any]:
     }
 
 
+def _cell_layer(layer: CellSchedule | None) -> dict[str, Any] | None:
+    """A layer of the overlapped cell: interval found, its bound, and that of the published order."""
+    if layer is None:
+        return None
+    found = {"interval_us": layer.interval_us, "bound_us": layer.bound_us, "proven_least": layer.solution.optimal}
+    return {**found, "published_order_us": layer.published_us, "order": dict(layer.order)}
+
+
 def training_json(plan: TrainingPlan) -> dict[str, Any]:
     """A training step; times in seconds, sizes in bytes of one device."""
     return {
@@ -119,6 +128,7 @@ def training_json(plan: TrainingPlan) -> dict[str, Any]:
             "F&B": plan.chunk.overlapped,
         },
         "cell_us": {"compute": plan.cell.compute_us, "exchanges": plan.cell.exchange_us},
+        "cell_layer": _cell_layer(plan.layer),
         "send_s": plan.send_s,
         "layers_of_stages": plan.split,
         "tokens_per_step": plan.tokens,

@@ -14,6 +14,7 @@ from moec.ir import Module
 from moec.ir.stats import active_parameters, weight_elements
 from moec.passes.planning.backward import Pass, training_pass
 from moec.passes.planning.balance import sampled_balance
+from moec.passes.planning.cell import CellSchedule, schedule_cell
 from moec.passes.planning.errors import WrongPlan
 from moec.passes.planning.forms import PLAIN, variants
 from moec.passes.planning.layout import Layout, LayoutRequest, resolve
@@ -75,7 +76,7 @@ class TrainingPlan:
     """Times in seconds. chunk: one micro-batch in the slowest stage. parts: of an average rank (F, B, W, F&B).
 
     bubble: idle time of an average rank, sends between stages included; formula_bubble: Table 2 of the report. cell: a
-    forward and a backward beside the exchanges of both.
+    forward and a backward beside the exchanges of both. layer: the schedule of one layer of it, None without exchanges.
     """
 
     target: Target
@@ -94,6 +95,7 @@ class TrainingPlan:
     flops_per_token: dict[str, float]
     memory: list[StageMemory]
     cell: Stage
+    layer: CellSchedule | None
     balance: float
 
     @property
@@ -149,7 +151,7 @@ def make_training_plan(module: Module, target: Target, options: TrainOptions) ->
         formula_bubble_s=bubble_formula(options.schedule, stages, chunk), send_s=send, optimiser_s=optimiser,
         step_s=run.length + optimiser, flops_per_token=_flops(module, options.sequence),
         memory=_memory(module, built, layout, recipe, split, pipe, step, setting), cell=cost.cell(split),
-        balance=setting.balance or 1.0,
+        layer=cost.layer, balance=setting.balance or 1.0,
     )  # fmt: skip
 
 
@@ -188,12 +190,14 @@ class _Chunks:
         self._exchanges = [priced([line for line in part if line.communication], hot) for part in parts]
         each = [self._by_layer(cost.segment_us) for cost in self._parts]
         self.layers = [sum(of_layer) for of_layer in zip(*each, strict=True)]
+        self.layer = _scheduled(found, busy, hot)
 
     def times(self, split: Sequence[int]) -> ChunkTimes:
         """Seconds of the slowest stage."""
         forward, inputs, weights = (self._slowest(cost.segment_us, split) for cost in self._parts)
         cell = self.cell(split)
-        return ChunkTimes(forward, inputs + weights, weights, cell.beside(cell) * 1e-6)
+        stretched = self.layer.stretched if self.layer else 1.0
+        return ChunkTimes(forward, inputs + weights, weights, cell.beside(cell) * stretched * 1e-6)
 
     def cell(self, split: Sequence[int]) -> Stage:
         """A forward and a backward of the slowest stage, with the exchanges of both."""
@@ -214,6 +218,16 @@ class _Chunks:
 
     def _by_layer(self, segments: Mapping[str, float]) -> list[float]:
         return layer_times(self._module, "prefill", dict.fromkeys(self._parts[0].segments, 0.0) | dict(segments))
+
+
+def _scheduled(found: Pass, busy: Target, hot: Target) -> CellSchedule | None:
+    """The overlapped layer of the function that most layers with exchanges call."""
+    calls = {line.segment: line.calls for line in found.forward if line.communication}
+    if not calls:
+        return None
+    most = max(calls, key=lambda segment: calls[segment])
+    kinds = {"F": found.forward, "B": found.inputs, "W": found.weights}
+    return schedule_cell({k: [line for line in of if line.segment == most] for k, of in kinds.items()}, busy, hot)
 
 
 def _sums(cost: StepCost, of: Callable[[OpCost], float]) -> dict[str, float]:

@@ -81,6 +81,22 @@ def test_exchanges_show_only_where_nothing_hides_them() -> None:
     assert crawling.chunk.overlapped == pytest.approx(crawling.cell.exchange_us * 1e-6)
 
 
+def test_the_overlapped_layer_is_scheduled_not_assumed() -> None:
+    """The order found is no longer than DualPipe's, and neither is shorter than computation or exchanges alone."""
+    for change in ("", "scale_out=0.5x", "scale_out=0.25x"):
+        layer = plan(V3, change).layer
+        assert layer is not None
+        tasks = {task.name: task.modes[0].us for task in layer.graph.tasks}
+        links = sum(us for name, us in tasks.items() if name.startswith(("dispatch", "combine")))
+        least = max(links, sum(tasks.values()) - links)
+        assert least - 1e-3 <= layer.bound_us <= layer.interval_us + 1e-6
+        assert layer.interval_us <= layer.published_us * (1 + 1e-9)
+        place = {name: i for i, name in enumerate(layer.order["compute"])}
+        assert set(place) == {f"{part}.{kind}" for part in ("attn", "mlp", "shared") for kind in "FBW"} | {
+            "tail.F", "tail.B"
+        }  # fmt: skip
+
+
 def test_all_parameters_are_held_by_the_devices_together() -> None:
     found = plan(replace(V3, schedule="1f1b"))
     # FP32 gradients of experts on 64 devices and of the rest on each of them.

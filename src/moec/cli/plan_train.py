@@ -79,6 +79,14 @@ def _print(model: str, plan: TrainingPlan) -> None:
         f"  overlapped: computation {cell.compute_us / 1e3:.1f} ms beside exchanges of {cell.exchange_us / 1e3:.1f} ms"
         f"; bound by {'computation' if cell.compute_us >= cell.exchange_us else 'the network'}"
     )
+    if (layer := plan.layer) is not None:
+        proven = "proven least" if layer.solution.optimal else f"bound {layer.bound_us / 1e3:.2f}"
+        print(
+            f"  a layer of it as scheduled: {layer.interval_us / 1e3:.2f} ms ({proven}); in DualPipe's published order "
+            f"{layer.published_us / 1e3:.2f} ms"
+        )
+        print(f"    computes {' '.join(layer.order['compute'])}")
+        print(f"    exchanges {' '.join(layer.order['link'])}")
     print(
         f"  bubble by the published formula {plan.formula_bubble_s:.2f} s; "
         f"sends of {plan.send_s * 1e3:.2f} ms between stages"

@@ -31,31 +31,37 @@ def register(app: typer.Typer) -> None:
 
 
 def simulate(
-    plan: Annotated[str, typer.Argument(metavar="PLAN", help="An artifact, a folder of --plan-only, or IR text.")],
+    plan: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLAN", help="An artifact, a folder of --plan-only, IR text, or a training plan (JSON)."
+        ),
+    ],
     phase: Annotated[str | None, typer.Option(help="prefill or decode [the first that there is].")] = None,
     trace: Annotated[Path | None, typer.Option(metavar="OUT", help="Write a timeline for ui.perfetto.dev.")] = None,
     svg: Annotated[Path | None, typer.Option(metavar="OUT", help="Write a picture of some layers.")] = None,
     devices: Annotated[int, typer.Option(min=1, max=64, help="Devices that meet at every exchange.")] = 1,
     spread: Annotated[float, typer.Option(min=0.0, help="Relative scatter of durations, such as 0.05.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the scatter.")] = 0,
+    measured: Annotated[
+        Path | None, typer.Option("--beside", metavar="TRACE", help="Lay a measured trace over the timeline.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
     """Simulate a scheduled phase event by event: total time, what is hidden, what stragglers cost."""
     from moec.cli.ir import read_module
     from moec.ir import verify
     from moec.simulate.program import entry_of, run_program
-    from moec.simulate.trace import write_trace
 
+    if plan.endswith(".json"):
+        _training(plan, phase, devices, trace, svg, measured, spread, seed, as_json)
+        return
     module = read_module(plan)
     verify(module)
     entry = entry_of(module, phase)
     spans = run_program(module, entry, _cores(module), devices, spread, seed)
-    if trace is not None:
-        write_trace(trace, spans)
-        note(f"wrote {trace} (open it at ui.perfetto.dev)")
-    if svg is not None:
-        _write_picture(svg, module, entry, spans)
-        note(f"wrote {svg}")
+    _write_trace(trace, spans, measured)
+    _write_picture(svg, spans, _window(module, spans), f"@{entry.name} of {module.name}")
     answer = _answer(entry, spans)
     if as_json:
         print(json.dumps(answer, allow_nan=False))
@@ -99,19 +105,67 @@ def _print(answer: dict[str, Any]) -> None:
         print(f"  communication {shown}, {answer['exposed_us'] / 1e3:.4g} ms exposed")
 
 
-def _write_picture(path: Path, module: Module, entry: Function, spans: list[Span]) -> None:
+def _training(
+    plan: str, phase: str | None, devices: int, trace: Path | None, svg: Path | None, measured: Path | None,
+    spread: float, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Simulate the pipeline of a training step."""
+    from moec.cli.options import UsageError
+    from moec.simulate.training import read_training
+
+    if phase not in (None, "train") or devices > 1:
+        raise UsageError(message="a training plan is simulated on its own ranks: leave --phase and --devices out")
+    step = read_training(plan)
+    spans, report = step.run(spread, seed)
+    _write_trace(trace, spans, measured)
+    _write_picture(svg, spans, (0.0, report.length), f"{step.pipe.schedule}, {len(step.pipe.programs)} ranks")
+    answer = {
+        "phase": "train",
+        "schedule": step.pipe.schedule,
+        "ranks": len(step.pipe.programs),
+        "micro_batches": step.pipe.micro_batches,
+        "step_us": report.length + step.optimiser_us,
+        "bubble_us": sum(report.idle) / len(report.idle),
+        "worst_bubble_us": max(report.idle),
+        "formula_bubble_us": step.formula_us,
+        "activations": max(report.activations),
+    }
+    if as_json:
+        print(json.dumps(answer, allow_nan=False))
+        return
+    print(f"{answer['schedule']} on {answer['ranks']} ranks, {answer['micro_batches']} micro-batches: step "
+          f"{answer['step_us'] / 1e6:.3f} s")  # fmt: skip
+    print(f"  bubble {answer['bubble_us'] / 1e6:.3f} s on average, {answer['worst_bubble_us'] / 1e6:.3f} s at most; "
+          f"by the published formula {step.formula_us / 1e6:.3f} s")  # fmt: skip
+
+
+def _write_trace(path: Path | None, spans: list[Span], measured: Path | None) -> None:
+    from moec.cli.options import UsageError
+    from moec.simulate.measured import beside
+    from moec.simulate.trace import read_trace, write_trace
+
+    if measured is not None and path is None:
+        raise UsageError(message="--beside needs --trace OUT, where both timelines go")
+    if path is not None:
+        write_trace(path, spans if measured is None else beside(spans, read_trace(measured)))
+        note(f"wrote {path} (open it at ui.perfetto.dev)")
+
+
+def _write_picture(path: Path | None, spans: list[Span], window: tuple[float, float], title: str) -> None:
     import os
 
     from moec.simulate.picture import picture
 
-    start, end = _window(module, spans)
+    if path is None:
+        return
     beside = path.with_name(f".{path.name}.part")
     try:
-        beside.write_text(picture(spans, start, end, f"@{entry.name} of {module.name}"), encoding="utf-8")
+        beside.write_text(picture(spans, *window, title), encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise PictureNotWritten(path=path, reason=error.strerror) from None
+    note(f"wrote {path}")
 
 
 def _window(module: Module, spans: list[Span]) -> tuple[float, float]:
