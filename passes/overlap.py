@@ -13,6 +13,7 @@ from moec.passes.planning import memory
 from moec.passes.streams.buffers import assign_buffers
 from moec.passes.streams.costs import Costs, Work, op_costs, work_of
 from moec.passes.streams.events import add_events
+from moec.passes.streams.figure import layer_figure
 from moec.passes.streams.layer import EFFORT, LayerSchedule, schedule_layer
 from moec.passes.streams.rotate import Rounds, rotate
 from moec.passes.streams.tasks import LayerTasks, layer_tasks
@@ -79,6 +80,7 @@ class Overlap(Pass):
             rounds.kernel.attrs |= {"interval_us": round(found.interval_us, 3), "bound_us": round(found.bound_us, 3)}
             out.matched += 1
             out.notes.append(f"@{function.name}: {describe(found, rounds)}")
+            out.figures.append(layer_figure(found, f"@{function.name}: two layers of the steady state"))
         _time_rest(module, entry, work)
         if origin:
             events = add_events(module, entry, origin)

@@ -11,7 +11,7 @@ from moec.simulate.trace import EXPOSED_TRACK, Span
 WIDTH, LEFT, ROW, GAP, TOP = 1160, 150, 26, 8, 34
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
 EXPOSED, PLAIN = "#e45756", "#9a9a9a"
-_PART = re.compile(r"\.(\d+)(?: \d+)?$")
+_PART = re.compile(r"\.(\d+)(?::\w+)?(?: \d+)?$")
 
 
 def picture(spans: Sequence[Span], start_us: float, end_us: float, title: str = "") -> str:
@@ -39,7 +39,7 @@ def picture(spans: Sequence[Span], start_us: float, end_us: float, title: str = 
             f'<rect x="{x:.2f}" y="{y}" width="{max(width, 0.4):.2f}" height="{ROW}" fill="{_colour(span)}"'
             f' stroke="#fff" stroke-width="0.5"><title>{text}</title></rect>'
         )
-        label = span.name.split(" ")[0].partition(".")[2] or span.name
+        label = _label(span.name)
         if width > 6.2 * len(label):
             parts.append(f'<text x="{x + 4:.2f}" y="{y + 17}" fill="#fff">{html.escape(label)}</text>')
     base = TOP + len(tracks) * (ROW + GAP) + 14
@@ -50,6 +50,13 @@ def picture(spans: Sequence[Span], start_us: float, end_us: float, title: str = 
             f'<text x="{LEFT + (at - start_us) * scale:.1f}" y="{base}" text-anchor="{anchor}">{at:.0f} us</text>'
         )
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _label(name: str) -> str:
+    """The name without its layer and, where a part of the name stays, without the family of ops."""
+    name = name.split(" ")[0]
+    rest = name.partition(".")[2]
+    return rest if "." in rest else name
 
 
 def _colour(span: Span) -> str:

@@ -119,7 +119,7 @@ def _training(
     spans, report = step.run(spread, seed)
     _write_trace(trace, spans, measured)
     _write_picture(svg, spans, (0.0, report.length), f"{step.pipe.schedule}, {len(step.pipe.programs)} ranks")
-    answer = {
+    answer: dict[str, Any] = {
         "phase": "train",
         "schedule": step.pipe.schedule,
         "ranks": len(step.pipe.programs),
