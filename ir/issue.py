@@ -76,6 +76,11 @@ def is_view(op: Op) -> bool:
     return not (rule.bytes_read(types, results, op.attrs) or rule.bytes_written(types, results, op.attrs))
 
 
+def cache_part(function: Function, op: Op) -> object:
+    """Whose rows of a cache an op works on: its micro-batch's, or those that the parts of one prompt share (None)."""
+    return None if "prompt_parts" in function.attrs else op.attrs.get("micro_batch")
+
+
 class Tracer:
     """Walks an entry and all that it calls; `rounds` limits the layers of a `repeat` (None: all of them).
 

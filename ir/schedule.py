@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from moec.errors import MoecError
 from moec.ir.dims import Dim, bind
-from moec.ir.issue import CALLS, Issued, Storage, Tracer, entries, is_cache, is_view, scheduled
+from moec.ir.issue import CALLS, Issued, Storage, Tracer, cache_part, entries, is_cache, is_view, scheduled
 from moec.ir.module import Function, Module, Op
 from moec.ir.printer import print_op
 from moec.ir.types import TensorType
@@ -84,11 +84,12 @@ class _Check:
                 )
 
     def _cache(self, issued: Issued) -> None:
-        """Appending to a cache and reading it are ordered within a micro-batch; others use other pages."""
+        """Appending to a cache and reading it are ordered within a micro-batch; others use other pages, unless they
+        are parts of one prompt."""
         for storage in issued.reads:
             if not is_cache(storage):
                 continue
-            key = storage, issued.op.attrs.get("micro_batch")
+            key = storage, cache_part(issued.function, issued.op)
             writer = self._written.get(key)
             if writer is not None and not writer.before(issued):
                 self._refuse(

@@ -11,7 +11,7 @@ from moec.ir.rewrite import fresh_names
 from moec.passes.base import Context, Outcome, Pass, PassError
 from moec.passes.planning import memory
 from moec.passes.streams.buffers import assign_buffers
-from moec.passes.streams.costs import Costs, Work, op_costs, work_of
+from moec.passes.streams.costs import Costs, Work, op_costs, prompt_parts, work_of
 from moec.passes.streams.events import add_events
 from moec.passes.streams.figure import layer_figure
 from moec.passes.streams.layer import EFFORT, LayerSchedule, schedule_layer
@@ -62,7 +62,7 @@ class Overlap(Pass):
 
     def _entry(self, module: Module, entry: Function, ctx: Context, out: Outcome) -> None:
         parts = int(str(entry.attrs.get("micro_batches", 1)))
-        work = work_of(module, str(entry.attrs.get("phase", "")), ctx, parts, self.balance)
+        work = work_of(module, str(entry.attrs.get("phase", "")), ctx, parts, self.balance, prompt_parts(entry))
         assert work is not None
         origin: dict[Op, Op] = {}
         for op in [o for o in entry.ops if o.name == "repeat"]:

@@ -12,7 +12,7 @@ from moec.ir.rewrite import clone_module
 from moec.passes.base import Context, Outcome, Pass, PassError
 from moec.passes.overlap import Overlap
 from moec.passes.scheduling.bounds import interval_bounds_us
-from moec.passes.streams.costs import Costs, work_of
+from moec.passes.streams.costs import Costs, op_costs, prompt_cuts, whole_step, work_of
 from moec.passes.streams.layer import schedule_layer
 from moec.passes.streams.split import split_entry
 from moec.passes.streams.tasks import LayerTasks
@@ -27,8 +27,10 @@ class SplitMicrobatches(Pass):
 
     Consumes entries whose repeated layers exchange data between devices; produces entries with the arguments and
     results of every part (`%ids_0`, `%ids_1`, ...) and layer functions with the ops of all parts. Results change by
-    nothing: rows are independent. `count` is auto, or a number that is taken without asking whether it pays. The
-    schedules compared are those that `overlap` finds, for rows as `balance` says (see there).
+    nothing: rows are independent. Where there are fewer prompts than parts, every prompt is split, so that its parts
+    take as long: a later one reads from the cache what an earlier one left there. `count` is auto, or a number that is
+    taken without asking whether it pays. The schedules compared are those that `overlap` finds, for rows as `balance`
+    says (see there).
     """
 
     name: ClassVar[str] = "split-microbatches"
@@ -43,9 +45,11 @@ class SplitMicrobatches(Pass):
         for entry in entries(module):
             count = int(self.count) if self.count != "auto" else self._best(module, entry, ctx, out)
             if count > 1:
-                split_entry(module, entry, count)
+                cuts = cuts_of(module, entry, ctx, count)
+                split_entry(module, entry, count, cuts)
                 out.matched += 1
-                out.notes.append(f"@{entry.name}: {count} micro-batches")
+                of = f" of one prompt ({' + '.join(map(str, cuts))} tokens)" if cuts else ""
+                out.notes.append(f"@{entry.name}: {count} micro-batches{of}")
         return out
 
     def _best(self, module: Module, entry: Function, ctx: Context, out: Outcome) -> int:
@@ -63,7 +67,8 @@ class SplitMicrobatches(Pass):
             if count > 1 and found.us > times[1] * (1 - self.least):
                 break
         if len(times) + len(beyond) < 2:
-            out.notes.append(f"@{entry.name}: the batch stays whole: {'one sequence' if times else 'no exchanges'}")
+            reason = "one sequence, too short to be split" if times else "no exchanges"
+            out.notes.append(f"@{entry.name}: the batch stays whole: {reason}")
             return 1
         best = min(times, key=lambda c: (times[c], c))
         best = best if times[best] <= times[1] * (1 - self.least) else 1
@@ -72,6 +77,27 @@ class SplitMicrobatches(Pass):
         verdict = "stays whole: splitting loses" if best == 1 else f"{best} micro-batches"
         out.notes.append(f"@{entry.name}: {verdict} (layers with exchanges, by number of micro-batches: {shown})")
         return best
+
+
+def cuts_of(module: Module, entry: Function, ctx: Context, count: int) -> tuple[int, ...]:
+    """Tokens of each part where prompts are to be split, which there are too few of to divide; else ()."""
+    phase = str(entry.attrs.get("phase", ""))
+    if count == 1 or phase != "prefill" or ctx.layout is None or whole_step(phase, ctx).sequences >= count:
+        return ()
+    work = work_of(module, phase, ctx, 1)
+    assert work is not None
+    linear = attention = 0.0
+    for op in entry.ops:
+        if op.name == "repeat":
+            function = module.functions[str(op.attrs["func"])]
+            costs = op_costs(function, work)
+            if any(t.exchange for t in costs.whole.values()):
+                for inner, time in costs.whole.items():
+                    if inner.name.startswith("attn."):
+                        attention += time.us
+                    elif not time.exchange:
+                        linear += time.us
+    return prompt_cuts(whole_step(phase, ctx), count, linear, attention) if linear else ()
 
 
 @dataclass(frozen=True)
@@ -89,12 +115,13 @@ def layers_us(
 
     None when there are no such layers or fewer sequences than parts.
     """
-    work = work_of(module, str(entry.attrs.get("phase", "")), ctx, count, balance)
+    cuts = cuts_of(module, entry, ctx, count)
+    work = work_of(module, str(entry.attrs.get("phase", "")), ctx, count, balance, cuts)
     if work is None or work.parts < count:
         return None
     if count > 1:
         module = clone_module(module)
-        split_entry(module, module.functions[entry.name], count)
+        split_entry(module, module.functions[entry.name], count, cuts)
         entry = module.functions[entry.name]
     overlap = Overlap()
     layers: list[tuple[Function, int, Costs, LayerTasks]] = []

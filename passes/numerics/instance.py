@@ -58,6 +58,9 @@ class Inputs:
         self.taken: list[int] = []
         """Tokens of the whole chunk that the last one of this replica holds."""
         self.parts = int(str(function.attrs.get("micro_batches", 1)))
+        self._prompts = "prompt_parts" in function.attrs
+        self._places: list[int] = []
+        """Of every row of the parts in turn, its place in the whole chunk."""
         self.caches: dict[str, torch.Tensor] = {}
         self.used = (0, 0)
         self._random = torch.Generator().manual_seed(0)
@@ -74,13 +77,15 @@ class Inputs:
                 self.caches[arg.name] = torch.zeros(layers, pages, PAGE, *width, dtype=torch.float64)
 
     def joined(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The results of all micro-batches one after the other, as the whole batch has them."""
+        """The results of all micro-batches in the order in which the whole batch has them."""
         parts = self.parts
-        return [torch.cat(outputs[i : i + parts]) for i in range(0, len(outputs), parts)] if parts > 1 else outputs
+        if parts == 1:
+            return outputs
+        order = sorted(range(len(self._places)), key=self._places.__getitem__)
+        return [torch.cat(outputs[i : i + parts])[order] for i in range(0, len(outputs), parts)]
 
     def chunk(self, tokens: tuple[int, ...]) -> list[Any]:
         """Arguments for the next `tokens` of each sequence, of which this replica gets its own."""
-        ends = [u + t for u, t in zip(self.used, tokens, strict=True)]
         ids = torch.randint(0, self._vocabulary, (sum(tokens),), generator=self._random)
         owner = [b for b, t in enumerate(tokens) for _ in range(t)]
         replica, replicas = self.share
@@ -88,22 +93,32 @@ class Inputs:
         self.taken = [t for t, b in enumerate(owner) if b in mine]
         known: dict[str, torch.Tensor] = {}
         counts: dict[str, int] = {}
+        self._places = []
+        firsts = [sum(tokens[:b]) for b in range(len(tokens))]
         for k in range(self.parts):
-            # Part k of a split batch has the sequences from k / parts of them on; it may have none.
-            few = mine[len(mine) * k // self.parts : len(mine) * (k + 1) // self.parts]
-            described = self._describe(few, tokens, ends)
-            described["ids"] = ids[[t for t, b in enumerate(owner) if b in few]]
+            few, cut = mine, [(t * k // self.parts, t * (k + 1) // self.parts) for t in tokens]
+            if not self._prompts:
+                # Part k of a split batch has the sequences from k / parts of them on; it may have none.
+                few, cut = (
+                    mine[len(mine) * k // self.parts : len(mine) * (k + 1) // self.parts],
+                    [(0, t) for t in tokens],
+                )
+            at = [firsts[b] + t for b in few for t in range(*cut[b])]
+            described = self._describe(few, cut)
+            described["ids"] = ids[at]
+            self._places += at
             suffix = f"_{k}" if self.parts > 1 else ""
             known |= {name + suffix: value for name, value in described.items()}
             counts |= {f"{symbol}{k}": len(described["ids"]) for symbol in "TRSB"}
-        self.used = (ends[0], ends[1])
+        self.used = (self.used[0] + tokens[0], self.used[1] + tokens[1])
         return [self._argument(arg.name, arg.type, known, len(self.taken), counts) for arg in self.function.args]
 
-    def _describe(self, few: list[int], tokens: tuple[int, ...], ends: list[int]) -> dict[str, torch.Tensor]:
-        """Where the next tokens of some of the sequences stand."""
-        sequences = len(tokens)
-        seq = [i for i, b in enumerate(few) for _ in range(tokens[b])]
-        pos = [p for b in few for p in range(ends[b] - tokens[b], ends[b])]
+    def _describe(self, few: list[int], cut: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """Where the new tokens `cut[b]` of some of the sequences stand."""
+        sequences = len(cut)
+        seq = [i for i, b in enumerate(few) for _ in range(*cut[b])]
+        pos = [self.used[b] + t for b in few for t in range(*cut[b])]
+        ends = [self.used[b] + cut[b][1] for b in range(sequences)]
         # Pages of the sequences lie interleaved and backwards, so that a wrong page shows.
         pages = [[self._pages * sequences - 1 - sequences * n - b for n in range(self._pages)] for b in few]
         return {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from math import sqrt
 
 from moec.ir import Function, Module, Op
 from moec.ir.issue import is_view
@@ -18,6 +20,10 @@ from moec.targets.cost import Cost, op_time
 
 _SHARES = (1.0, 0.75, 0.5)
 """Parts of the SMs that an exchange was measured with, which it may get by with; with fewer it takes longer."""
+
+
+PROMPT_TILE = 128
+"""Tokens that parts of a prompt are multiples of, the last one aside: rows of a tile of the products."""
 
 
 @dataclass(frozen=True)
@@ -114,17 +120,22 @@ class Work:
         return replace(self, steps=tuple(steps))
 
 
-def work_of(module: Module, phase: str, ctx: Context, parts: int, balance: float = 0.0) -> Work | None:
+def work_of(
+    module: Module, phase: str, ctx: Context, parts: int, balance: float = 0.0, prompt_parts: Sequence[int] = ()
+) -> Work | None:
     """The work of a phase at the compiled limits, or None where no layout is known.
 
-    balance: mean over maximum of the rows that devices receive; 0 for what the planner expects.
+    balance: mean over maximum of the rows that devices receive; 0 for what the planner expects. prompt_parts: tokens of
+    each part where prompts are split rather than batches.
     """
     if ctx.layout is None:
         return None
     named = str(module.attrs.get("recipe", ""))
     recipe = RECIPES[named] if named in RECIPES else candidates("auto", ctx.target)[0]
     setting = Setting(ctx.layout, recipe, ctx.target, balance or None)
-    return Work(setting, split_step(whole_step(phase, ctx), parts), rank=mesh_of(module).ranks > 1)
+    whole = whole_step(phase, ctx)
+    steps = split_prompt(whole, prompt_parts) if prompt_parts else split_step(whole, parts)
+    return Work(setting, steps, rank=mesh_of(module).ranks > 1)
 
 
 def whole_step(phase: str, ctx: Context) -> Step:
@@ -136,11 +147,44 @@ def whole_step(phase: str, ctx: Context) -> Step:
     return Step(phase, max(1, limits.chunk // prompt), prompt, prompt)
 
 
+def prompt_parts(entry: Function) -> tuple[int, ...]:
+    """Tokens of each part of an entry whose prompts were split, else ()."""
+    found = entry.attrs.get("prompt_parts", ())
+    return tuple(int(str(tokens)) for tokens in found) if isinstance(found, tuple) else ()
+
+
 def split_step(step: Step, parts: int) -> tuple[Part, ...]:
     """The step in parts of as equal numbers of sequences as there can be; the larger ones first."""
     few, more = divmod(step.sequences, parts)
     sizes = [few + (k < more) for k in range(parts)]
     return tuple(Part(step.phase, size, step.new, step.context, k) for k, size in enumerate(sizes) if size)
+
+
+def split_prompt(step: Step, tokens: Sequence[int]) -> tuple[Part, ...]:
+    """The step in parts of every prompt: each attends to its own new tokens and to all before them."""
+    ends = accumulate(tokens, initial=step.context - step.new)
+    next(ends)
+    parts = zip(tokens, ends, strict=True)
+    return tuple(Part(step.phase, step.sequences, new, end, k) for k, (new, end) in enumerate(parts))
+
+
+def prompt_cuts(step: Step, parts: int, linear_us: float, attention_us: float) -> tuple[int, ...]:
+    """Tokens of each part of a prompt so that all take as long; () when it is too short to be split.
+
+    Time up to a share x of the new tokens is linear * x, and attention's grows with the context before: of a causal
+    prompt without a prefix as x * x.
+    """
+    if step.new < parts * PROMPT_TILE:
+        return ()
+    before = (step.context - step.new) / step.new
+    bend, slope = attention_us / (1 + 2 * before), linear_us + attention_us * 2 * before / (1 + 2 * before)
+    cuts = [0]
+    for k in range(1, parts):
+        load = (linear_us + attention_us) * k / parts
+        share = load / slope if bend <= 0 else (sqrt(slope * slope + 4 * bend * load) - slope) / (2 * bend)
+        cuts.append(max(cuts[-1] + 1, min(round(share * step.new / PROMPT_TILE), step.new // PROMPT_TILE - parts + k)))
+    ends = [PROMPT_TILE * cut for cut in cuts] + [step.new]
+    return tuple(b - a for a, b in pairwise(ends))
 
 
 def op_costs(function: Function, work: Work) -> Costs:

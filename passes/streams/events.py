@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from moec.ir import Function, Module, Op
-from moec.ir.issue import EVENTS, Issued, Storage, Tracer, is_cache, is_view
+from moec.ir.issue import EVENTS, Issued, Storage, Tracer, cache_part, is_cache, is_view
 from moec.ir.module import Attribute
 
 
@@ -44,7 +44,7 @@ def _missing(module: Module, entry: Function) -> dict[Issued, list[Issued]]:
                     latest[writer.stream] = writer
         if issued.op.name == "cache.append":
             for storage in filter(is_cache, issued.reads):
-                appended[storage, issued.op.attrs.get("micro_batch")] = issued
+                appended[storage, cache_part(issued.function, issued.op)] = issued
     return {user: list(latest.values()) for user, latest in found.values()}
 
 
@@ -52,7 +52,7 @@ def _writers(issued: Issued, appended: Mapping[tuple[Storage, object], Issued]) 
     for storage in issued.reads:
         if storage.writer is not None:
             yield storage.writer
-        last = appended.get((storage, issued.op.attrs.get("micro_batch")))
+        last = appended.get((storage, cache_part(issued.function, issued.op)))
         if last is not None:
             yield last
 

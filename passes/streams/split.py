@@ -14,29 +14,34 @@ SHARED = ("N", "C")
 """Symbols that all micro-batches share: pages of a sequence, greatest context."""
 
 
-def split_entry(module: Module, entry: Function, count: int) -> None:
+def split_entry(module: Module, entry: Function, count: int, prompt_parts: tuple[int, ...] = ()) -> None:
     """Split the entry and the layer functions that it calls into `count` micro-batches, in place.
 
     An argument `%x: bf16[T, 8]` becomes `%x_0: bf16[T0, 8]`, `%x_1: bf16[T1, 8]`, ...; caches and what has no
     symbolic dim stay one. Every op of part k carries `micro_batch = k`. How a batch is divided is the caller's
-    choice: parts may differ in tokens and sequences. Results come as one a part.
+    choice: parts may differ in tokens and sequences. Results come as one a part. With `prompt_parts`, tokens of each
+    part for the longest prompt, the parts are those of every sequence's new tokens, in this order: a later one reads
+    what an earlier one leaves in the cache.
     """
+    marks: dict[str, Attribute] = {"micro_batches": count}
+    if prompt_parts:
+        marks["prompt_parts"] = prompt_parts
     done: dict[str, None] = {}
     for op in entry.ops:
         name = str(op.attrs.get("func"))
         if op.name in CALLS and name not in done:
             done[name] = None
-            module.functions[name] = _split(module, module.functions[name], count)
-    module.functions[entry.name] = _split(module, entry, count)
+            module.functions[name] = _split(module, module.functions[name], count, marks)
+    module.functions[entry.name] = _split(module, entry, count, marks)
     # A caller must stand below what it calls.
     module.functions[entry.name] = module.functions.pop(entry.name)
 
 
-def _split(module: Module, function: Function, count: int) -> Function:
+def _split(module: Module, function: Function, count: int, marks: dict[str, Attribute]) -> Function:
     kept = {s for a in function.args if isinstance(a.type, CacheType) for s in a.type.symbols()} | set(SHARED)
     values = [*function.args, *(r for op in function.ops for r in op.results)]
     own = {s for v in values for s in v.type.symbols()} - kept
-    out = Function(function.name, [], attrs={**function.attrs, "micro_batches": count})
+    out = Function(function.name, [], attrs={**function.attrs, **marks})
     env: list[dict[Value, Value]] = [{} for _ in range(count)]
     for arg in function.args:
         parts = _parts(arg.type, count, kept)

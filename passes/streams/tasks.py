@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moec.ir import CacheType, Function, Op, Value
+from moec.ir.issue import cache_part
 from moec.passes.scheduling import Mode, Task, TaskGraph
 from moec.passes.streams.costs import Costs, OpTime
 
@@ -61,7 +62,7 @@ def layer_tasks(function: Function, costs: Costs, pieces: int = 4, cyclic: bool 
 
 
 def _dependencies(function: Function) -> dict[Op, list[Op]]:
-    """What each op waits for: who makes its operands, and within a micro-batch the cache's last writer."""
+    """What each op waits for: who makes its operands, and within a micro-batch or prompt the cache's last writer."""
     made = function.producer()
     written: dict[tuple[Value, object], Op] = {}
     found: dict[Op, list[Op]] = {}
@@ -69,7 +70,7 @@ def _dependencies(function: Function) -> dict[Op, list[Op]]:
         sources = dict.fromkeys(made[v] for v in op.values() if v in made)
         for value in op.values():
             if isinstance(value.type, CacheType):
-                key = value, op.attrs.get("micro_batch")
+                key = value, cache_part(function, op)
                 if key in written:
                     sources[written[key]] = None
                 if op.name == "cache.append":

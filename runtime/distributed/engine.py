@@ -61,7 +61,7 @@ class DistributedEngine(Engine):
     def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
         """As `Engine.decode`; waits while other ranks have prompts to feed."""
         self._meet(DECODE)
-        if self.overlapped is not None and len(sequences) > 1:
+        if self.overlapped is not None:
             return self.overlapped.decode(sequences, list(tokens))
         return super().decode(sequences, tokens)
 
@@ -74,11 +74,12 @@ class DistributedEngine(Engine):
         if self.world.mesh.dp == 1:
             return  # every rank has the same sequences
         while (agreed := self._agree(wanted)) != wanted:
+            if agreed == DECODE and self.overlapped is not None:
+                self.overlapped.decode([], [])
+                continue
             call = self._prefill if agreed == PREFILL else self._decode
-            arrays, args = call.bind(tokens=0, rows=0, sequences=1)
-            arrays["pages"][:] = 0
-            arrays["starts"][:] = 0
-            call.function(*args)
+            assert isinstance(call, SteppedCall)
+            call.function(*call.idle()[1])
 
     def _agree(self, wanted: int) -> int:
         with self.monitor.communication("the agreement on the next step", layer=None):
@@ -154,6 +155,13 @@ class SteppedCall(Call):
             function = self._engine.library.function(segment.symbol)
             binding.segments[segment] = (function, [tensors[n] for n in segment.args])
         return binding
+
+    def idle(self) -> tuple[dict[str, NDArray[Any]], list[Any]]:
+        """As `bind`, for a rank that takes part with no token."""
+        arrays, args = self.bind(tokens=0, rows=0, sequences=1)
+        arrays["pages"][:] = 0
+        arrays["starts"][:] = 0
+        return arrays, args
 
     def begin(self, binding: Binding) -> tuple[Step, ...]:
         """Announce a call; returns its steps."""

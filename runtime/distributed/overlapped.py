@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moec.runtime.cache import Sequence
 from moec.runtime.engine import Logits
@@ -34,6 +33,23 @@ class Ran:
     end: float
 
 
+def shares(lengths: List[int], parts: int) -> list[list[int]]:
+    """Sequences of each micro-batch: as many in each, to within one, and about as many cached tokens.
+
+    `lengths` are the positions that each sequence attends to. The longest goes where the load is least among the parts
+    that may take one more; a part lists its sequences in the order given.
+    """
+    found: list[list[int]] = [[] for _ in range(parts)]
+    load = [0] * parts
+    few, more = divmod(len(lengths), parts)
+    room = [few + (k < more) for k in range(parts)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        k = min((k for k in range(parts) if len(found[k]) < room[k]), key=lambda k: (load[k], k))
+        found[k].append(i)
+        load[k] += lengths[i]
+    return [sorted(mine) for mine in found]
+
+
 Exchange = tuple[str, int, Any]
 """Name, layer and the handle of an exchange that has been started."""
 
@@ -50,19 +66,22 @@ class Overlapped:
         self._calls = [engine.another(-(-engine.batch // parts)) for _ in range(parts)]
 
     def decode(self, sequences: List[Sequence], tokens: List[int]) -> Logits:
-        """As `Engine.decode`, the rows of all micro-batches in the order of `sequences`."""
-        parts = len(self._calls)
-        cuts = [len(sequences) * k // parts for k in range(parts + 1)]
+        """As `Engine.decode`; every rank takes part in every micro-batch, with no rows where it has too few."""
         turns: list[Iterator[Exchange]] = []
-        logits: list[NDArray[np.float32]] = []
-        for k, call in enumerate(self._calls):
-            mine = sequences[cuts[k] : cuts[k + 1]]
+        parts = shares([s.length + 1 for s in sequences], len(self._calls))
+        placed = []
+        for k, (call, mine) in enumerate(zip(self._calls, parts, strict=True)):
             if mine:
-                arrays, args = self.engine.place(call, mine, tokens[cuts[k] : cuts[k + 1]])
-                turns.append(self._turns(call, call.begin(args[0]), args[0], -1, k))
-                logits.append(arrays["logits"])
+                arrays, args = self.engine.place(call, [sequences[i] for i in mine], [tokens[i] for i in mine])
+            else:
+                arrays, args = call.idle()
+            placed.append((mine, arrays))
+            turns.append(self._turns(call, call.begin(args[0]), args[0], -1, k))
         self._take_turns(turns)
-        return np.concatenate(logits)
+        logits = np.empty((len(sequences), placed[0][1]["logits"].shape[1]), dtype=np.float32)
+        for mine, arrays in placed:
+            logits[mine] = arrays["logits"][: len(mine)]
+        return logits
 
     def _take_turns(self, turns: list[Iterator[Exchange]]) -> None:
         pending: list[Exchange | None] = [None] * len(turns)

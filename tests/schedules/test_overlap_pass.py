@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 import moec
-from moec.ir import parse_module
-from moec.ir.issue import Tracer, is_view
+from moec.ir import WeightRef, parse_module
+from moec.ir.issue import Issued, Tracer, is_view
 from moec.passes.planning import LayoutRequest
+from moec.passes.planning.rows import Step
 from moec.passes.scheduling.graph import TaskGraph
 from moec.passes.scheduling.order import shortest_interval
+from moec.passes.streams.costs import prompt_cuts
 
 Text = Callable[..., str]
 
@@ -36,6 +38,52 @@ def test_results_stay_the_same(ranks: int, count: str) -> None:
     )
     assert "event.wait" in str(plan.ir)
     assert int(str(plan.ir.functions["decode"].attrs.get("micro_batches", 1))) == int(count)
+
+
+def test_prompts_are_split_where_there_are_too_few() -> None:
+    """One prompt in two parts: the second attends to what the first left in the cache, in every evaluation."""
+    plan = moec.trace("tiny-deepseek-v3", {"num_hidden_layers": "5"}).optimize(
+        "h800",
+        phase="prefill",
+        batch=1,
+        context=512,
+        layout=LayoutRequest(ranks=2),
+        recipe="bf16",
+        passes=["split-microbatches{count=2}"],
+        verify="numerics",
+    )
+    entry = plan.ir.functions["prefill"]
+    parts = entry.attrs["prompt_parts"]
+    assert isinstance(parts, tuple) and sum(int(str(p)) for p in parts) == 512
+    assert "2 micro-batches of one prompt" in notes(plan, "split-microbatches")
+    assert "interval_us" in str(plan.ir)
+    order = list(Tracer(plan.ir).run(entry))
+    for layer in range(5):
+        mine = [i.op for i in order if i.layer is not None and _layer(i) == layer]
+        written = next(k for k, op in enumerate(mine) if op.name == "cache.append" and op.attrs["micro_batch"] == 0)
+        read = next(k for k, op in enumerate(mine) if op.name == "cache.read" and op.attrs["micro_batch"] == 1)
+        assert written < read
+
+
+def _layer(issued: Issued) -> int:
+    """The layer that an op of a pipelined function works on."""
+    used = [i for o in issued.op.operands for i in (o.indices if isinstance(o, WeightRef) else (o,))]
+    shifted = next((o for o in issued.function.ops if o.name == "index.affine" and o.results[0] in used), None)
+    assert issued.layer is not None
+    return issued.layer + (int(str(shifted.attrs["offset"])) if shifted is not None else 0)
+
+
+def test_cuts_balance_attention() -> None:
+    """The parts of a prompt take as long: with attention alone the first has a share of the square root of a half."""
+    step = Step("prefill", 1, 8192, 8192)
+    assert prompt_cuts(step, 2, 100.0, 0.0) == (4096, 4096)
+    first, second = prompt_cuts(step, 2, 0.0, 100.0)
+    assert first == pytest.approx(8192 * 2**-0.5, abs=64) and first + second == 8192
+    # Behind a long prefix all tokens attend to about as much.
+    first, second = prompt_cuts(Step("prefill", 1, 8192, 1 << 20), 2, 0.0, 100.0)
+    assert abs(first - second) <= 128
+    assert prompt_cuts(Step("prefill", 1, 200, 200), 2, 1.0, 1.0) == ()
+    assert sum(prompt_cuts(Step("prefill", 1, 300, 300), 2, 1.0, 1.0)) == 300
 
 
 def test_layers_follow_each_other_in_a_pipeline(schedule_text: Text) -> None:
@@ -82,6 +130,17 @@ def test_splitting_is_declined_where_it_loses() -> None:
     assert times["small"] < 0.9 < 1.2 < times["large"]
     assert "micro_batches" not in small.ir.functions["decode"].attrs
     assert large.ir.functions["decode"].attrs["micro_batches"] == 2
+
+
+def test_little_compute_declines() -> None:
+    """H20s have an eighth of the matrix rate of H800s: weights and products of two halves take longer than exchanges.
+
+    On 16 of them those who published a decode deployment hid exchanges within one batch instead (SGLang, 2025-09).
+    """
+    found = notes(compile_v3("h20", 64, 16), "split-microbatches")
+    times = re.search(r": 1 ([\d.]+) ms, 2 ([\d.]+) ms", found)
+    assert times is not None and float(times[1]) < float(times[2])
+    assert "stays whole: splitting loses" in found
 
 
 def test_one_device_has_nothing_to_hide() -> None:

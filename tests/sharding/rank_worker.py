@@ -47,11 +47,14 @@ def _decoded(engine: Any, parts: int, hide: bool) -> Any:
     """Logits of some decode steps over sequences of this rank, in micro-batches (0: as one batch)."""
     from moec.runtime.distributed.overlapped import Overlapped
 
-    draw = np.random.default_rng(int(os.environ["RANK"]))
-    sequences = [engine.pool.open() for _ in range(engine.batch)]
+    rank = int(os.environ["RANK"])
+    draw = np.random.default_rng(rank)
+    # Rank 0 has one sequence, so that some of its micro-batches have none; the others' differ in length.
+    sequences = [engine.pool.open() for _ in range(engine.batch if rank else 1)]
     engine.overlapped = None
-    for sequence in sequences:
-        engine.prefill(sequence, draw.integers(0, 50, 3))
+    for i in range(engine.batch):
+        if i < len(sequences):
+            engine.prefill(sequences[i], draw.integers(0, 50, 3 + i % 3))
     engine.overlapped = Overlapped(engine, parts, hide) if parts else None
     steps = [engine.decode(sequences, draw.integers(0, 50, len(sequences)).tolist()).copy() for _ in range(4)]
     engine.overlapped = None
