@@ -115,13 +115,23 @@ def _binary(kind: str, a: Size, b: Size) -> Size:
 def _floordiv(x: Any, y: Any) -> Any:
     if y == 0:
         raise DimError("division by zero in a dimension")
-    return _sympy().floor(x / y)
+    exact = _quotient(x, y)
+    return _sympy().floor(x / y) if exact is None else exact
 
 
 def _ceildiv(x: Any, y: Any) -> Any:
     if y == 0:
         raise DimError("division by zero in a dimension")
-    return _sympy().ceiling(x / y)
+    exact = _quotient(x, y)
+    return _sympy().ceiling(x / y) if exact is None else exact
+
+
+def _quotient(x: Any, y: Any) -> Any:
+    """x / y where every coefficient of x divides, else None: sympy would ask long whether the result is an integer."""
+    if not y.is_Integer:
+        return None
+    parts = x.as_coefficients_dict()
+    return _sympy().Add(*(t * (c / y) for t, c in parts.items())) if all(c % y == 0 for c in parts.values()) else None
 
 
 def _wrap(expr: Any) -> Size:

@@ -7,7 +7,6 @@ from pathlib import Path
 from moec.ir import Module
 from moec.ir.mesh import Mesh
 from moec.passes.base import PassError
-from moec.passes.placement.formats import read_placement
 from moec.passes.sharding.edit import PASS
 
 
@@ -16,6 +15,8 @@ def place_experts(module: Module, path: Path, experts: int, mesh: Mesh) -> int:
 
     Raises PassError when it is for another model or mesh, and what reading it raises.
     """
+    from moec.passes.placement.formats import read_placement
+
     if mesh.ep == 1:
         raise PassError(name=PASS, message=f"{path.name}: experts are on one rank each, nothing is placed; choose --ep")
     found = read_placement(path, devices=mesh.ep, experts=experts)
