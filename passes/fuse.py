@@ -8,8 +8,11 @@ from typing import ClassVar
 from moec.ir import Function, Module, Op, TensorType, Value, Weight, WeightRef
 from moec.ir.builder import weight_ref
 from moec.ir.optable import TypeRuleError
+from moec.ir.patterns import Pattern, matches
 from moec.ir.rewrite import fresh_names, join_weights, remove_dead, replace_values
 from moec.passes.base import Context, Edit, Outcome, Pass
+
+SUM_AND_NORM = Pattern("norm.rms", (Pattern("add", bind="sum"),))
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Fuse(Pass):
     def run(self, module: Module, ctx: Context) -> Outcome:
         out = Outcome()
         for function in module.functions.values():
-            norms = sum(_add_norm(module, function, op) for op in list(function.ops) if op.name == "norm.rms")
+            norms = _add_norms(module, function)
             joined = _join_linears(module, function, ctx, out)
             remove_dead(function)
             fresh_names(function)
@@ -41,18 +44,20 @@ class Fuse(Pass):
         return out
 
 
-def _add_norm(module: Module, function: Function, norm: Op) -> bool:
-    x = norm.operands[0]
-    made = function.producer().get(x) if isinstance(x, Value) else None
-    if made is None or made.name != "add":
-        return False
-    edit = Edit(module, function, Fuse.name)
-    total, normed = edit.insert(made, "norm.add_rms", *made.operands, norm.operands[1], attrs=norm.attrs)
-    function.ops.remove(made)
-    function.ops.remove(norm)
-    replace_values(function, {made.result: total, norm.result: normed})
-    fresh_names(function)
-    return True
+def _add_norms(module: Module, function: Function) -> int:
+    """Norms take the residual sum that they read; returns how many do."""
+    count = 0
+    for norm, bound in matches(function, SUM_AND_NORM):
+        added, edit = bound["sum"], Edit(module, function, Fuse.name)
+        if added not in function.ops:
+            continue
+        total, normed = edit.insert(added, "norm.add_rms", *added.operands, norm.operands[1], attrs=norm.attrs)
+        function.ops.remove(added)
+        function.ops.remove(norm)
+        replace_values(function, {added.result: total, norm.result: normed})
+        fresh_names(function)
+        count += 1
+    return count
 
 
 def _join_linears(module: Module, function: Function, ctx: Context, out: Outcome) -> int:

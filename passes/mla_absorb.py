@@ -8,12 +8,16 @@ from typing import ClassVar
 
 from moec.ir import Function, Module, Op, TensorType, Value, WeightRef
 from moec.ir.builder import weight_ref
+from moec.ir.patterns import Pattern, match
 from moec.ir.rewrite import clone_function, derive_weight, fresh_names, remove_dead
 from moec.passes.absorption import ABSORBED, PLAIN, Forms, attention_ops, folding
 from moec.passes.base import Context, Edit, Outcome, Pass, PassError
 
 FORMS = ("auto", ABSORBED, PLAIN)
 ATTENTION = ("attn.mla", "attn.mla_absorbed")
+OVER_LATENT = Pattern(
+    "attn.mla", (None, Pattern("linear", (Pattern("cache.read", bind="read"), WeightRef), bind="project"))
+)
 LONGEST = 1 << 17
 """Context up to which a crossover is looked for."""
 
@@ -119,27 +123,21 @@ def _layers(module: Module, function: Function) -> int:
 
 def over_cached_latent(function: Function, op: Op) -> bool:
     """Whether an `attn.mla` reads keys and values that one unpacked weight projects from the cache."""
-    producer = function.producer()
-    kv = op.operands[1]
-    project = producer.get(kv) if isinstance(kv, Value) else None
-    if project is None or project.name != "linear" or len(project.operands) != 2:
+    found = match(function, op, OVER_LATENT)
+    if found is None or len(found["project"].operands) != 2:
         return False
-    latent, up = project.operands
-    read = producer.get(latent) if isinstance(latent, Value) else None
-    plain = isinstance(up, WeightRef) and isinstance(up.type, TensorType) and not up.type.layout
-    return plain and read is not None and read.name == "cache.read"
+    up = found["project"].operands[1].type
+    return isinstance(up, TensorType) and not up.layout
 
 
 def absorb(module: Module, function: Function, op: Op) -> None:
     """Replace one `attn.mla` over an up-projected cached latent by the absorbed form."""
-    producer = function.producer()
-    q, kv, _, seq, pos, _, *chosen = op.operands
-    assert isinstance(q, Value) and isinstance(kv, Value)
-    project = producer[kv]
-    latent, up = project.operands[:2]
-    assert isinstance(latent, Value) and isinstance(up, WeightRef)
-    read = producer[latent]
-    cache, layer, pages, _ = read.operands
+    found = match(function, op, OVER_LATENT)
+    assert found is not None
+    q, _, _, seq, pos, _, *chosen = op.operands
+    up = found["project"].operands[1]
+    assert isinstance(q, Value) and isinstance(up, WeightRef)
+    cache, layer, pages, _ = found["read"].operands
     nope, v = int(op.attrs["nope"]), int(op.attrs["v"])  # type: ignore[arg-type]
     assert isinstance(q.type, TensorType)
     heads, width = int(q.type.shape[1]), int(q.type.shape[2])  # type: ignore[arg-type]

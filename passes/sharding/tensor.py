@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from moec.ir import Function, Module, Op, TensorType, Value, Weight
 from moec.ir.mesh import Mesh
 from moec.ir.module import Attribute
+from moec.ir.patterns import Pattern, match, matches
 from moec.ir.rewrite import append_to_program
 from moec.passes.base import Outcome, PassError
 from moec.passes.planning.layout import check_blocks, padded_width
 from moec.passes.planning.sharding import ATTENTION, roles
 from moec.passes.sharding.edit import PASS, behind, cut_weight, insert, use_instead, weight_at
+
+FEED_FORWARD = Pattern("linear", (Pattern("swiglu", (Pattern("linear", bind="up"),), alone=True),))
+TWO_SUMS = Pattern(
+    "add", (Pattern("comm.all_reduce", bind="a", alone=True), Pattern("comm.all_reduce", bind="b", alone=True))
+)
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,8 @@ def cut_layers(module: Module, function: Function, mesh: Mesh, widths: Widths, o
 
 def _feed_forwards(function: Function, found: dict[int, str]) -> None:
     """Roles of shared experts, as those of dense feed-forwards."""
-    made, users = function.producer(), function.uses()
-    for op in function.ops:
-        up = made.get(op.operands[0]) if op.name == "swiglu" and isinstance(op.operands[0], Value) else None
-        down = [u for u in users.get(op.result, []) if u.name == "linear"] if op.name == "swiglu" else []
-        if up is not None and up.name == "linear" and len(down) == 1:
-            found[id(up)], found[id(down[0])] = "column", "row"
+    for down, bound in matches(function, FEED_FORWARD):
+        found[id(bound["up"])], found[id(down)] = "column", "row"
 
 
 def _column(module: Module, function: Function, op: Op, mesh: Mesh, widths: Widths, out: Outcome) -> bool:
@@ -176,11 +178,9 @@ def _region(function: Function, x: Value) -> list[Op]:
 def _join_sums(module: Module, function: Function, mesh: Mesh) -> None:
     """`all_reduce(a) + all_reduce(b)` becomes `all_reduce(a + b)`: one message instead of two."""
     for op in [o for o in function.ops if o.name == "add"]:
-        made, users = function.producer(), function.uses()
-        sums = [made.get(o) if isinstance(o, Value) else None for o in op.operands]
-        if all(s is not None and s.name == "comm.all_reduce" and len(users[s.result]) == 1 for s in sums):
-            op.operands = [s.operands[0] for s in sums if s is not None]
-            function.ops = [o for o in function.ops if o not in sums]
+        if sums := match(function, op, TWO_SUMS):
+            op.operands = [sums[side].operands[0] for side in ("a", "b")]
+            function.ops = [o for o in function.ops if o not in sums.values()]
             behind(module, function, op.result, "comm.all_reduce", {"axis": "tp", "ranks": mesh.tp})
 
 
