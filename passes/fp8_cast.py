@@ -92,6 +92,18 @@ class Fp8Cast(Pass):
         out.notes.append(_summary(recipe, kinds, activations, casts))
         return out
 
+    def ensures(self, module: Module) -> str:
+        """Every weight has the element type that the recipe gives it: rounding alone would not show a wrong one."""
+        name = str(module.attrs["recipe"])
+        recipe = recipes.load(self.recipe if self.recipe.endswith((".yaml", ".yml")) else name)
+        for weight, kind in weight_kinds(module):
+            rule, has = recipe.rule(kind, weight), module.weights[weight].type
+            assert isinstance(has, TensorType)
+            wanted = {rule.weight.dtype, *(("f32",) if kind in EXACT else ())} if rule else {recipes.KEPT}
+            if recipes.KEPT not in wanted and has.dtype not in wanted:
+                return f"@{weight} is {has}, recipe {recipe.name} wants {' or '.join(sorted(wanted))} for {kind}"
+        return ""
+
     def _recipe(self, module: Module, ctx: Context, out: Outcome) -> Recipe:
         """The recipe as the target can run it; what differs from the one asked for is noted."""
         if self.scale not in ("auto", *SCALE_BITS):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
-from moec.ir import Module
+from moec.ir import Module, TensorType
 from moec.ir.mesh import mesh_of
 from moec.passes.base import Context, Outcome, Pass, PassError
 from moec.passes.sharding.placed import routed_layers
@@ -35,6 +35,19 @@ class PlaceExperts(Pass):
     def requires(self, module: Module) -> str:
         """Placed experts decide what a rank holds: they come first."""
         return "the module is sharded already" if mesh_of(module).ranks > 1 else ""
+
+    def ensures(self, module: Module) -> str:
+        """Every expert of a layer stands in a slot, and the shares of its copies make up the whole."""
+        rows: Any = module.attrs.get("placement", ())
+        shares: Any = module.attrs.get("replica_shares")
+        router = next((op for _, op in module.ops() if op.name == "moe.route"), None)
+        if not rows or router is None:
+            return ""
+        assert isinstance(router.operands[1].type, TensorType)
+        experts = int(str(router.operands[1].type.shape[0]))
+        if uneven := next((i for i, row in enumerate(rows) if len(row) != len(rows[0])), None):
+            return f"layer {uneven} of the placement has {len(rows[uneven])} slots, layer 0 {len(rows[0])}"
+        return next((broken for i, row in enumerate(rows) if (broken := _broken(i, row, shares, experts))), "")
 
     def run(self, module: Module, ctx: Context) -> Outcome:
         from moec.passes.placement import Problem, formats, place
@@ -79,3 +92,15 @@ class PlaceExperts(Pass):
         if (found.over_mean > 1.1).any():
             out.notes.append("more slots a device would balance better: place-experts{slots=N}")
         return out
+
+
+def _broken(layer: int, row: Any, shares: Any, experts: int) -> str:
+    """What is wrong with the slots of a layer; empty when nothing is."""
+    missing = set(range(experts)) - set(row)
+    if missing:
+        return f"layer {layer} of the placement has no slot for expert {min(missing)}"
+    for expert in range(experts if shares else 0):
+        total = sum(share for share, placed in zip(shares[layer], row, strict=True) if placed == expert)
+        if abs(total - 1) > 1e-6:
+            return f"layer {layer} of the placement: the shares of expert {expert} sum to {total:g}"
+    return ""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from moec.errors import InputError
-from moec.ir import Module, Op, print_function, print_module
+from moec.ir import Function, Module, Op, TensorType, print_function, print_module, print_op
 from moec.ir.evaluate import EvaluationError, Evaluator, WeightPrograms
 from moec.ir.issue import entries
 from moec.ir.mesh import Mesh, mesh_of
@@ -166,8 +167,37 @@ class _Routed(Evaluator):
     def __init__(
         self, module: Module, weights: WeightPrograms, run: Run, like: Run | None, peers: Peers | None
     ) -> None:
-        super().__init__(module, weights, torch.float64, rounding=False, trace=run.note, peers=peers)
+        super().__init__(module, weights, torch.float64, rounding=False, trace=self._note, peers=peers)
         self._into, self._like = run, like
+        self._sizes: dict[str, int] = {}
+        """Values of the symbols in the running call of a function."""
+
+    def call(self, function: Function, args: Sequence[Any]) -> list[Any]:
+        """As the evaluator's; raises EvaluationError where a value has another shape than its type says."""
+        outside, self._sizes = self._sizes, {}
+        try:
+            return super().call(function, args)
+        finally:
+            self._sizes = outside
+
+    def _note(self, function: Function, op: Op, results: list[Any]) -> None:
+        for value, made in zip(op.results, results, strict=True):
+            if isinstance(value.type, TensorType) and not self._fits(value.type, made.shape):
+                sizes = ", ".join(f"{name} = {size}" for name, size in self._sizes.items())
+                reason = f"%{value.name} has the shape {list(made.shape)} where {sizes}"
+                raise EvaluationError(function=function.name, op=print_op(op), reason=reason)
+        self._into.note(function, op, results)
+
+    def _fits(self, type: TensorType, shape: Sequence[int]) -> bool:
+        """Whether dims are what the type says; a symbol stands for the first size that it is seen with."""
+        if len(type.shape) != len(shape):
+            return False
+        for d, size in zip(type.shape, shape, strict=True):
+            # Expressions over symbols follow from these.
+            known = d if isinstance(d, int) else self._sizes.setdefault(str(d), size)
+            if known != size:
+                return False
+        return True
 
     def _run(self, op: Op, inputs: list[Any]) -> list[Any]:
         results = super()._run(op, inputs)

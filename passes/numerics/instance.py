@@ -13,13 +13,16 @@ from moec.ir.numeric import TORCH
 
 PAGE = 4
 """Tokens of a cache page."""
-CHUNKS = ((5, 3), (2, 4), (1, 1), (2, 2))
-"""Tokens of each of two sequences in each call: a prompt, a further chunk, one token each, several tokens each."""
+CHUNKS = ((3, 1, 2, 2), (1, 3, 1, 2), (1, 1, 1, 1), (2, 1, 2, 1))
+"""Tokens of each of four sequences in each call: a prompt, a further chunk, one token each, several tokens each.
+
+Two replicas with two micro-batches each have a sequence for every part; pages are crossed by all.
+"""
 
 
 def chunks(context: int) -> Iterator[tuple[int, ...]]:
     """Those of `CHUNKS` that fit into `context` tokens."""
-    used = [0, 0]
+    used = [0] * len(CHUNKS[0])
     for tokens in CHUNKS:
         used = [u + t for u, t in zip(used, tokens, strict=True)]
         if max(used) > context:
@@ -62,7 +65,7 @@ class Inputs:
         self._places: list[int] = []
         """Of every row of the parts in turn, its place in the whole chunk."""
         self.caches: dict[str, torch.Tensor] = {}
-        self.used = (0, 0)
+        self.used: tuple[int, ...] = (0,) * len(CHUNKS[0])
         self._random = torch.Generator().manual_seed(0)
         self._vocabulary = min(
             (int(str(op.operands[1].type.shape[0])) for op in function.ops if op.name == "embed"
@@ -110,7 +113,7 @@ class Inputs:
             suffix = f"_{k}" if self.parts > 1 else ""
             known |= {name + suffix: value for name, value in described.items()}
             counts |= {f"{symbol}{k}": len(described["ids"]) for symbol in "TRSB"}
-        self.used = (self.used[0] + tokens[0], self.used[1] + tokens[1])
+        self.used = tuple(u + t for u, t in zip(self.used, tokens, strict=True))
         return [self._argument(arg.name, arg.type, known, len(self.taken), counts) for arg in self.function.args]
 
     def _describe(self, few: list[int], cut: list[tuple[int, int]]) -> dict[str, torch.Tensor]:

@@ -7,97 +7,43 @@ from typing import Any
 
 import pytest
 import torch
+from wrong_passes import (
+    Mutation,
+    Mutations,
+    Patch,
+    after,
+    bypass,
+    during,
+    first,
+    program,
+    register,
+    rule,
+    set_attr,
+    swap,
+)
 
 import moec
-from moec.ir import OPS, Module, Op, Value, WeightRef, rewrite
-from moec.ir.module import Function
+from moec.ir import OPS, Module, WeightRef, rewrite
 from moec.ir.numeric import Quantised
 from moec.ir.ops.norms import rms
-from moec.ir.rewrite import replace_values, retype
-from moec.passes import fuse, mla_absorb
-from moec.passes.base import Context, Outcome, Pass
+from moec.ir.rewrite import append_to_program, replace_values, retype
+from moec.ir.types import Quant
+from moec.passes import fp8_cast, fuse, mla_absorb
 from moec.passes.bind_limits import BindLimits
 from moec.passes.canonicalise import Canonicalise
 from moec.passes.fp8_cast import Fp8Cast
 from moec.passes.fuse import Fuse
 from moec.passes.manager import PassFailure
 from moec.passes.mla_absorb import MlaAbsorb
+from moec.passes.recipe import Element
 from moec.passes.select_kernels import SelectKernels
 
-Patch = pytest.MonkeyPatch
 SMALL = {"num_hidden_layers": "3", "hidden_size": "128", "intermediate_size": "128", "vocab_size": "96"}
-Mutation = Callable[[Patch], None]
-MUTATIONS: dict[str, tuple[str, Mutation]] = {}
+MUTATIONS: Mutations = {}
 
 
 def mutation(pass_name: str) -> Callable[[Mutation], Mutation]:
-    def add(function: Mutation) -> Mutation:
-        MUTATIONS[function.__name__] = (pass_name, function)
-        return function
-
-    return add
-
-
-def after(patch: Patch, pass_: type[Pass], change: Callable[[Module], None]) -> None:
-    """The pass, followed by a wrong change to its module."""
-    run = pass_.run
-
-    def wrong(self: Pass, module: Module, ctx: Context) -> Outcome:
-        out = run(self, module, ctx)
-        change(module)
-        return out
-
-    patch.setattr(pass_, "run", wrong)
-
-
-def first(module: Module, name: str, where: str = "") -> tuple[Function, Op]:
-    return next((f, o) for f, o in module.ops() if o.name == name and where in f.name)
-
-
-def set_attr(patch: Patch, pass_: type[Pass], op: str, key: str, value: Callable[[Any], Any], where: str = "") -> None:
-    def change(module: Module) -> None:
-        target = first(module, op, where)[1]
-        target.attrs[key] = value(target.attrs[key])
-
-    after(patch, pass_, change)
-
-
-def bypass(patch: Patch, pass_: type[Pass], op: str, where: str = "", keep: int = 0) -> None:
-    """Users of an op's first result take one of its operands instead."""
-
-    def change(module: Module) -> None:
-        function, target = first(module, op, where)
-        kept = target.operands[keep]
-        assert isinstance(kept, Value)
-        replace_values(function, {target.results[0]: kept})
-        function.ops.remove(target)
-
-    after(patch, pass_, change)
-
-
-def swap(patch: Patch, pass_: type[Pass], op: str, i: int, j: int, where: str = "") -> None:
-    def change(module: Module) -> None:
-        operands = first(module, op, where)[1].operands
-        operands[i], operands[j] = operands[j], operands[i]
-
-    after(patch, pass_, change)
-
-
-def program(patch: Patch, pass_: type[Pass], weight: str, op: str, change: Callable[[Op], None]) -> None:
-    """A wrong change to one op of a weight program."""
-
-    def mutate(module: Module) -> None:
-        found = next(
-            w for n, w in module.weights.items() if n.endswith(weight) and any(o.name == op for o in w.program.ops)
-        )
-        change(next(o for o in found.program.ops if o.name == op))
-        retype(module)
-
-    after(patch, pass_, mutate)
-
-
-def rule(patch: Patch, op: str, evaluate: Callable[[Sequence[Any], dict[str, Any], Any], list[Any]]) -> None:
-    patch.setattr(OPS[op], "evaluate", evaluate)
+    return register(MUTATIONS, pass_name)
 
 
 @mutation("mla-absorb")
@@ -318,6 +264,50 @@ def scale_rounded_after_quantising(patch: Patch) -> None:
     rule(patch, "weight.quantise", wrong)
 
 
+def stored(patch: Patch, weight: str, dtype: str, granularity: str, scale: str) -> None:
+    """The first weight of a name ends up in another format, and its program says so."""
+
+    def change(module: Module) -> None:
+        found = next(w for n, w in module.weights.items() if n.endswith(weight))
+        append_to_program(found, "weight.quantise", dtype=dtype, granularity=granularity, scale=scale)
+        retype(module)
+
+    after(patch, Fp8Cast, change)
+
+
+@mutation("fp8-cast")
+def gate_stored_in_fp4(patch: Patch) -> None:
+    stored(patch, "mlp.gate", "fp4_e2m1", "1x32", "ue8m0")
+
+
+@mutation("fp8-cast")
+def gate_stored_in_fp8(patch: Patch) -> None:
+    stored(patch, "mlp.gate", "fp8_e4m3", "128x128", "f32")
+
+
+@mutation("fp8-cast")
+def embedding_stored_in_fp4(patch: Patch) -> None:
+    stored(patch, "embed", "fp4_e2m1", "1x32", "ue8m0")
+
+
+@mutation("fp8-cast")
+def experts_left_as_they_were(patch: Patch) -> None:
+    """Nothing moves: what was promised did not happen."""
+    cast = fp8_cast.cast
+    patch.setattr(
+        fp8_cast, "cast", lambda w, to, keep=False: "" if w.name.endswith("experts_down") else cast(w, to, keep)
+    )
+
+
+@mutation("fp8-cast")
+def experts_in_fp4_of_another_recipe(patch: Patch) -> None:
+    cast = fp8_cast.cast
+    fp4 = Element("fp4_e2m1", Quant("ue8m0", (1, 32)))
+    patch.setattr(
+        fp8_cast, "cast", lambda w, to, keep=False: cast(w, fp4 if w.name.endswith("experts_down") else to, keep)
+    )
+
+
 @mutation("fp8-cast")
 def norm_weights_left_out(patch: Patch) -> None:
     def change(module: Module) -> None:
@@ -339,13 +329,7 @@ def scale_of_one_expert_doubled(patch: Patch) -> None:
         down[5] *= 2
         return evaluate(OPS["moe.experts"], [*x[:3], down], a, ctx)
 
-    run = Fp8Cast.run
-
-    def then(self: Fp8Cast, module: Module, ctx: Context) -> Outcome:
-        rule(patch, "moe.experts", wrong)
-        return run(self, module, ctx)
-
-    patch.setattr(Fp8Cast, "run", then)
+    during(patch, Fp8Cast, lambda: rule(patch, "moe.experts", wrong))
 
 
 @mutation("fp8-cast")
@@ -357,13 +341,7 @@ def last_token_of_a_chunk_quantised_to_nothing(patch: Patch) -> None:
         y[-1] = 0
         return [y]
 
-    run = Fp8Cast.run
-
-    def then(self: Fp8Cast, module: Module, ctx: Context) -> Outcome:
-        rule(patch, "embed", wrong)
-        return run(self, module, ctx)
-
-    patch.setattr(Fp8Cast, "run", then)
+    during(patch, Fp8Cast, lambda: rule(patch, "embed", wrong))
 
 
 @mutation("fp8-cast")
