@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moec.errors import MoecError
-from moec.ir import Module, Op, TensorType, Value, WeightRef
+from moec.ir import CacheType, Function, Module, Op, TensorType, Value, WeightRef
+from moec.ir.issue import CALLS, EVENTS, entries
+from moec.ir.mesh import mesh_of
 from moec.passes.base import Context
-from moec.passes.planning.layout import Layout, expert_count
+from moec.passes.laid_out import layout_of
 from moec.passes.planning.precision import Recipe
-from moec.passes.planning.rows import Rows, Step
+from moec.passes.planning.rank_rows import rank_layout, rank_rows
+from moec.passes.planning.rows import Rows
 from moec.passes.planning.sharding import roles
-from moec.passes.planning.timing import Setting, functions_of
+from moec.passes.planning.timing import Setting
+from moec.passes.streams.costs import Work, split_step, whole_step
 from moec.targets.cost import Cost, op_time
 
 LOW = ("fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "i8")
 
-EXCHANGES = {"comm.dispatch": "moe.dispatch", "comm.combine": "moe.combine"}
-"""Ops between ranks that cost what the planner's exchange over the layout's ranks costs."""
-
 
 @dataclass(frozen=True)
 class OpTime:
-    """One op of a phase: its function, how many layers run it in a step, and the cost of one run on one device.
+    """One op of a phase: its function, how often a step runs it, and the cost of one run on one device.
 
     `cost` is None where the model has no answer; `why` then says so.
     """
@@ -31,94 +33,117 @@ class OpTime:
     phase: str
     function: str
     op: Op
-    layers: int
+    runs: int
     cost: Cost | None
     why: str = ""
 
     @property
     def step_us(self) -> float:
         """Microseconds of all its runs in a step."""
-        return self.cost.time_us * self.layers if self.cost else 0.0
+        return self.cost.time_us * self.runs if self.cost else 0.0
+
+    def __str__(self) -> str:
+        """`12.3 us x 58, memory`: one run, the runs of a step, what bounds it."""
+        if self.cost is None:
+            return f"unknown time ({self.why})"
+        bound = self.cost.bound if self.cost.time_us else "view"
+        return f"{self.cost.time_us:.1f} us{f' x {self.runs}' if self.runs > 1 else ''}, {bound}"
 
     @property
     def low(self) -> bool:
         """Whether it computes on, or makes, numbers of 8 bits or fewer."""
-        types = [o.type for o in self.op.operands] + [r.type for r in self.op.results]
-        return any(isinstance(t, TensorType) and t.dtype in LOW for t in types)
+        return any(_low(t) for t in [o.type for o in self.op.operands] + [r.type for r in self.op.results])
 
 
 def op_times(module: Module, ctx: Context) -> list[OpTime]:
-    """Every op that a step of each phase runs, in order: decode of `limits.batch` sequences, prefill of a chunk."""
-    return [t for phase in ("prefill", "decode") if phase in module.functions for t in _phase(module, ctx, phase)]
+    """Every op that a step of each phase runs, in order: decode of `limits.batch` sequences, prefill of a chunk.
+
+    Of a model in pipeline stages the ops of all stages, one stage after the other.
+    """
+    return [t for entry in entries(module) if entry.attrs.get("phase") for t in _entry(module, ctx, entry)]
 
 
-def _phase(module: Module, ctx: Context, phase: str) -> Iterator[OpTime]:
-    limits, experts = ctx.limits, expert_count(module)
-    layout = ctx.layout or Layout(1, 1, 1, experts, experts)
-    decode = phase == "decode"
-    step = _Step(
-        phase, limits.batch if decode else 1, 1 if decode else min(limits.chunk, limits.context), limits.context
-    )
-    for function, layers in functions_of(module, phase):
-        route = next((op for op in function.ops if op.name == "moe.route"), None)
-        top_k = int(str(route.attrs["top_k"])) if route else 1
-        groups = int(str(route.attrs["top_groups"])) if route and route.attrs["groups"] != 1 else None
-        balance = Setting(layout, _recipe(None), ctx.target).balance_of(step, top_k)
-        rows = Rows(step, layout, _recipe(None), ctx.target, balance, top_k, groups)
-        # Frozen like its base: the tokens that arrive follow from the rows.
-        object.__setattr__(step, "delivered", rows.expert_rows)
-        kinds = roles(function)
+def step_us(module: Module, times: Sequence[OpTime], phase: str) -> tuple[float, float]:
+    """Microseconds of a step of a phase: as scheduled, and with its ops one after the other.
+
+    Layers with a schedule follow each other by its interval; where a pipeline of layers fills and drains, and in all
+    other functions, ops are counted one after the other.
+    """
+    serial: dict[str, float] = {}
+    hidden = 0.0
+    for t in times:
+        if t.phase == phase:
+            serial[t.function] = serial.get(t.function, 0.0) + t.step_us
+    runs = {t.function: t.runs for t in times}
+    for name, us in serial.items():
+        interval = module.functions[name].attrs.get("interval_us")
+        if isinstance(interval, float):
+            hidden += us - interval * runs[name]
+    total = sum(serial.values())
+    return total - hidden, total
+
+
+def _entry(module: Module, ctx: Context, entry: Function) -> Iterator[OpTime]:
+    phase = str(entry.attrs["phase"])
+    parts = split_step(whole_step(phase, ctx), int(str(entry.attrs.get("micro_batches", 1))))
+    setting = Setting(ctx.layout or layout_of(module), _recipe(None), ctx.target)
+    work = Work(setting, parts, rank=mesh_of(module).ranks > 1)
+    runs = Counter({entry.name: 1})
+    for op in entry.ops:
+        if op.name in CALLS:
+            runs[str(op.attrs["func"])] += int(str(op.attrs.get("last", 0))) - int(str(op.attrs.get("first", 0))) + 1
+    # Values that a pipeline of layers carries have symbols of the function that made them.
+    more: dict[int, dict[str, int]] = {step.index: {} for step in parts}
+    for sized in (work.sized(module.functions[name]) for name in runs):
+        for step in sized.steps:
+            more[step.index] |= dict(step.more)
+    work = replace(work, steps=tuple(replace(step, more=tuple(more[step.index].items())) for step in parts))
+    for name, count in runs.items():
+        function = module.functions[name]
+        costs = _costs(function, work)
+        yield from (OpTime(phase, name, op, count, *costs[op]) for op in function.ops if op in costs)
+
+
+def _costs(function: Function, work: Work) -> dict[Op, tuple[Cost | None, str]]:
+    """The cost of each op but calls and events, or why there is none."""
+    found: dict[Op, tuple[Cost | None, str]] = {}
+    route = next((op for op in function.ops if op.name == "moe.route"), None)
+    top_k = int(str(route.attrs["top_k"])) if route else 1
+    groups = int(str(route.attrs["top_groups"])) if route and route.attrs["groups"] != 1 else None
+    kinds, setting = roles(function), work.setting
+    layout = rank_layout(setting.layout) if work.rank else setting.layout
+    for step in work.steps:
+        rows = Rows(step, layout, setting.recipe, setting.target, setting.balance_of(step, top_k), top_k, groups)
         for op in function.ops:
-            if op.name == "repeat":
+            if op.name in (*CALLS, *EVENTS) or int(str(op.attrs.get("micro_batch", 0))) != step.index:
                 continue
             rows.recipe = _recipe(op)
             # What a quant.cast made is paid for there.
             rows.quantised |= {o for o in op.operands if isinstance(o, Value) and _low(o.type)}
             try:
-                found = rows.of(_as_planned(op), kinds[id(op)])
-                cost = sum((op_time(row, ctx.target) for row in found), start=Cost(0.0))
-                yield OpTime(phase, function.name, op, layers, cost)
+                made = rank_rows(rows, op, kinds[id(op)]) if work.rank else rows.of(op, kinds[id(op)])
+                found[op] = sum((op_time(row, setting.target) for row in made), start=Cost(0.0)), ""
             except (MoecError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
-                yield OpTime(phase, function.name, op, layers, None, str(error) or type(error).__name__)
-
-
-class _Symbols(dict[str, int]):
-    """Values of symbols; any other, the tokens that an exchange delivers, counts as those of the busiest device."""
-
-    delivered = 0
-
-    def __missing__(self, name: str) -> int:
-        return self.delivered
-
-
-class _Step(Step):
-    """A step whose symbols include what exchanges deliver."""
-
-    delivered = 0
-
-    @property
-    def symbols(self) -> dict[str, int]:
-        """Values of the IR's symbols."""
-        found = _Symbols(super().symbols)
-        found.delivered = self.delivered
-        return found
-
-
-def _as_planned(op: Op) -> Op:
-    """An exchange between ranks as the planner knows it: from activations on."""
-    if op.name not in EXCHANGES:
-        return op
-    operands = [o for o in op.operands if isinstance(o.type, TensorType)]
-    return replace(op, name=EXCHANGES[op.name], operands=operands)
+                found[op] = None, str(error) or type(error).__name__
+    return found
 
 
 def _low(t: object) -> bool:
-    return isinstance(t, TensorType) and t.dtype in LOW
+    return isinstance(t, TensorType | CacheType) and t.dtype in LOW
 
 
 def _recipe(op: Op | None) -> Recipe:
-    """The planner's recipe that stands for an op's own types; an FP32 matrix is taken as BF16."""
-    types = [(isinstance(o, WeightRef), o.type) for o in op.operands] if op else []
-    matrix = "fp8_block" if any(weight and _low(t) for weight, t in types) else "bf16"
-    wire = "fp8" if any(not weight and _low(t) for weight, t in types) else "bf16"
-    return Recipe("as stated", matrix, matrix, wire)
+    """The planner's recipe that stands for an op's own types."""
+    weights = (
+        [o.type.dtype for o in op.operands if isinstance(o, WeightRef) and isinstance(o.type, TensorType)] if op else []
+    )
+    inputs = [o.type for o in op.operands if isinstance(o, Value) and isinstance(o.type, TensorType)] if op else []
+    low = any(map(_low, inputs))
+    matrix = "bf16"
+    if any(w == "fp4_e2m1" for w in weights):
+        matrix = "mxfp4_weight"
+    elif any(w in LOW for w in weights):
+        matrix = "fp8_block" if low else "fp8_weight"
+    elif weights and all(w == "f32" for w in weights) and all(t.dtype == "f32" for t in inputs if t.dtype[0] != "i"):
+        matrix = "f32"
+    return Recipe("as stated", matrix, matrix, "fp8" if low else "bf16")

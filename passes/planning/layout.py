@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moec.ir import Module, TensorType
+from moec.ir.issue import entries
 from moec.passes.planning.balance import placement_limit
 from moec.passes.planning.errors import CutBlock, WrongLayout, WrongRedundancy
 from moec.passes.planning.precision import BLOCK, Recipe
@@ -79,7 +80,7 @@ def resolve(
     ranks = asked.ranks or (
         tp * pp * asked.dp if asked.dp else max(target.cluster.ranks, tp * pp, (asked.ep or 1) * pp)
     )
-    if pp > (layers := layer_count(module)):
+    if pp > max(1, layers := layer_count(module)):
         raise WrongLayout(message=f"PP {pp}, but the model has {layers} layers")
     if ranks % pp:
         raise WrongLayout(message=f"{ranks} ranks do not divide by PP {pp}; try PP {_divisor(ranks, pp)}")
@@ -106,7 +107,7 @@ def resolve(
 
 def layer_count(module: Module) -> int:
     """Layers that the phases repeat."""
-    repeats = (op for op in module.functions["decode"].ops if op.name == "repeat")
+    repeats = (op for op in (o for entry in entries(module)[:1] for o in entry.ops) if op.name == "repeat")
     counts = [int(op.attrs["last"]) - int(op.attrs["first"]) + 1 for op in repeats]  # type: ignore[arg-type]
     return sum(counts)
 

@@ -154,7 +154,8 @@ def _attention(rows: Rows, op: Op, role: Role) -> list[Row]:
         return [{"op": "mla_prefill", "new_tokens": step.new, **row}]
     row |= {"kv_rank": width, "rope": rows.shape(op, 1)[2]}
     if step.phase == "decode":
-        return [{"op": "mla_decode", "queries": step.new, **row}]
+        quantised = any(isinstance(o.type, CacheType) and o.type.quant for o in op.operands)
+        return [{"op": "mla_decode", "queries": step.new, "kv_dtype": "fp8" if quantised else "bf16", **row}]
     return [{"op": "mla_prefill", "new_tokens": step.new, "form": "absorbed", **row}]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from moec.ir import Module, TensorType
 from moec.ir.cost import amount
 from moec.ir.stats import weight_bytes
-from moec.passes.op_times import LOW, OpTime
+from moec.passes.op_times import LOW, OpTime, step_us
 from moec.passes.report.tables import microseconds, row
 
 MOST = 7
@@ -22,16 +22,18 @@ BITS = {"fp8_e4m3": 4, "fp8_e5m2": 3, "fp4_e2m1": 2, "i8": 7}
 
 @dataclass(frozen=True)
 class State:
-    """A module between two passes, in numbers: bytes of weights by type, predicted times of its ops."""
+    """A module between two passes, in numbers: bytes of weights by type, predicted times of its ops and steps."""
 
     low_bytes: dict[str, int]
     other_bytes: int
-    low_weights: int
-    weights: int
+    low_weights: list[str]
+    other_weights: list[str]
     casts: int
     low_ops: int
     ops: int
     times: list[OpTime]
+    steps: dict[str, tuple[float, float]]
+    """Microseconds of a step of each phase: as scheduled, and its ops one after the other."""
 
     @property
     def weight_bytes(self) -> int:
@@ -39,34 +41,36 @@ class State:
         return sum(self.low_bytes.values()) + self.other_bytes
 
     def step_us(self, phase: str) -> float:
-        """Microseconds of a step of a phase, its ops one after the other."""
-        return sum(t.step_us for t in self.times if t.phase == phase)
+        """Microseconds of a step of a phase, with the schedule where there is one."""
+        return self.steps.get(phase, (0.0, 0.0))[0]
 
     @property
     def phases(self) -> list[str]:
         """Phases that the module has."""
-        return list(dict.fromkeys(t.phase for t in self.times))
+        return list(self.steps)
 
 
 def state_of(module: Module, times: list[OpTime]) -> State:
     """Count a module."""
     low: Counter[str] = Counter()
-    other = low_weights = 0
+    other = 0
+    low_weights, other_weights = [], []
     for weight in module.weights.values():
         assert isinstance(weight.type, TensorType)
         if weight.type.dtype in LOW:
             low[weight.type.dtype] += weight_bytes(weight)
-            low_weights += 1
+            low_weights.append(weight.name)
         else:
+            other_weights.append(weight.name)
             other += weight_bytes(weight)
     casts = sum(op.name == "quant.cast" for _, op in module.ops())
     low_ops = sum(
         any(isinstance(t, TensorType) and t.dtype in LOW for t in (o.type for o in op.operands))
         for _, op in module.ops()
     )
-    return State(
-        dict(low), other, low_weights, len(module.weights), casts, low_ops, sum(1 for _ in module.ops()), times
-    )
+    steps = {phase: step_us(module, times, phase) for phase in dict.fromkeys(t.phase for t in times)}
+    ops = sum(1 for _ in module.ops())
+    return State(dict(low), other, low_weights, other_weights, casts, low_ops, ops, times, steps)
 
 
 def answers(states: Sequence[tuple[str, State]], moved: Sequence[float | None], where: str) -> str:
@@ -94,7 +98,8 @@ def _introduction(number: int, name: str, before: State, now: State, moved: floa
     kinds = [k for k in now.low_bytes if k not in before.low_bytes] or list(now.low_bytes)
     formats = " and ".join(NAMES[k] for k in kinds)
     link = f'<a href="#pass{number}">pass {number}, {html.escape(name)}</a>'
-    stored = f"{now.low_weights} of {now.weights} weights are stored in it"
+    weights = len(now.low_weights) + len(now.other_weights)
+    stored = f"{len(now.low_weights)} of {weights} weights are stored in it"
     bits = min((BITS[k] for k in kinds), default=0)
     if moved is not None:
         changed = f"results moved by {moved:.2g} (relative, measured in float64 on a small instance)"
@@ -122,11 +127,18 @@ def _introduction(number: int, name: str, before: State, now: State, moved: floa
             share = f"{casts / total:.1%} of the step" if total else ""
             rows.append(row(f"… of it quantising activations, {html.escape(p)}", "–", microseconds(casts), share))
     rows.append(row("accuracy", "–", changed, ""))
+    low, other = (f"<code>{html.escape(_short(names))}</code>" for names in (now.low_weights, now.other_weights))
     return (
         f"<h3>{formats} came in with {link}: {stored}, {now.low_ops} ops read it, {now.casts} casts were added.</h3>"
         f'<table class="narrow"><tr><th>what it costs and saves</th><th>before</th><th>after</th><th>change</th></tr>'
         f"{''.join(rows)}</table>"
+        f"<p class='lead'>Stored in {formats}: {low}.<br>Kept in 16 bits or more: {other}.</p>"
     )
+
+
+def _short(weights: Sequence[str]) -> str:
+    """Names of weights without the stack of layers that they belong to, each once."""
+    return ", ".join(dict.fromkeys(name.split(".", 1)[-1] for name in weights))
 
 
 def _ratio(before: State, now: State) -> str:
@@ -139,7 +151,7 @@ def _change(before: float, now: float) -> str:
 
 def _slowest(state: State, phase: str, where: str) -> str:
     """The ops that take the most of a step, equal ops of a function together."""
-    total = state.step_us(phase)
+    scheduled, total = state.steps[phase]
     if not total:
         return ""
     sums: Counter[tuple[str, str, str]] = Counter()
@@ -159,10 +171,17 @@ def _slowest(state: State, phase: str, where: str) -> str:
             )
         )
     unknown = sum(t.cost is None for t in state.times if t.phase == phase)
+    if scheduled < total:
+        how = (
+            f"with exchanges hidden as the schedule says; one op after the other it would be {microseconds(total)}, "
+            "which the shares are of"
+        )
+    else:
+        how = "op after op"
     note = f" {unknown} ops have no prediction and count as nothing." if unknown else ""
     return (
-        f"<h3>One step of {html.escape(phase)} takes {microseconds(total)} on one device of {html.escape(where)}, "
-        f"most of it here.</h3><p class='lead'>Predicted by the cost model, op after op without overlap.{note}</p>"
-        f'<table class="narrow"><tr><th>op</th><th>in</th><th>time, all layers</th><th class="share">share</th></tr>'
+        f"<h3>One step of {html.escape(phase)} takes {microseconds(scheduled)} on one device of {html.escape(where)}, "
+        f"most of it here.</h3><p class='lead'>Predicted by the cost model, {how}.{note}</p>"
+        f'<table class="narrow"><tr><th>op</th><th>in</th><th>time, all runs</th><th class="share">share</th></tr>'
         f"{''.join(rows)}</table>"
     )

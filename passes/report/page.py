@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from moec.ir import Module, print_function
 from moec.ir.cost import amount, phase_sizes
 from moec.ir.diff import diff
+from moec.ir.mesh import mesh_of
 from moec.ir.module import Function, Op
 from moec.ir.printer import print_op
 from moec.ir.stats import bytes_by_storage, weight_bytes
@@ -89,12 +90,13 @@ class Report:
     def _facts(self, module: Module) -> str:
         total = sum(weight_bytes(w) for w in module.weights.values())
         ops = sum(1 for _ in module.ops())
-        sizes = self._context.limits
+        sizes, ranks = self._context.limits, mesh_of(module).ranks
+        on = f" on each of {ranks} devices" if ranks > 1 else ""
         facts = [
             f"Compiled for {self._context.target.name}, batch {sizes.batch}, context {sizes.context}, "
             f"prefill chunks of {sizes.chunk} tokens.",
             f"{len(module.functions)} functions with {ops} ops (a layer function stands for all its layers), "
-            f"{len(module.weights)} weights of {amount(total, 'B')}.",
+            f"{len(module.weights)} weights of {amount(total, 'B')}{on}.",
         ]
         shown = ", ".join(f"{k} = {v}" for k, v in module.attrs.items() if k != "target")
         return html.escape(" ".join(facts) + (f" Module attributes: {shown}." if shown else ""))
@@ -187,7 +189,7 @@ def _pass(number: int, step: _Step) -> str:
 def _graph(function: Function, times: dict[Op, OpTime]) -> str:
     """A picture of the function; those of layers stand open."""
     known = {op: times[op].cost.time_us for op in function.ops if op in times and times[op].cost}  # type: ignore[union-attr]
-    layers = max((times[op].layers for op in known), default=1)
+    layers = max((times[op].runs for op in known), default=1)
     total = sum(known.values())
     runs = f"a layer, {layers} layers" if layers > 1 else "a run"
     facts = f"{len(function.ops)} ops, {microseconds(total)} {runs}" if known else ""

@@ -43,7 +43,7 @@ def op_row(function: Function, op: Op, sizes: dict[str, int], time: OpTime | Non
     cost = op_cost(op, sizes)
     predicted = bound = ""
     if time is not None and time.cost is not None:
-        predicted = f"{time.cost.time_us:.1f} × {time.layers}"
+        predicted = f"{time.cost.time_us:.1f} × {time.runs}"
         bound = time.cost.bound if time.cost.time_us else "view"
     elif time is not None:
         predicted = "unknown"

@@ -27,7 +27,7 @@ class Operands:
     """Bytes per element of the activations, the weights and the result, and the type of the matrix units."""
 
     activation: int
-    weight: int
+    weight: float
     result: int
     rate_type: str
     scaled: bool
@@ -35,10 +35,17 @@ class Operands:
 
 
 def operands(target: Target, dtype: str) -> Operands:
-    """How `dtype` (bf16, fp8, fp8_block) runs on the target: without FP8 units its weights are widened."""
+    """How `dtype` runs on the target: FP8 without units for it is widened, as fp8_weight and mxfp4_weight always are.
+
+    An MXFP4 block of 32 elements has 16 bytes and one of scale.
+    """
     if dtype == "bf16":
         return Operands(2, 2, 2, "bf16", False)
-    if target.device.fp8.matrix:
+    if dtype == "f32":
+        return Operands(4, 4, 4, "fp32", False)
+    if dtype == "mxfp4_weight":
+        return Operands(2, 17 / 32, 2, "bf16", False)
+    if dtype != "fp8_weight" and target.device.fp8.matrix:
         return Operands(1, 1, 2, "fp8", dtype == "fp8_block")
     return Operands(2, 1, 2, "bf16", False)
 
@@ -78,7 +85,7 @@ def _scaled(target: Target, rows: Sequence[int], n: int, k: int, types: Operands
     if len(rows) > 1:
         waves = ceildiv(sum(ceildiv(r, height) for r in rows) * ceildiv(n, width), device.cores)
     rate = device.matrix_rate(types.rate_type) / device.cores * numbers["compute"]
-    depth = _STEP_BYTES // types.weight
+    depth = int(_STEP_BYTES // types.weight)
     step = numbers["step"] + 2 * height * width * depth / rate
     if height == 4 * least and width >= _WIDE and waves == 1:
         step *= numbers.get("wide", 1.0)

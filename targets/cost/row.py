@@ -49,7 +49,9 @@ def _choice(doc: str, choices: tuple[str, ...], default: str | None = None) -> K
     return Key(doc, default, required=default is None, choices=choices)
 
 
-_DTYPE = _choice("element type of weights and activations", ("bf16", "fp8", "fp8_block"))
+_DTYPE = _choice(
+    "element type of weights and activations", ("bf16", "fp8", "fp8_block", "fp8_weight", "mxfp4_weight", "f32")
+)
 _WIRE = ("bf16", "fp8", "fp8_block")
 _LAYOUT = ("contiguous", "masked")
 _FORMS = ("absorbed", "plain")

@@ -16,7 +16,7 @@ import moec
 from moec.ir import Module
 from moec.passes.base import Context, Outcome
 from moec.passes.canonicalise import Canonicalise
-from moec.passes.op_times import op_times
+from moec.passes.op_times import op_times, step_us
 
 VOID = {"meta", "input", "link", "br", "img"}
 SMALL = {"num_hidden_layers": "3", "hidden_size": "128", "intermediate_size": "128", "vocab_size": "96"}
@@ -101,8 +101,11 @@ def test_it_answers_where_low_precision_came_in_and_what_it_costs(decode: tuple[
     assert f"FP8 (E4M3) came in with pass {number}, fp8-cast" in " ".join(answers.split())
     assert "quantising activations, decode" in answers
     assert "an element is rounded by at most 6.25%" in answers
-    total = sum(t.step_us for t in op_times(plan.ir, plan.context))
-    assert f"One step of decode takes {total / 1e3:.2f} ms" in answers
+    scheduled, total = step_us(plan.ir, op_times(plan.ir, plan.context), "decode")
+    assert scheduled < 0.8 * total
+    assert f"One step of decode takes {scheduled / 1e3:.2f} ms" in answers
+    assert f"one op after the other it would be {total / 1e3:.2f} ms" in answers
+    assert "Kept in 16 bits or more: embed, rope_table" in " ".join(answers.split())
     assert "no prediction" not in answers
 
 

@@ -12,7 +12,7 @@ import typer
 from moec.errors import InputError, MoecError
 
 if TYPE_CHECKING:
-    from moec.ir import Function, Module
+    from moec.ir import Function, Module, Op
 
 ir = typer.Typer(no_args_is_help=True, help="Show, check, compare and rewrite IR text.")
 
@@ -84,14 +84,20 @@ def show(
     layer: Annotated[int | None, typer.Option(min=0, help="Only functions that this layer runs.")] = None,
     locations: Annotated[bool, typer.Option("--locations", help="Show where each op comes from.")] = False,
     cost: Annotated[bool, typer.Option("--cost", help="Show operations and bytes of each op.")] = False,
-    batch: Batch = 1,
-    context: ContextLength = 4096,
-    chunk: Chunk = 256,
+    target: Annotated[
+        str | None, typer.Option(help="With --cost: predicted time and bound of each op on one device of this target.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="With --cost: sequences in a batch [1].")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="With --cost: tokens of context [4096].")] = None,
+    chunk: Annotated[int | None, typer.Option(min=1, help="With --cost: tokens of a prefill chunk [256].")] = None,
 ) -> None:
     """Print a module, or the functions and ops that pass all filters."""
+    from moec.cli.options import UsageError
     from moec.ir import print_function, print_module, print_op
-    from moec.ir.cost import op_cost, phase_sizes
 
+    if not cost and (idle := {"target": target, "batch": batch, "context": context, "chunk": chunk}):
+        for option in (k for k, v in idle.items() if v is not None):
+            raise UsageError(message=f"--{option} says what --cost counts for: pass both")
     module = read_module(file)
     if function is None and op is None and layer is None and not cost:
         sys.stdout.write(print_module(module, locations=locations))
@@ -101,19 +107,37 @@ def show(
         print("\n".join(print_function(f, locations=locations) for f in functions))
         return
     shown = 0
+    told = _costs(module, target, batch or 1, context or 4096, chunk or 256) if cost else {}
     for f in functions:
         ops = [o for o in f.ops if op is None or o.name == op or o.name.startswith(f"{op}.")]
         shown += len(ops)
         if ops:
             print(f"@{f.name}")
-        sizes = phase_sizes(str(f.attrs.get("phase", "")), batch, context, chunk)
         for o in ops:
-            print(f"  {print_op(o, locations=locations)}{f'  // {op_cost(o, sizes)}' if cost else ''}")
+            print(f"  {print_op(o, locations=locations)}{f'  // {told[o]}' if cost else ''}")
     if not shown and op is not None:
         from moec.errors import near
 
         known = sorted({o.name for f in functions for o in f.ops})
         raise NothingShown(what="op", name=op, hint=near(op, known))
+
+
+def _costs(module: Module, target: str | None, batch: int, context: int, chunk: int) -> dict[Op, str]:
+    """What each op counts, and takes on a target."""
+    from moec import targets
+    from moec.ir.cost import op_cost, phase_sizes
+    from moec.passes.base import Limits
+    from moec.passes.laid_out import context_of
+    from moec.passes.op_times import op_times
+
+    told: dict[Op, str] = {}
+    for f, op in module.ops():
+        told[op] = str(op_cost(op, phase_sizes(str(f.attrs.get("phase", "")), batch, context, chunk)))
+    if target is None:
+        return told
+    for time in op_times(module, context_of(module, targets.load(target), Limits(batch, context, chunk))):
+        told[time.op] = f"{time}; {told[time.op]}"
+    return told
 
 
 def _chosen(module: Module, function: str | None, layer: int | None) -> list[Function]:
@@ -253,21 +277,42 @@ def opt(
     batch: Batch = 1,
     context: ContextLength = 4096,
     chunk: Chunk = 256,
+    ranks: Annotated[int | None, typer.Option(help="Devices [the mesh's, else the target's].")] = None,
+    tp: Annotated[int, typer.Option(help="Devices of an attention replica.")] = 1,
+    dp: Annotated[int | None, typer.Option(help="Attention replicas [ranks / TP].")] = None,
+    ep: Annotated[int | None, typer.Option(help="Devices that share the routed experts [all].")] = None,
+    redundant: Annotated[int | None, typer.Option(help="Expert slots beyond one for each [the fewest].")] = None,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
 ) -> None:
     """Run passes on IR text and print the result; without passes, print it again."""
     from moec import targets
-    from moec.cli.options import check_verify
+    from moec.cli.options import UsageError, check_verify
     from moec.ir import print_module
-    from moec.passes.base import Context, Limits
+    from moec.ir.mesh import mesh_of
+    from moec.passes.base import Limits
+    from moec.passes.laid_out import context_of
     from moec.passes.manager import Manager
+    from moec.passes.planning.layout import LayoutRequest
     from moec.passes.registry import parse_pass
 
     check_verify(verify)
     module = read_module(file)
     steps = [parse_pass(p) for p in passes or []]
+    asked = LayoutRequest(ranks, tp, dp, ep, redundant, pp)
+    if asked != LayoutRequest() and mesh_of(module).ranks > 1:
+        raise UsageError(
+            message=f"{file} is sharded already: its mesh says how it lies, leave --ranks and the like away"
+        )
+    if not steps and (verify != "structure" or strict):
+        raise UsageError(message="--verify and --strict are for passes: name one with --pass")
+    if not steps and dump_ir is None:
+        sys.stdout.write(print_module(module))
+        return
     name = target or str(module.attrs.get("target", "cpu"))
-    manager = Manager(Context(targets.load(name), Limits(batch, context, chunk)), verify, strict, dump_ir)
-    manager.run(module, steps)
+    manager = Manager(
+        context_of(module, targets.load(name), Limits(batch, context, chunk), asked), verify, strict, dump_ir
+    )
+    manager.run(module, steps, [step.name for step in steps])
     for record in manager.records:
         for line in [*record.notes, *(f"warning: {w}" for w in record.warnings)]:
             print(f"moec: {record.name}: {line}", file=sys.stderr)
