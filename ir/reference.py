@@ -33,7 +33,7 @@ module @name {{version = {VERSION}, key = value}} {{
 - One line is one op: results, name, operands, `{{attributes}}`, `:` result types, and where it comes from: the model's
   file and line, then the passes that made it. The types must be those that the op's rule gives.
 - `@w[%l]` uses a weight at a layer; index ranges left open become leading dims.
-- Values are defined once, before their use. A function calls functions above it only, through `repeat`.
+- Values are defined once, before their use. A function calls functions above it only, through `repeat` and `call`.
 - Attributes are integers, floats (`0.5`, `1e-06`), `true`, `false`, names, quoted strings, and lists of these. A string
   with anything but letters, digits, `_`, `-` and `.` is quoted.
 - `//` begins a comment that ends with the line.

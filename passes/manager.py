@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -31,7 +31,7 @@ class PassFailure(MoecError):
 class StrictError(InputError):
     """A warning under --strict."""
 
-    template: ClassVar[str] = "pass {name}: {message} (--strict)"
+    template: ClassVar[str] = "{where}: {message} (--strict)"
 
 
 @dataclass
@@ -68,8 +68,11 @@ class Manager:
     _numerics: Numerics | None = field(default=None, init=False)
     _report: Report | None = field(default=None, init=False)
 
-    def run(self, module: Module, pipeline: Sequence[Pass]) -> Module:
-        """Run all passes; raises PassError, PassFailure, StrictError or, for verify numerics, TooLarge."""
+    def run(self, module: Module, pipeline: Sequence[Pass], asked: Collection[str] = ()) -> Module:
+        """Run all passes; raises PassError, PassFailure, StrictError or, for verify numerics, TooLarge.
+
+        A pass named in `asked`, by a user, that matches nothing is a warning.
+        """
         if self.verify == "numerics":
             from moec.passes.numerics import Numerics
 
@@ -78,7 +81,21 @@ class Manager:
         self._write("00_import.ir", module)
         for number, step in enumerate(pipeline, start=1):
             self._step(module, step, number)
+        for name in dict.fromkeys(asked):
+            self._without_effect([r for r in self.records if r.name == name])
         return module
+
+    def _without_effect(self, records: Sequence[Record]) -> None:
+        if not records or any(r.matched or r.warnings for r in records):
+            return
+        last = records[-1]
+        last.warnings.append(f"was asked for and matches nothing: {'; '.join(last.notes) or 'no place fits it'}")
+        last.notes = []
+        if self.dump is not None:
+            (self.dump / "index.md").write_text(self.index())
+            self._write_report()
+        if self.strict:
+            raise StrictError(where=f"pass {last.name}", message=last.warnings[0])
 
     def _step(self, module: Module, step: Pass, number: int) -> None:
         reason = step.requires(module)
@@ -111,7 +128,7 @@ class Manager:
         if record.moved is not None:
             self._write_report()
         if self.strict and outcome.warnings:
-            raise StrictError(name=step.name, message=outcome.warnings[0])
+            raise StrictError(where=f"pass {step.name}", message=outcome.warnings[0])
 
     def _check(self, module: Module, step: Pass) -> None:
         try:

@@ -56,7 +56,7 @@ class OpTime:
 
 
 def op_times(module: Module, ctx: Context) -> list[OpTime]:
-    """Every op that a step of each phase runs, in order: decode of `limits.batch` sequences, prefill of a chunk.
+    """Every op that a step of each entry runs, in order: decode of `limits.batch` sequences, prefill of a chunk.
 
     Of a model in pipeline stages the ops of all stages, one stage after the other.
     """
@@ -84,7 +84,7 @@ def step_us(module: Module, times: Sequence[OpTime], phase: str) -> tuple[float,
 
 
 def _entry(module: Module, ctx: Context, entry: Function) -> Iterator[OpTime]:
-    phase = str(entry.attrs["phase"])
+    phase, label = str(entry.attrs["phase"]), entry.name.partition(".")[0]
     parts = split_step(whole_step(phase, ctx), int(str(entry.attrs.get("micro_batches", 1))))
     setting = Setting(ctx.layout or layout_of(module), _recipe(None), ctx.target)
     work = Work(setting, parts, rank=mesh_of(module).ranks > 1)
@@ -101,7 +101,7 @@ def _entry(module: Module, ctx: Context, entry: Function) -> Iterator[OpTime]:
     for name, count in runs.items():
         function = module.functions[name]
         costs = _costs(function, work)
-        yield from (OpTime(phase, name, op, count, *costs[op]) for op in function.ops if op in costs)
+        yield from (OpTime(label, name, op, count, *costs[op]) for op in function.ops if op in costs)
 
 
 def _costs(function: Function, work: Work) -> dict[Op, tuple[Cost | None, str]]:

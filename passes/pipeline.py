@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moec.passes.base import Pass
 from moec.passes.fp8_cast import Fp8Cast
-from moec.passes.registry import parse_pass
+from moec.passes.registry import PassSpecError, parse_pass, parse_spec
 
 if TYPE_CHECKING:
     from moec.targets import Target
@@ -49,17 +49,24 @@ PIPELINES = {"cpu": CPU, "cuda": GPU, "rocm": GPU}
 def pipeline(target: Target, recipe: str = "auto", given: Sequence[str] = (), ranks: int = 1) -> list[Pass]:
     """The passes for a target; the model is sharded when it lies on several ranks.
 
-    `given` specs replace the pass of the same name, or are added before kernel selection. Raises PassSpecError.
+    `given` specs set options of the passes of the same name, which keep their others, or are added before kernel
+    selection. Raises PassSpecError, for a pass or a recipe that is given twice too.
     """
     steps = [parse_pass(spec) for spec in PIPELINES[target.kind] if ranks > 1 or spec != "shard"]
     steps = [replace(step, recipe=recipe) if isinstance(step, Fp8Cast) else step for step in steps]
+    asked: dict[str, str] = {}
     for spec in given:
-        new = parse_pass(spec)
-        same = [i for i, s in enumerate(steps) if s.name == new.name]
+        kind, options = parse_spec(spec)
+        same = [i for i, s in enumerate(steps) if s.name == kind.name]
+        if same and kind.name in asked:
+            raise PassSpecError(spec=spec, message=f"the pass is given already, as {asked[kind.name]}")
+        asked[kind.name] = spec
+        if kind is Fp8Cast and recipe != "auto" and options.get("recipe", recipe) != recipe:
+            raise PassSpecError(spec=spec, message=f"--recipe {recipe} names another recipe: leave one of them away")
         if same:
-            steps[same[0]] = new
+            steps[same[0]] = replace(steps[same[0]], **options)
         else:
-            before = BEFORE.get(new.name, "select-kernels")
+            before = BEFORE.get(kind.name, "select-kernels")
             names = [s.name for s in steps]
-            steps.insert(names.index(before if before in names else "select-kernels"), new)
+            steps.insert(names.index(before if before in names else "select-kernels"), kind(**options))
     return steps

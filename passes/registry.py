@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from moec.errors import InputError, near
 from moec.passes.base import Pass
@@ -26,7 +26,6 @@ BUILT_IN: tuple[type[Pass], ...] = (
     PlaceExperts,
     Shard,
     MlaAbsorb,
-    PlaceExperts,
     Fp8Cast,
     Fuse,
     SelectKernels,
@@ -50,6 +49,12 @@ def passes() -> dict[str, type[Pass]]:
 
 def parse_pass(spec: str) -> Pass:
     """A pass from `name` or `name{key=value,...}`; raises PassSpecError naming the part that is wrong."""
+    kind, given = parse_spec(spec)
+    return kind(**given)
+
+
+def parse_spec(spec: str) -> tuple[type[Pass], dict[str, Any]]:
+    """The pass that a spec names and the options that it gives; raises PassSpecError."""
     match = re.fullmatch(r"\s*([\w\-]+)\s*(?:\{(.*)\})?\s*", spec)
     if match is None:
         raise PassSpecError(spec=spec, message="want name or name{option=value,...}")
@@ -58,14 +63,16 @@ def parse_pass(spec: str) -> Pass:
     if name not in known:
         raise PassSpecError(spec=spec, message=f"no such pass{near(name, list(known))}")
     types = {f.name: f.type for f in fields(known[name])}
-    given: dict[str, object] = {}
+    given: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in (options or "").split(","))):
         key, equals, text = (s.strip() for s in part.partition("="))
         if not equals or key not in types:
             hint = near(key, list(types)) if types else " (it has no options)"
             raise PassSpecError(spec=spec, message=f"no option {key!r}{hint}")
+        if key in given:
+            raise PassSpecError(spec=spec, message=f"option {key} is given twice")
         given[key] = _value(spec, key, str(types[key]), text)
-    return known[name](**given)
+    return known[name], given
 
 
 def _value(spec: str, key: str, kind: str, text: str) -> object:

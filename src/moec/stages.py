@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moec.ir import Module
     from moec.passes.base import Context
     from moec.passes.manager import Record
-    from moec.passes.planning import Layout, LayoutRequest
+    from moec.passes.planning import LayoutRequest
     from moec.targets import Target
 
 
@@ -89,9 +89,12 @@ class Traced:
         """
         from moec import targets
         from moec.ir.rewrite import clone_module
-        from moec.passes.base import Context, Limits
-        from moec.passes.manager import Manager
+        from moec.passes.base import Limits
+        from moec.passes.laid_out import context_of, idle_requests
+        from moec.passes.manager import Manager, StrictError
         from moec.passes.pipeline import pipeline
+        from moec.passes.planning.layout import LayoutRequest
+        from moec.passes.registry import parse_spec
         from moec.passes.sharding.memory import check_memory
 
         found = targets.load(target) if isinstance(target, str) else target
@@ -99,19 +102,32 @@ class Traced:
         context = min(4096, self.source.config.max_position_embeddings) if context is None else context
         # A device with many cores prefills several prompts in a step.
         most = context if found.kind == "cpu" else context * (batch or few)
+        idle = (
+            [f"chunk {chunk} is more than a step has: {most} tokens taken"]
+            if chunk is not None and chunk > most
+            else []
+        )
         chunk = min(short if chunk is None else chunk, most)
         limits = Limits(few if batch is None else batch, context, chunk, self._drafts(drafts))
         module = clone_module(self.ir)
         if phase != "both":
             _keep_phase(module, phase)
-        where, sized = self._layout(found, layout, recipe)
-        module.attrs["target"] = sized.name
-        if limits.drafts and where.ranks > 1:
-            raise DraftsOfRanks(ranks=where.ranks)
-        manager = Manager(Context(sized, limits, where), verify, strict, Path(dump) if dump else None)
-        manager.run(module, pipeline(sized, recipe, passes, where.ranks))
+        asked = context_of(self.ir, found, limits, layout, recipe)
+        assert asked.layout is not None
+        if limits.drafts and asked.layout.ranks > 1:
+            raise DraftsOfRanks(ranks=asked.layout.ranks)
+        idle += idle_requests(layout or LayoutRequest(), asked.layout)
+        if strict and idle:
+            raise StrictError(where="layout", message=idle[0])
+        module.attrs["target"] = asked.target.name
+        manager = Manager(asked, verify, strict, Path(dump) if dump else None)
+        manager.run(
+            module,
+            pipeline(asked.target, recipe, passes, asked.layout.ranks),
+            [parse_spec(spec)[0].name for spec in passes],
+        )
         check_memory(module, manager.context)
-        return Plan(self.source, module, manager.context, manager.records, manager.dump)
+        return Plan(self.source, module, manager.context, manager.records, manager.dump, idle)
 
     def _drafts(self, asked: int | None) -> int:
         """Tokens that are drafted a step: 0 without a module for it."""
@@ -121,16 +137,6 @@ class Traced:
             expected = f"1 to {MOST_DRAFTS}" if has else "0: the model was traced without its module (mtp=True)"
             raise WrongDrafts(drafts=drafts, expected=expected)
         return drafts
-
-    def _layout(self, target: Target, asked: LayoutRequest | None, recipe: str) -> tuple[Layout, Target]:
-        """How the model lies on the target's devices, and the target at that size."""
-        from moec.passes.planning.layout import LayoutRequest, resolve
-        from moec.passes.planning.precision import RECIPES, candidates
-
-        # FP32 has no scale blocks that a cut could meet, as BF16.
-        name = "bf16" if recipe == "fp32" else recipe
-        stored = candidates(name if name in RECIPES else "auto", target)[0]
-        return resolve(self.ir, target, stored, asked or LayoutRequest())
 
 
 @dataclass(frozen=True)
@@ -143,11 +149,13 @@ class Plan:
     records: list[Record] = field(default_factory=list)
     dump: Path | None = None
     """Folder with the report of the passes, where one was asked for."""
+    idle: list[str] = field(default_factory=list)
+    """What was asked for and has no effect."""
 
     @property
     def warnings(self) -> list[str]:
-        """What the passes warned of, by pass."""
-        return [f"{r.name}: {w}" for r in self.records for w in r.warnings]
+        """What has no effect, and what the passes warned of, by pass."""
+        return [*self.idle, *(f"{r.name}: {w}" for r in self.records for w in r.warnings)]
 
     def compile(
         self,

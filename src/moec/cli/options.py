@@ -19,11 +19,13 @@ class UsageError(InputError):
 
 def parse_overrides(settings: Sequence[str]) -> dict[str, str]:
     """`KEY=VALUE` texts as a mapping; raises UsageError."""
-    out = {}
+    out: dict[str, str] = {}
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UsageError(message=f"--set wants KEY=VALUE, got {text!r}")
+        if key in out:
+            raise UsageError(message=f"--set {key} is given twice, as {out[key]} and {value}")
         out[key] = value
     return out
 
