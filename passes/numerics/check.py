@@ -182,7 +182,9 @@ class _Routed(Evaluator):
 
     def _note(self, function: Function, op: Op, results: list[Any]) -> None:
         for value, made in zip(op.results, results, strict=True):
-            if isinstance(value.type, TensorType) and not self._fits(value.type, made.shape):
+            # What an exchange hands to the one behind it is no tensor.
+            shaped = isinstance(value.type, TensorType) and isinstance(made, torch.Tensor)
+            if shaped and not self._fits(value.type, made.shape):
                 sizes = ", ".join(f"{name} = {size}" for name, size in self._sizes.items())
                 reason = f"%{value.name} has the shape {list(made.shape)} where {sizes}"
                 raise EvaluationError(function=function.name, op=print_op(op), reason=reason)
