@@ -16,7 +16,7 @@ from moec.ir.spmd import Peers, run_ranks
 from moec.ir.stats import parameters
 from moec.passes.numerics.compare import LEAST, OP, ROUNDING, ROW, Departure, distance, first, hidden, worst_row
 from moec.passes.numerics.instance import Inputs, Loader, chunks
-from moec.passes.numerics.run import Run
+from moec.passes.numerics.run import Routing, Run
 
 MOST_PARAMETERS = 40_000_000
 MOST_RANKS = 16
@@ -73,9 +73,10 @@ class Numerics:
         self._before = self._trace(module) if after.nudged else after
         bound = max(tolerance, LEAST)
         pairs = [(before.results[k], after.results.get(k)) for k in before.results]
-        # Scores of other ranks, or of micro-batches in their own order, are not those of the same tokens.
-        if len(before.ranks) == len(after.ranks) and len(before.scores) == len(after.scores):
-            pairs += [(a, b) for a, b in zip(before.scores, after.scores, strict=True) if a.shape == b.shape]
+        # Other ranks score other tokens.
+        if len(before.ranks) == len(after.ranks):
+            both = [(scores, after.scores[k]) for k, scores in before.scores.items() if k in after.scores]
+            pairs += [(a, b) for a, b in both if a.shape == b.shape]
         self.moved = worst = max((distance(a, b) for a, b in pairs), default=0.0)
         # A whole tensor hides a few wrong tokens: each may move by some tolerances only.
         token = max((worst_row(a, b) for a, b in pairs), default=0.0) / ROW
@@ -183,8 +184,9 @@ class _Routed(Evaluator):
     def _note(self, function: Function, op: Op, results: list[Any]) -> None:
         for value, made in zip(op.results, results, strict=True):
             # What an exchange hands to the one behind it is no tensor.
-            shaped = isinstance(value.type, TensorType) and isinstance(made, torch.Tensor)
-            if shaped and not self._fits(value.type, made.shape):
+            if not isinstance(value.type, TensorType) or not isinstance(made, torch.Tensor):
+                continue
+            if not self._fits(value.type, made.shape):
                 sizes = ", ".join(f"{name} = {size}" for name, size in self._sizes.items())
                 reason = f"%{value.name} has the shape {list(made.shape)} where {sizes}"
                 raise EvaluationError(function=function.name, op=print_op(op), reason=reason)
@@ -206,16 +208,15 @@ class _Routed(Evaluator):
         if op.name == "moe.route":
             x, gate, *_ = inputs
             logits = x @ gate.T
-            number = len(self._into.scores)
-            if self._like is not None and number < len(self._like.scores):
-                self._follow(op, inputs, logits, number, results)
-            self._into.scores.append(logits)
-            self._into.routed.append(results[0])
+            routing = self._into.routing(op)
+            if self._like is not None and routing in self._like.scores:
+                self._follow(op, inputs, logits, routing, results)
+            self._into.scores[routing], self._into.routed[routing] = logits, results[0]
         return results
 
-    def _follow(self, op: Op, inputs: list[Any], logits: torch.Tensor, number: int, results: list[Any]) -> None:
+    def _follow(self, op: Op, inputs: list[Any], logits: torch.Tensor, routing: Routing, results: list[Any]) -> None:
         assert self._like is not None
-        before, wanted = self._like.scores[number], self._like.routed[number]
+        before, wanted = self._like.scores[routing], self._like.routed[routing]
         if before.shape != logits.shape or wanted.shape != results[0].shape:
             return
         x, gate, *bias = inputs
