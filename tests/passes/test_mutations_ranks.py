@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from wrong_passes import Mutation, Mutations, Patch, after, bypass, during, first, register, rule, set_attr
+from wrong_passes import (
+    Mutation,
+    Mutations,
+    Patch,
+    after,
+    assert_caught,
+    bypass,
+    during,
+    first,
+    register,
+    rule,
+    set_attr,
+)
 
 import moec
 from moec.ir import OPS, Function, Module, Op
@@ -416,11 +428,8 @@ def op_before_its_operand(patch: Patch) -> None:
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_pass_is_caught_and_named(name: str, traced: Module, loads: Path, monkeypatch: Patch) -> None:
-    pass_name, mutate = MUTATIONS[name]
-    mutate(monkeypatch)
-    with pytest.raises(PassFailure, match=f"^after pass {pass_name}: ") as caught:
-        compile_on(traced, LAYOUTS[name], pass_name, loads)
-    print(caught.value)
+    layout, pass_name = LAYOUTS[name], MUTATIONS[name][0]
+    assert_caught(MUTATIONS, name, monkeypatch, lambda: compile_on(traced, layout, pass_name, loads))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from wrong_passes import SMALL
 
 import moec
 from moec.cli.options import UsageError, parse_overrides
@@ -15,8 +16,6 @@ from moec.passes.pipeline import pipeline
 from moec.passes.planning.layout import LayoutRequest
 from moec.passes.registry import PassSpecError
 from moec.targets import load
-
-SMALL = {"num_hidden_layers": "3", "hidden_size": "128", "intermediate_size": "128", "vocab_size": "96"}
 
 
 @pytest.fixture(scope="module")

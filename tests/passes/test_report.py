@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wrong_passes import SMALL
 
 import moec
 from moec.ir import Module
@@ -19,7 +20,6 @@ from moec.passes.canonicalise import Canonicalise
 from moec.passes.op_times import op_times, step_us
 
 VOID = {"meta", "input", "link", "br", "img"}
-SMALL = {"num_hidden_layers": "3", "hidden_size": "128", "intermediate_size": "128", "vocab_size": "96"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

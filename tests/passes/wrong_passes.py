@@ -11,8 +11,10 @@ from moec.ir import OPS, Module, Op, Value
 from moec.ir.module import Function
 from moec.ir.rewrite import replace_values, retype
 from moec.passes.base import Context, Outcome, Pass
+from moec.passes.manager import PassFailure
 
 Patch = pytest.MonkeyPatch
+SMALL = {"num_hidden_layers": "3", "hidden_size": "128", "intermediate_size": "128", "vocab_size": "96"}
 Mutation = Callable[[Patch], None]
 Mutations = dict[str, tuple[str, Mutation]]
 
@@ -98,3 +100,12 @@ def program(patch: Patch, pass_: type[Pass], weight: str, op: str, change: Calla
 
 def rule(patch: Patch, op: str, evaluate: Callable[[Sequence[Any], dict[str, Any], Any], list[Any]]) -> None:
     patch.setattr(OPS[op], "evaluate", evaluate)
+
+
+def assert_caught(table: Mutations, name: str, patch: Patch, compile_: Callable[[], object]) -> None:
+    """The wrong variant stops the compilation behind the pass that it is one of."""
+    pass_name, mutate = table[name]
+    mutate(patch)
+    with pytest.raises(PassFailure, match=f"^after pass {pass_name}: ") as caught:
+        compile_()
+    assert "\nTraceback" not in str(caught.value)

@@ -142,6 +142,7 @@ def _costs(module: Module, target: str | None, batch: int, context: int, chunk: 
 
 def _chosen(module: Module, function: str | None, layer: int | None) -> list[Function]:
     from moec.errors import near
+    from moec.ir.issue import CALLS
 
     functions = list(module.functions.values())
     if function is not None:
@@ -150,14 +151,14 @@ def _chosen(module: Module, function: str | None, layer: int | None) -> list[Fun
         if not functions:
             raise NothingShown(what="function", name=f"@{name}", hint=near(name, list(module.functions)))
     if layer is not None:
-        ranges = {
-            str(o.attrs["func"]): range(int(str(o.attrs["first"])), int(str(o.attrs["last"])) + 1)
-            for _, o in module.ops()
-            if o.name == "repeat"
-        }
-        functions = [f for f in functions if layer in ranges.get(f.name, ())]
+        layers: dict[str, set[int]] = {}
+        for _, o in module.ops():
+            if o.name in CALLS:
+                first, last = (int(str(o.attrs.get(key, o.attrs.get("layer")))) for key in ("first", "last"))
+                layers.setdefault(str(o.attrs["func"]), set()).update(range(first, last + 1))
+        functions = [f for f in functions if layer in layers.get(f.name, ())]
         if not functions:
-            last = max((r.stop - 1 for r in ranges.values()), default=-1)
+            last = max((max(numbers) for numbers in layers.values()), default=-1)
             raise NothingShown(what="layer", name=str(layer), hint=f" (layers 0 to {last})" if last >= 0 else "")
     return functions
 
