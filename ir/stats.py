@@ -34,10 +34,9 @@ def parameters(module: Module) -> int:
 
 
 def active_parameters(module: Module) -> int:
-    """Parameters that one token multiplies with: top_k of the routed experts, and no embedding row look-up.
+    """Parameters that one token touches: of routed experts top_k, of a rank's slots at most as many.
 
-    The published counts of DeepSeek-V3 (arXiv 2412.19437) include the embedding; this one counts it too, so that totals
-    compare.
+    The embedding counts whole, as in the published counts of DeepSeek-V3 (arXiv 2412.19437).
     """
     total = parameters(module)
     seen: set[str] = set()
@@ -52,7 +51,7 @@ def active_parameters(module: Module) -> int:
                 seen.add(operand.name)
                 weight = module.weights[operand.name]
                 experts = next(stop - start for name, start, stop in weight.indices if name == "e")
-                total -= weight_elements(weight) * (experts - top_k) // experts
+                total -= weight_elements(weight) * max(0, experts - top_k) // experts
     return total
 
 
