@@ -12,8 +12,10 @@ from moec.ir.diff import diff
 from moec.ir.rewrite import clone_module
 from moec.model_defs.registry import preset_names
 from moec.passes.base import Context, Limits
+from moec.passes.laid_out import context_of
 from moec.passes.manager import Manager
 from moec.passes.pipeline import pipeline
+from moec.passes.planning.layout import LayoutRequest
 from moec.targets import load
 
 
@@ -38,6 +40,31 @@ def test_every_stage_of_every_preset(preset: str, target: str) -> None:
         manager.run(module, [step])
         check(module)
     assert {"prefill", "decode"} <= set(module.functions)
+
+
+@pytest.mark.parametrize(
+    ("preset", "target", "layout"),
+    [
+        ("deepseek-v3", "h800-ep144", LayoutRequest()),
+        ("kimi-k2", "h800-ep144", LayoutRequest(ranks=128, redundant=0)),
+        ("deepseek-v2-lite", "h100", LayoutRequest(ranks=8, tp=2, pad=True)),
+        ("tiny-deepseek-v3", "cpu", LayoutRequest(ranks=4, pp=2)),
+    ],
+)
+def test_every_stage_over_several_ranks(preset: str, target: str, layout: LayoutRequest) -> None:
+    """Sharded, split into micro-batches and scheduled with streams, events and buffers."""
+    module = moec.trace(preset).ir
+    context = context_of(module, load(target), Limits(64, 1024, 1024), layout)
+    assert context.layout is not None
+    manager = Manager(context)
+    for step in pipeline(context.target, ranks=context.layout.ranks):
+        manager.run(module, [step])
+        check(module)
+    assert ("event.wait" in print_module(module)) == (context.target.kind != "cpu")
+
+
+def test_a_module_that_drafts() -> None:
+    check(moec.trace("tiny-deepseek-v3", mtp=True).optimize("cpu", context=64, chunk=16).ir)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
