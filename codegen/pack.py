@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from moec.codegen.resume import Journal
 from moec.codegen.storage import StoredArray, stored_arrays
 from moec.ir import Module, Weight
 from moec.ir.evaluate import Loader, WeightPrograms
@@ -24,15 +25,20 @@ R = TypeVar("R")
 
 
 def pack_weights(
-    module: Module, loader: Loader, path: Path, progress: Callable[[int, int], None] | None = None, rank: int = 0
+    module: Module,
+    loader: Loader,
+    path: Path,
+    progress: Callable[[int, int], None] | None = None,
+    rank: int = 0,
+    journal: Journal | None = None,
 ) -> None:
     """Write all weights of a module, of a sharded one those of `rank`; `progress(done, total)` is told bytes.
 
-    Raises OSError when the file cannot be written whole, and what the loader raises.
+    With a `journal` of `path` its points are taken as written, and further ones are recorded there. Raises OSError when
+    the file cannot be written whole, and what the loader raises.
     """
     plan = [(w, stored_arrays(w)) for w in module.weights.values()]
     offsets, header, total = _header([a for _, arrays in plan for a in arrays])
-    done = 0
     work = [(plan_of, point) for plan_of in plan for point in enumerate(points(plan_of[0]))]
 
     def make(item: tuple[tuple[Weight, list[StoredArray]], tuple[int, tuple[int, ...]]]) -> Sequence[torch.Tensor]:
@@ -41,18 +47,25 @@ def pack_weights(
         value = WeightPrograms(module, loader, rank).value(weight.name, point)
         return _bytes(value, [a.safetensors_dtype == "U8" for a in arrays])
 
-    with path.open("wb") as file:
+    begin = journal.begin(len(header) + total) if journal else 0
+    done = sum(a.nbytes // weight.points() for (weight, arrays), _ in work[:begin] for a in arrays)
+    with path.open("r+b" if begin else "wb") as file:
         file.write(header)
         file.truncate(len(header) + total)
-        for ((weight, arrays), (number, _)), parts in _ahead(make, work):
+        for count, (((weight, arrays), (number, _)), parts) in enumerate(_ahead(make, work[begin:]), begin + 1):
+            before = done
             for array, data in zip(arrays, parts, strict=True):
                 size = array.nbytes // weight.points()
                 assert data.nbytes == size, (array, data.shape)
                 file.seek(len(header) + offsets[array.name] + number * size)
                 file.write(data.numpy().data)
                 done += size
+            if journal is not None:
+                journal.record(file, count, done - before)
             if progress is not None:
                 progress(done, total)
+        if journal is not None:
+            journal.finish(file, len(work))
 
 
 def _ahead(make: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[T, R]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,18 +17,14 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from moec.codegen.resume import Partial
     from moec.frontend import ModelSource
     from moec.ir import Module
+    from moec.packing import Tensors
     from moec.passes.base import Context
     from moec.passes.manager import Record
     from moec.passes.planning import LayoutRequest
     from moec.targets import Target
-
-
-class NoWeights(InputError):
-    """A model without weights, where weights were needed."""
-
-    template: ClassVar[str] = "{model} has no weights: pass --weights FOLDER, --random-weights SEED or --no-weights"
 
 
 class WrongPhase(InputError):
@@ -46,6 +43,14 @@ class DraftsOfRanks(InputError):
     """Multi-token prediction over several ranks."""
 
     template: ClassVar[str] = "--mtp runs in one process: compile it for one device (it is planned for {ranks} ranks)"
+
+
+class DraftsOnGpu(InputError):
+    """Multi-token prediction compiled for a GPU."""
+
+    template: ClassVar[str] = (
+        "--mtp is compiled for CPUs only, {target} is planned: add --plan-only or leave --mtp away"
+    )
 
 
 MOST_DRAFTS = 8
@@ -169,35 +174,36 @@ class Plan:
     ) -> Artifact:
         """Compile the kernels, pack the weights and write the artifact folder `out`, whole or not at all.
 
+        An interrupted packing of many weights leaves its state beside `out`; the same call goes on from there.
         Weights come from `weights`, else from random numbers, else from the model's own folder.
         Raises NoWeights, CheckpointError, TensorError, NoKernel, UnsupportedKernel, UnmetRequirement, CompileFailed,
-        CheckFailed, OutputExists or WriteFailed.
+        CheckFailed, DraftsOnGpu, OutputExists or WriteFailed.
         """
+        from moec import packing
         from moec.codegen import artifact
-        from moec.codegen.pack import pack_weights
         from moec.codegen.stage import stage_module
         from moec.ir.mesh import mesh_of
 
         say = note or (lambda line: None)
+        if self.context.limits.drafts and self.context.target.kind != "cpu":
+            raise DraftsOnGpu(target=self.context.target.name)
         if self.context.target.kind == "cpu" and len(self.phases) < 2:
             raise WrongPhase(phase=self.phases[0], reason="artifacts for CPUs hold both phases; leave --phase away")
-        loader = None if no_weights else self._loader(weights, random_weights, say)
+        tensors = None if no_weights else packing.tensors_of(self.ir, self.source, weights, random_weights, say)
         mesh = mesh_of(self.ir)
         modules = [stage_module(self.ir, stage) for stage in range(mesh.pp)]
-        with artifact.artifact_folder(Path(out)) as work:
+        with artifact.artifact_folder(Path(out)) as work, self._partial(Path(out), tensors, say) as partial:
             (work / "kernels").mkdir()
             on_cpu = self.context.target.kind == "cpu"
             kernels = work / "kernels"
             interface = self._cpu_kernels(kernels, modules, say) if on_cpu else self._gpu_kernels(kernels, say)
             self._write_program(work, interface)
-            if loader is not None:
+            if tensors is not None:
                 (work / "weights").mkdir()
-                for rank in range(mesh.ranks):
-                    part = None if progress is None else _part_of(progress, rank, mesh.ranks)
-                    file = work / "weights" / f"rank-{rank:05}.safetensors"
-                    pack_weights(modules[mesh.index(rank, "pp")], loader, file, part, rank)
+                told = progress or (lambda done, total: None)
+                packing.pack_ranks(modules, mesh, tensors, work / "weights", partial, told)
                 if mesh.ranks == 1:
-                    self._account(loader, say)
+                    packing.account(self.ir, tensors, self.dump, say)
             artifact.copy_tokenizer(self.source.folder, work)
             artifact.write_manifest(work, self._facts())
         return Artifact(Path(out))
@@ -233,38 +239,15 @@ class Plan:
         program.write(compiled, folder)
         return program.plan(self.ir)
 
-    def _account(self, loader: Callable[[str, tuple[int, ...], str], Any], say: Callable[[str], None]) -> None:
-        """Measure what was announced: weights that were quantised twice, and for the report all that are scaled."""
-        from moec.ir.accounting import measure, requantised
-        from moec.passes.report.noise import add_quantisation
+    def _partial(
+        self, out: Path, tensors: Tensors | None, say: Callable[[str], None]
+    ) -> AbstractContextManager[Partial | None]:
+        """What an interrupted packing left behind, where the origin of the tensors tells that they are the same."""
+        from moec.codegen.resume import key_of, resumable
 
-        twice = requantised(self.ir)
-        wanted = None if self.dump is not None else set(twice)
-        if wanted is not None and not wanted:
-            return
-        noises = measure(self.ir, loader, points=4, only=wanted)
-        for name in twice:
-            worst = min((n.weight_db for n in noises if n.weight == name), default=float("inf"))
-            say(f"@{name}: quantised again, {worst:.1f} dB from what the checkpoint holds")
-        if self.dump is not None:
-            add_quantisation(self.dump / "report.html", noises)
-
-    def _loader(
-        self, weights: str | Path | None, seed: int | None, say: Callable[[str], None]
-    ) -> Callable[[str, tuple[int, ...], str], Any]:
-        from moec.frontend.checkpoint import RandomWeights, bind, open_checkpoint
-
-        if weights is None and seed is not None:
-            return RandomWeights(seed).load
-        if weights is None and (tensors := getattr(self.source, "tensors", None)):
-            return lambda name, shape, dtype: tensors[name]
-        folder = Path(weights) if weights is not None else self.source.folder
-        if folder is None:
-            raise NoWeights(model=self.source.name)
-        checkpoint = open_checkpoint(folder)
-        for line in bind(self.ir, checkpoint):
-            say(line)
-        return checkpoint.load
+        if tensors is None or tensors.origin is None:
+            return nullcontext()
+        return resumable(out, key_of(self.ir, tensors.origin), say)
 
     def save(self, out: str | Path) -> None:
         """Write program.ir, plan.json and a manifest into the folder `out`: what was decided, nothing that runs.
@@ -341,11 +324,6 @@ def _needs(target: Target) -> dict[str, Any]:
         return {"kind": target.kind, "arch": device.arch, "cores": int(device.cores)}
     triple = "aarch64-linux-gnu" if device.arch.startswith(("arm", "aarch64")) else "x86_64-linux-gnu"
     return {"triple": triple, "mcpu": device.arch, "features": list(device.isa), "cores": int(device.cores)}
-
-
-def _part_of(progress: Callable[[int, int], None], rank: int, ranks: int) -> Callable[[int, int], None]:
-    """Progress of one of several files as progress of all."""
-    return lambda done, total: progress(rank * total + done, ranks * total)
 
 
 def _keep_phase(module: Module, phase: str) -> None:
