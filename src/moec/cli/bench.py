@@ -15,6 +15,19 @@ from moec.errors import InputError
 if TYPE_CHECKING:
     from moec.profile import Profile
     from moec.runtime.bench import Result
+    from moec.runtime.bench_speculate import Speculated
+
+
+class TextWithoutSpeculation(InputError):
+    """--text alone."""
+
+    template = "--text gives the prompts of --speculate: give both"
+
+
+class SpeculationAlone(InputError):
+    """--speculate with another measurement."""
+
+    template = "--speculate is a measurement of its own: leave --profile and --calibration-rows away"
 
 
 class TraceWithoutProfile(InputError):
@@ -37,6 +50,13 @@ def bench(
     repeat: Annotated[int, typer.Option(help="Timed runs; the medians count.")] = 3,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels (default: all usable CPUs).")] = None,
+    speculate: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Compare decoding with up to N drafted tokens a step with plain one."),
+    ] = 0,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --speculate: a text whose parts are the prompts.")
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Time every op of a step instead, beside what the machine allows.")
     ] = False,
@@ -49,7 +69,9 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure prefill and decode rates, load time and memory; or where the time of a step goes."""
+    """Measure prefill and decode rates, load time and memory; where the time of a step goes, or what drafts bring."""
+    if speculate and (profile or calibration_rows is not None):
+        raise SpeculationAlone()
     if calibration_rows is not None:
         _rows(artifact, repeat, threads, calibration_rows, as_json)
         return
@@ -58,10 +80,21 @@ def bench(
         return
     if trace is not None:
         raise TraceWithoutProfile()
-    from moec.runtime import bench as measuring
+    if text is not None and not speculate:
+        raise TextWithoutSpeculation()
 
     def note(text: str) -> None:
         print(text, file=sys.stderr)
+
+    if speculate:
+        from moec.cli.eval import read_text
+        from moec.runtime.bench_speculate import bench_speculation
+
+        content = None if text is None else read_text(text)
+        found = bench_speculation(artifact, speculate, content, prompt_tokens, new_tokens, repeat, batch, threads, note)
+        print(json.dumps(asdict(found)) if as_json else _speculated_table(found))
+        return
+    from moec.runtime import bench as measuring
 
     result = measuring.bench(artifact, prompt_tokens, new_tokens, repeat, batch, threads, note)
     print(json.dumps(asdict(result)) if as_json else _table(result))
@@ -120,6 +153,21 @@ def _profile_table(p: Profile) -> str:
             f"{o.predicted_us / o.us:8.0%}  {o.result}"
         )
     return "\n".join(lines)
+
+
+def _speculated_table(s: Speculated) -> str:
+    agreement = "" if s.agreement is None else f"; on the text itself its choice is the model's at {s.agreement:.1%}"
+    step = f"{s.draft_ms:.3f} ms of drafting and {s.verify_ms:.3f} ms of verification for {s.step_ms:.3f} ms"
+    rows = [
+        ("model", f"{s.model}, {s.recipe}, {s.threads} threads, batch {s.batch}"),
+        ("prompts", f"{s.prompts} of {s.prompt_tokens} tokens, {s.new_tokens} new ones each, greedy"),
+        ("same tokens", "yes" if s.same_tokens else "NO"),
+        ("acceptance", f"{s.acceptance:.1%} of the drafted tokens ({s.drafts} a step){agreement}"),
+        ("tokens a step", f"{s.tokens_per_step:.2f} in place of 1"),
+        ("a step", f"{step}: {s.expected_speed_up:.2f}x expected"),
+        ("decode", f"{s.tokens_per_s:,.1f} tokens/s, {s.plain_tokens_per_s:,.1f} without drafts: {s.speed_up:.2f}x"),
+    ]
+    return "\n".join(f"{name:13} {value}" for name, value in rows)
 
 
 def _table(r: Result) -> str:

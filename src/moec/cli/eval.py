@@ -36,7 +36,7 @@ def evaluate(
     from moec.runtime import load
     from moec.runtime.perplexity import score_text
 
-    content = _read(text)
+    content = read_text(text)
     score = score_text(load(artifact, threads=threads), content, stride, _progress if sys.stderr.isatty() else _quiet)
     if as_json:
         fields = {
@@ -56,7 +56,8 @@ def evaluate(
     print(f"{score.tokens:,} tokens, {score.bytes:,} bytes; windows of {score.window} tokens, stride {score.stride}")
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The content of a UTF-8 file; raises UnreadableText."""
     try:
         return file.read_bytes().decode("utf-8")
     except OSError as error:

@@ -109,7 +109,7 @@ def _run_traced(
         elif kind == "weight":
             arrays[name] = engine.weights.view(arg)
         else:
-            sizes = arg.sizes({"R": len(inputs["rows"])})
+            sizes = arg.sizes({"R": len(inputs["rows"]), "T": len(inputs["ids"])})
             size = int(np.prod(sizes, dtype=np.int64)) * arg.dtype.itemsize
             arrays[name] = aligned_zeros(size).view(arg.dtype).reshape(sizes)
     library.use_threads()
