@@ -30,7 +30,7 @@ def widen_row(
     blocks = -(-latent // BLOCK)
     for b in range(blocks):
         begin = b * BLOCK
-        scale = T.Bind(_load_scale(cache, source + latent + 4 * b) * const(2.0**120, "float32"))
+        scale = T.Bind(load_scale(cache, source + latent + 4 * b) * const(2.0**120, "float32"))
 
         def widen(i: Any, width: int, begin: int = begin, scale: Any = scale) -> None:
             value = decode_e4m3(load(cache, source + begin + i, width), width)
@@ -107,7 +107,8 @@ def _u32(width: int) -> str:
     return "uint32" if width == 1 else f"uint32x{width}"
 
 
-def _load_scale(cache: Any, at: Any) -> Any:
+def load_scale(cache: Any, at: Any) -> Any:
+    """The FP32 number at byte `at`, wherever that lies."""
     bits = T.Cast("uint32", cache[at])
     for n in range(1, 4):
         bits = T.bitwise_or(bits, T.shift_left(T.Cast("uint32", cache[at + n]), const(8 * n, "uint32")))

@@ -121,7 +121,7 @@ def scratch_elements(spec: MlaDecodeSpec, machine: Machine) -> int:
     return machine.cores * _Plan(spec, machine).worker
 
 
-class _Emitter:
+class Emitter:
     """Emits the parts of the kernel around its arguments."""
 
     def __init__(self, spec: MlaDecodeSpec, machine: Machine, args: list[Any]) -> None:
@@ -167,11 +167,20 @@ class _Emitter:
         spec, cache = self.spec, self.spec.cache
         scale = spec.scale * math.log2(math.e)
         for panel, first in self.each_panel(base, region):
+            into = self.queries_into(panel, base)
             latent = self.head_rows(panel, token, first, spec.ld_q_latent, spec.head_q_latent)
-            flash.pack_rows(panel, self.q_latent, latent, cache.kv_rank, 0, scale)
+            flash.pack_rows(into, self.q_latent, latent, cache.kv_rank, 0, scale)
             rope = self.head_rows(panel, token, first, spec.ld_q_rope, spec.head_q_rope)
-            flash.pack_rows(panel, self.q_rope, rope, cache.rope_dim, cache.kv_rank, scale)
+            flash.pack_rows(into, self.q_rope, rope, cache.rope_dim, cache.kv_rank, scale)
+            self.pack_queries(panel, base)
             flash.start_panel(panel, cache.kv_rank)
+
+    def queries_into(self, panel: flash.Panel, base: Any) -> flash.Panel:
+        """Where the queries of a panel are laid out first."""
+        return panel
+
+    def pack_queries(self, panel: flash.Panel, base: Any) -> None:
+        """Bring the queries into the form that the scores need: the one that they are in."""
 
     def key_tile(self, token: Any, begin: Any, count: Any, base: Any) -> flash.Rows:
         """The keys from position `begin` on: where they lie, or widened in the worker's scratch memory."""
@@ -265,6 +274,16 @@ class _Emitter:
                 panel.put(value, panel.o, d, v)
 
 
+def emitter_of(spec: MlaDecodeSpec, machine: Machine, args: list[Any]) -> Emitter:
+    """What emits the kernel: with matrix tiles where the machine has them and the cache suits them."""
+    from moec.codegen.tvm.mla_decode_tiles import TileEmitter, fits
+    from moec.codegen.tvm.mla_decode_tiles_fp8 import Fp8TileEmitter
+
+    if not fits(spec.cache, machine):
+        return Emitter(spec, machine, args)
+    return (Fp8TileEmitter if spec.cache.dtype == "fp8" else TileEmitter)(spec, machine, args)
+
+
 def _params(spec: MlaDecodeSpec) -> list[Param]:
     return [
         *pointers("q_latent", "q_rope"),
@@ -279,7 +298,7 @@ def _build_part(spec: MlaDecodeSpec, machine: Machine) -> Kernel:
     """mla_decode_part(..., worker, begin, end): the tiles begin .. end - 1 of the list of all tokens' tiles."""
     part = new_kernel("mla_decode_part", spec)
     with kernel_body(part, [*_params(spec), *scalars("worker", "begin", "end")]) as args:
-        _Emitter(spec, machine, args[:-3]).work(*args[-3:])
+        emitter_of(spec, machine, args[:-3]).work(*args[-3:])
     return part
 
 
@@ -288,7 +307,7 @@ def build_mla_decode(spec: MlaDecodeSpec, machine: Machine) -> Kernel:
     kernel, part = new_kernel("mla_decode", spec), _build_part(spec, machine)
     kernel.helpers.append(part)
     with kernel_body(kernel, _params(spec)) as args:
-        emit = _Emitter(spec, machine, args)
+        emit = emitter_of(spec, machine, args)
         total = Variable(1, 0, "int32")
         emit.each_token(lambda token, before, count: total.add(count))
         tiles = T.Bind(total.value)

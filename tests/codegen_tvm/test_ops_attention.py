@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from ops_runner import MACHINE, SERIAL, ints, normal, run
+from ops_runner import AMX, MACHINE, MACHINES, SERIAL, ints, normal, run
 
-from moec.codegen.tvm import mla_decode, mla_prefill
+from moec.codegen.tvm import mla_decode, mla_decode_tiles, mla_prefill
 from moec.codegen.tvm.cache import CacheLayout
 from moec.codegen.tvm.mla_decode import MlaDecodeSpec, build_mla_decode
 from moec.codegen.tvm.mla_prefill import MlaPrefillSpec, build_mla_prefill
 from moec.codegen.tvm.tir import Machine
+from moec.ir.numeric import quantise
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 WIDE = Machine(lanes=16, registers=32, cores=3)
@@ -22,6 +24,18 @@ NARROW = Machine(lanes=4, registers=32, cores=1)
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
     error = (actual.double() - expected).abs().max() / expected.abs().max()
     assert error < tolerance
+
+
+def cached(layout: CacheLayout, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """f64 [n, width] as the cache holds it, and its elements there."""
+    if layout.dtype != "fp8":
+        stored = rows.to(DTYPES[layout.dtype])
+        return stored.double(), stored
+    latent, key = rows[:, : layout.kv_rank] * torch.logspace(-1, 1, len(rows))[:, None], rows[:, layout.kv_rank :]
+    parts = quantise(latent, "fp8_e4m3", (1, 128), "f32")
+    narrow = key.bfloat16()
+    data = (parts.data.view(torch.uint8), parts.scale.view(torch.uint8), narrow.contiguous().view(torch.uint8))
+    return torch.cat((parts.dequantise(torch.float64), narrow.double()), 1), torch.cat(data, 1)
 
 
 def decode(
@@ -34,11 +48,15 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(kernel's, reference) outputs for `tokens` of (sequence, position); unused cache is NaN."""
     rank, rope, page = layout.kv_rank, layout.rope_dim, layout.page_size
-    keys = [(normal(n, layout.width, seed=10 + s)).to(DTYPES[layout.dtype]) for s, n in enumerate(lengths)]
+    keys, stored = zip(
+        *(cached(layout, normal(n, layout.width, seed=10 + s)) for s, n in enumerate(lengths)), strict=True
+    )
     pages = torch.randperm(len(lengths) * layout.max_pages, generator=torch.Generator().manual_seed(7)).int()
     pages = pages.view(len(lengths), layout.max_pages)
-    cache = torch.full((pages.numel(), page, layout.width), float("nan"), dtype=DTYPES[layout.dtype])
-    for s, k in enumerate(keys):
+    # What is not in use is NaN in every format.
+    unused = 0xFF if layout.dtype == "fp8" else float("nan")
+    cache = torch.full((pages.numel(), page, layout.row), unused, dtype=stored[0].dtype)
+    for s, k in enumerate(stored):
         for i in range(0, len(k), page):
             part = k[i : i + page]
             cache[int(pages[s, i // page]), : len(part)] = part
@@ -63,7 +81,7 @@ def decode(
     assert torch.all(out[..., rank:] == 7.0)
     expected = []
     for t, (s, p) in enumerate(tokens):
-        seen = keys[s][: p + 1].double()
+        seen = keys[s][: p + 1]
         query = torch.cat([q_latent[t, :, :rank], q_rope[t, :heads]], dim=-1).double()
         expected.append((query @ seen.T * spec.scale).softmax(-1) @ seen[:, :rank])
     return out[..., :rank], torch.stack(expected)
@@ -76,12 +94,33 @@ def decode(
         (16, CacheLayout(512, 64, "bf16", 12), MACHINE),
         (21, CacheLayout(30, 6, "bf16", 48, 16), WIDE),
         (7, CacheLayout(128, 32, "f32", 12), NARROW),
+        (5, CacheLayout(128, 16, "fp8", 12), MACHINE),
     ],
 )
 def test_decode_of_sequences_of_different_lengths(heads: int, layout: CacheLayout, machine: Machine) -> None:
     lengths = [300, 700, 64, 1, 65]
     tokens = [(0, 299), (1, 699), (2, 63), (3, 0), (4, 64), (1, 450)]
     close(*decode(heads, layout, lengths, tokens, machine))
+
+
+@pytest.mark.skipif(AMX not in MACHINES, reason="no matrix tiles here")
+@pytest.mark.parametrize(
+    "heads,layout,cores",
+    [
+        (16, CacheLayout(512, 64, "bf16", 12), 2),
+        (1, CacheLayout(32, 32, "bf16", 12), 3),
+        (37, CacheLayout(128, 64, "bf16", 12, 128), 5),
+        (16, CacheLayout(512, 64, "fp8", 12), 2),
+        (21, CacheLayout(128, 64, "fp8", 12), 3),
+        (2, CacheLayout(256, 96, "fp8", 12), 1),
+    ],
+)
+def test_decode_on_matrix_tiles(heads: int, layout: CacheLayout, cores: int) -> None:
+    """Queries and weights keep 16 bits: a relative error of 2^-17 each."""
+    lengths = [300, 700, 64, 1, 65]
+    tokens = [(0, 299), (1, 699), (2, 63), (3, 0), (4, 64), (1, 450)]
+    assert mla_decode_tiles.fits(layout, AMX)
+    close(*decode(heads, layout, lengths, tokens, replace(AMX, cores=cores)), tolerance=3e-5)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 129, 1000])
