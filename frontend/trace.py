@@ -261,12 +261,16 @@ def load_program(program: Builder, stored: Stored, shape: tuple[int, ...], exper
         if stored.row:
             x = _one(program.emit("weight.reshape", x, shape=part))
         if stored.interleaved:
-            pairs = _one(program.emit("weight.reshape", x, shape=(part[0] // 2, 2, *part[1:])))
-            order = (1, 0, *range(2, len(part) + 1))
-            x = _one(program.emit("weight.transpose", pairs, perm=order))
-            x = _one(program.emit("weight.reshape", x, shape=part))
+            x = gate_first(program, x, part)
         parts.append(x)
     return parts[0] if len(parts) == 1 else _one(program.emit("weight.concat", *parts, axis=0))
+
+
+def gate_first(program: Builder, x: Value, shape: tuple[int, ...]) -> Value:
+    """Rows of gate and up that take turns, brought behind one another."""
+    pairs = _one(program.emit("weight.reshape", x, shape=(shape[0] // 2, 2, *shape[1:])))
+    order = (1, 0, *range(2, len(shape) + 1))
+    return _one(program.emit("weight.reshape", _one(program.emit("weight.transpose", pairs, perm=order)), shape=shape))
 
 
 def _one(result: Value | tuple[Value, ...]) -> Value:

@@ -74,6 +74,16 @@ def preset_config(name: str) -> dict[str, Any]:
     return loaded
 
 
+def published(name: str) -> dict[str, Any] | None:
+    """What the publisher of a preset's model states: total and active parameters in billions, source; see the file."""
+    import yaml
+
+    facts = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
+    found = facts.get(name)
+    assert found is None or isinstance(found, dict)
+    return found
+
+
 def preset_folder(name: str) -> Path | None:
     """The folder with the weights that ship with a preset, if they do."""
     folder = DATA / name

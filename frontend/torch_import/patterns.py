@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import Node
@@ -45,6 +45,29 @@ def pair(node: Any, name: str) -> tuple[Any, Any] | None:
     """Both operands of a binary op."""
     node = same(node)
     return (same(node.args[0]), same(node.args[1])) if op(node).startswith(name) else None
+
+
+def part(node: Any, number: int) -> Node | None:
+    """The split whose part of this number the node is."""
+    node = same(node)
+    if op(node) != "getitem" or node.args[1] != number:
+        return None
+    source = node.args[0]
+    return source if op(source).startswith(("split", "chunk")) else None
+
+
+def joined(node: Node) -> list[Any]:
+    """The parts that lie behind one another in the last dim: of a `cat`, or copied into an empty tensor."""
+    if op(node).startswith("cat"):
+        return [same(p) for p in node.args[0]]  # type: ignore[union-attr]
+    if not op(node).startswith("new_empty"):
+        return []
+    parts = {}
+    for user in node.users:
+        into = next(iter(user.users), None) if op(user).startswith("slice") else None
+        if into is not None and op(into).startswith("copy_") and int(user.args[1]) == len(shape(node)) - 1:  # type: ignore[call-overload]
+            parts[int(user.args[2])] = same(into.args[1])  # type: ignore[call-overload]
+    return [parts[start] for start in sorted(parts)]
 
 
 def parameter(node: Any) -> bool:
@@ -92,65 +115,6 @@ def _bare_rms(node: Any) -> tuple[Node, float] | None:
 
 
 @dataclass(frozen=True)
-class Turned:
-    """A rotary embedding of the first `dims` elements of each head, pairs i and i + dims/2."""
-
-    x: Node
-    cos: Node
-    dims: int
-
-
-def rope(node: Any) -> Turned | None:
-    """`x · cos + rotate_half(x) · sin`, of whole heads or of a leading part that is joined with the rest."""
-    node = same(node)
-    if op(node).startswith("cat"):
-        parts = [same(p) for p in node.args[0]]
-        if len(parts) == 2:
-            turned = rope(parts[0])
-            if turned is not None and op(parts[1]).startswith("slice"):
-                whole = same(parts[1].args[0])
-                lead = same(turned.x.args[0]) if op(turned.x).startswith("slice") else turned.x
-                if lead is whole and parts[1].args[2] == turned.dims:
-                    return Turned(whole, turned.cos, turned.dims)
-        return _rope_by_halves(parts)
-    both = pair(node, "add.Tensor")
-    left, right = (pair(both[0], "mul.Tensor"), pair(both[1], "mul.Tensor")) if both else (None, None)
-    if left is None or right is None:
-        return None
-    x, cos = left
-    half = _rotated_half(right[0])
-    if half is not None and half is x:
-        return Turned(x, cos, int(shape(x)[-1]))
-    return None
-
-
-def _rotated_half(node: Any) -> Node | None:
-    node = same(node)
-    if not op(node).startswith("cat") or len(node.args[0]) != 2:
-        return None
-    negative, first = same(node.args[0][0]), same(node.args[0][1])
-    if not op(negative).startswith("neg") or not op(first).startswith("slice"):
-        return None
-    second = same(negative.args[0])
-    x = same(first.args[0])
-    if op(second).startswith("slice") and same(second.args[0]) is x and second.args[2] * 2 == shape(x)[-1]:
-        return x  # type: ignore[no-any-return]
-    return None
-
-
-def _rope_by_halves(parts: list[Any]) -> Turned | None:
-    """`cat(a · cos - b · sin, b · cos + a · sin)` of the halves a, b of a head."""
-    if len(parts) != 2:
-        return None
-    minus, plus = pair(parts[0], "sub.Tensor"), pair(parts[1], "add.Tensor")
-    first = pair(minus[0], "mul.Tensor") if minus and plus else None
-    if first is None or op(first[0]) != "getitem" or first[0].args[1] != 0:
-        return None
-    x = same(first[0].args[0].args[0])
-    return Turned(x, first[1], int(shape(x)[-1]))
-
-
-@dataclass(frozen=True)
 class Attention:
     """Softmax attention; keys and values before they are repeated for the heads that share them."""
 
@@ -160,6 +124,7 @@ class Attention:
     mask: Node | None
     causal: bool
     scale: float
+    sinks: Node | None = None
 
 
 def attention(node: Any) -> Attention | None:
@@ -174,9 +139,18 @@ def attention(node: Any) -> Attention | None:
     if not op(node).startswith("matmul"):
         return None
     weights, v = same(node.args[0]), same(node.args[1])
+    without_last = op(weights).startswith("slice") and weights.args[2:4] == (0, -1)
+    if without_last:
+        weights = same(weights.args[0])
     if not op(weights).startswith(("softmax", "_softmax")):
         return None
-    scores, mask = same(weights.args[0]), None
+    scores, mask, sinks = _unshifted(weights.args[0]), None, None
+    if without_last:
+        if not op(scores).startswith("cat") or len(scores.args[0]) != 2:
+            return None
+        scores, sinks = same(scores.args[0][0]), unview(scores.args[0][1])
+        if not parameter(sinks):
+            return None
     if op(scores).startswith("add.Tensor"):
         scores, mask = same(scores.args[0]), same(scores.args[1])
     scale = 1.0
@@ -186,7 +160,18 @@ def attention(node: Any) -> Attention | None:
     if not op(scores).startswith("matmul") or not op(same(scores.args[1])).startswith("transpose"):
         return None
     q, k = same(scores.args[0]), same(same(scores.args[1]).args[0])
-    return Attention(q, _unrepeated(k), _unrepeated(v), mask, False, scale)
+    return Attention(q, _unrepeated(k), _unrepeated(v), mask, False, scale, sinks)
+
+
+def _unshifted(node: Any) -> Any:
+    """The scores of a softmax before their maximum was taken off, which changes nothing."""
+    node = same(node)
+    if op(node).startswith("sub.Tensor"):
+        top = same(node.args[1])
+        top = top.args[0] if op(top) == "getitem" else top
+        if op(top).startswith(("max.dim", "amax")) and same(top.args[0]) is same(node.args[0]):
+            return same(node.args[0])
+    return node
 
 
 def _unrepeated(node: Any) -> Node:
@@ -203,10 +188,11 @@ def _unrepeated(node: Any) -> Node:
 
 @dataclass(frozen=True)
 class Glu:
-    """silu(gate) · up."""
+    """silu(gate) · up, or the clamped form of gpt-oss: g · sigmoid(alpha · g) · (u + shift) within limits."""
 
     gate: Node
     up: Node
+    attrs: dict[str, float] = field(default_factory=dict)
 
 
 def glu(node: Any) -> Glu | None:
@@ -215,7 +201,29 @@ def glu(node: Any) -> Glu | None:
     for left, right in (both, both[::-1]) if both else ():
         if op(left).startswith("silu"):
             return Glu(same(left.args[0]), right)
+        clamped = _clamped_glu(left, right)
+        if clamped is not None:
+            return clamped
     return None
+
+
+def _clamped_glu(shifted: Any, gated: Any) -> Glu | None:
+    """`(clamp(up) + shift) · (g · sigmoid(g · alpha))` with g = clamp(gate) from above."""
+    parts = pair(gated, "mul.Tensor")
+    if not op(shifted).startswith("add.Tensor") or not isinstance(shifted.args[1], int | float) or parts is None:
+        return None
+    g, sigmoid = parts
+    inner = same(sigmoid.args[0]) if op(sigmoid).startswith("sigmoid") else None
+    if not op(inner).startswith("mul.Tensor") or same(inner.args[0]) is not g:
+        return None
+    up = same(shifted.args[0])
+    if not (op(g).startswith("clamp") and op(up).startswith("clamp")):
+        return None
+    limit = float(g.args[2])
+    if g.args[1] is not None or [float(v) for v in up.args[1:3]] != [-limit, limit]:
+        return None
+    attrs = {"limit": limit, "alpha": float(inner.args[1]), "shift": float(shifted.args[1])}
+    return Glu(same(g.args[0]), same(up.args[0]), attrs)
 
 
 @dataclass(frozen=True)
@@ -227,6 +235,10 @@ class Experts:
     weights: Node
     gate_up: Node
     down: Node
+    biases: tuple[Node, ...] = ()
+    attrs: dict[str, float] = field(default_factory=dict)
+    transposed: bool = False
+    interleaved: bool = False
 
 
 def experts(node: Any) -> Experts | None:
@@ -237,30 +249,66 @@ def experts(node: Any) -> Experts | None:
     both = pair(unview(node.args[0]), "mul.Tensor")
     if both is None:
         return None
-    last = unview(both[0])
-    chosen = _chosen(last)
-    inner = glu(unview(last.args[1])) if chosen else None
-    if chosen is None or inner is None or op(inner.gate) != "getitem":
+    last = _chosen(both[0])
+    inner = glu(unview(last.rows)) if last else None
+    if last is None or inner is None:
         return None
-    first = unview(same(inner.gate.args[0]).args[0])
-    up = _chosen(first)
-    if up is None:
+    interleaved, joined = _halves(inner)
+    first = _chosen(joined) if joined is not None else None
+    if first is None or first.transposed != last.transposed or (first.bias is None) != (last.bias is None):
         return None
-    rows = unview(first.args[1])
-    x = same(rows.args[0]) if op(rows).startswith("repeat_interleave") else rows
-    if op(rows).startswith("index.Tensor"):
-        x = same(rows.args[0])
-    return Experts(unview(x), unview(up[1]), unview(both[1]), up[0], chosen[0])
+    rows = unview(first.rows)
+    x = same(rows.args[0]) if op(rows).startswith(("repeat_interleave", "index.Tensor")) else rows
+    return Experts(
+        unview(x),
+        unview(first.ids),
+        unview(both[1]),
+        first.weight,
+        last.weight,
+        tuple(b for b in (first.bias, last.bias) if b is not None),
+        inner.attrs,
+        first.transposed,
+        interleaved,
+    )
 
 
-def _chosen(node: Any) -> tuple[Node, Node] | None:
-    """Weight and ids of `bmm(weight[ids], ...)`."""
+def _halves(found: Glu) -> tuple[bool, Any]:
+    """Whether gate and up take turns in the product that both are parts of, and the product."""
+    gate, up = found.gate, found.up
+    if op(gate) == "getitem" and op(up) == "getitem" and gate.args[0] is up.args[0]:
+        return False, same(gate.args[0].args[0])  # type: ignore[union-attr]
+    in_turns = all(op(n).startswith("slice") and len(n.args) == 5 and n.args[4] == 2 for n in (gate, up))
+    if in_turns and same(gate.args[0]) is same(up.args[0]) and (gate.args[2], up.args[2]) == (0, 1):
+        return True, same(gate.args[0])
+    return False, None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A batched product with the weights of each row's expert, and with its bias."""
+
+    rows: Node
+    weight: Node
+    ids: Node
+    bias: Node | None
+    transposed: bool
+
+
+def _chosen(node: Any) -> Chosen | None:
+    """`bmm(weight[ids], rows)` or, with weights stored `[in, out]`, `bmm(rows, weight[ids])`; `+ bias[ids]`."""
+    node, bias = unview(node), None
+    if op(node).startswith(("add.Tensor", "add_.Tensor")):
+        taken = same(node.args[1])
+        if not op(taken).startswith("index.Tensor"):
+            return None
+        node, bias = unview(node.args[0]), same(taken.args[0])
     if not op(node).startswith("bmm"):
         return None
-    weight = same(node.args[0])
-    if not op(weight).startswith("index.Tensor"):
-        return None
-    return same(weight.args[0]), weight.args[1][0]
+    for at in (0, 1):
+        weight = same(node.args[at])
+        if op(weight).startswith("index.Tensor") and parameter(same(weight.args[0])):
+            return Chosen(node.args[1 - at], same(weight.args[0]), weight.args[1][0], bias, at == 1)
+    return None
 
 
 @dataclass(frozen=True)
@@ -306,15 +354,24 @@ def gate(ids: Any, weights: Any) -> Gate | None:
     score = "softmax" if after else {"softmax": "softmax", "sigmoid": "sigmoid"}.get(op(choice).partition(".")[0], "")
     product = choice if after else same(choice.args[0]) if score else None
     product = unview(product)
-    if not score or not op(product).startswith("linear") or len(product.args) > 2:
+    if not score or not op(product).startswith("linear"):
         return None
+    if len(product.args) > 2 and product.args[2] is not None:
+        if bias is not None:
+            return None
+        bias = same(product.args[2])
+        attrs["bias_to"] = "logits"
     attrs |= {"score": score, "normalise": normalise, "scale": scale}
     return Gate(product.args[0], product.args[1], bias, attrs)
 
 
-def _groups(masked: Node) -> dict[str, int]:
-    """Groups and chosen groups of a masked choice: the dims of the view by groups, the k of the top-k over them."""
+def _groups(masked: Node) -> dict[str, Any]:
+    """Groups and chosen groups of a masked choice: the dims of the view by groups, the k of the top-k over them.
+
+    Groups are ranked by the sum of their best two, or by their best.
+    """
     groups = chosen = 1
+    by = "top2"
     pending, seen = [masked.args[1]], set()
     while pending:
         node = pending.pop()
@@ -323,9 +380,12 @@ def _groups(masked: Node) -> dict[str, int]:
         seen.add(node)
         if op(node).startswith("topk") and len(shape_of_topk(node)) == 2:
             chosen, groups = int(node.args[1]), int(shape_of_topk(node)[-1])  # type: ignore[arg-type]
+            rank = same(node.args[0])
+            rank = rank.args[0] if op(rank) == "getitem" else rank
+            by = "max" if op(rank).startswith(("max.", "amax")) else "top2"
             break
         pending += node.all_input_nodes
-    return {"groups": groups, "top_groups": chosen}
+    return {"groups": groups, "top_groups": chosen, "group_score": by}
 
 
 def shape_of_topk(node: Node) -> tuple[Any, ...]:

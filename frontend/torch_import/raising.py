@@ -12,6 +12,8 @@ from torch.fx import Node
 from moec.errors import InputError
 from moec.frontend.torch_import import patterns as P
 from moec.frontend.torch_import.exported import Exported, shape, where
+from moec.frontend.torch_import.latent import Latent, latent
+from moec.frontend.torch_import.rotary import Turned, rope
 from moec.frontend.torch_import.weights import Weights
 from moec.ir import Builder, Location, Value
 from moec.ir.module import Operand
@@ -83,7 +85,7 @@ class Raiser:
 
     def _raise(self, node: Node) -> Value:
         name = P.op(node)
-        for rule in (self._norm, self._rope, self._attention, self._experts, self._glu, self._gated):
+        for rule in (self._norm, self._rope, self._attention, self._experts, self._glu, self._gated, self._part):
             found = rule(node)
             if found is not None:
                 return found
@@ -124,23 +126,27 @@ class Raiser:
         return self.emit("norm.rms", node, self.value(found.x), w, eps=found.eps)  # type: ignore[no-any-return]
 
     def _rope(self, node: Node) -> Value | None:
-        found = P.rope(node)
-        if found is None:
-            return None
+        found = rope(node)
+        return None if found is None else self._turned(node, found, self.value(found.x))
+
+    def _turned(self, node: Node, found: Turned, x: Value) -> Value:
+        """A rotary embedding of `x`, with the table of its angles."""
         try:
             table, dims = self.weights.rope(self.exported, P.unview(found.cos), found.dims)
         except LookupError:
             raise self.fail(node, "the angles depend on no buffer of frequencies") from None
         if dims != found.dims:
             raise self.fail(node, f"{dims} angles turn {found.dims} elements")
-        x = self.value(found.x)
-        attrs = {"offset": 0, "dims": dims, "interleaved": False}
+        attrs = {"offset": found.offset, "dims": dims, "interleaved": found.interleaved}
         return self.emit("rope", node, x, self.state["pos"], table, **attrs)  # type: ignore[no-any-return]
 
     def _attention(self, node: Node) -> Value | None:
         found = P.attention(node)
         if found is None:
             return None
+        compressed = latent(found)
+        if compressed is not None:
+            return self._latent_attention(node, found, compressed)
         q, k, v = (self.value(n) for n in (found.q, found.k, found.v))
         heads, width = int(v.type.shape[1]), int(v.type.shape[2])  # type: ignore[union-attr, arg-type]
         kv, layer = self.state["kv"], self.state["l"]
@@ -149,7 +155,36 @@ class Raiser:
         attrs: dict[str, Any] = {"scale": found.scale, "kv_heads": heads, "v": width, "context": "C"}
         window = self._window(node, found)
         attrs |= {"window": window} if window else {}
-        return self.emit("attn.heads", node, q, kv, layer, *batch, **attrs)  # type: ignore[no-any-return]
+        sinks = [self.weights.ref(found.sinks)] if found.sinks is not None else []
+        return self.emit("attn.heads", node, q, kv, layer, *batch, *sinks, **attrs)  # type: ignore[no-any-return]
+
+    def _latent_attention(self, node: Node, found: P.Attention, given: Latent) -> Value:
+        """Latent and rotary key go to the cache; keys and values are projected from what it holds."""
+        if self._window(node, found):
+            raise self.fail(node, "latent attention has no window")
+        kv, layer, starts = (self.state[n] for n in ("kv", "l", "starts"))
+        seq, pos, pages = (self.state[n] for n in ("seq", "pos", "pages"))
+        q, x = self.value(found.q), self.value(given.latent)
+        key = self._turned(node, given.key, self.value(P.unview(given.key.x)))
+        self.emit("cache.append", node, kv, layer, x, key, seq, pos, pages)
+        attrs: dict[str, Any] = {"length": "S", "rank": given.rank, "dtype": "bf16"}
+        cached, keys = self.emit("cache.read", node, kv, layer, pages, starts, **attrs)
+        expanded = self.emit("linear", node, cached, self.weights.ref(given.up))
+        attrs = {"scale": found.scale, "nope": given.nope, "v": given.v}
+        return self.emit("attn.mla", node, q, expanded, keys, seq, pos, starts, **attrs)  # type: ignore[no-any-return]
+
+    def _part(self, node: Node) -> Value | None:
+        """One part of a split of rows; all parts are known then."""
+        split = P.part(node, int(node.args[1])) if P.op(node) == "getitem" else None  # type: ignore[call-overload]
+        if split is None or len(features(split.args[0])) != 1:  # type: ignore[arg-type]
+            return None
+        parts = {n.args[1]: n for n in split.users if P.op(n) == "getitem"}
+        if sorted(parts) != list(range(len(parts))):
+            raise self.fail(node, "parts of a split are not used")
+        sizes = tuple(features(parts[i])[-1] for i in range(len(parts)))  # type: ignore[index]
+        values = self.emit("split", node, self.value(split.args[0]), sizes=sizes)
+        self.known.update({parts[i]: v for i, v in enumerate(values)})  # type: ignore[index]
+        return self.known[node]
 
     def _window(self, node: Node, found: P.Attention) -> int:
         """The window that the mask shows, 0 for none; only causal masks and windows are known."""
@@ -173,6 +208,8 @@ class Raiser:
         if found is None:
             return None
         gate, up = P.same(found.gate), P.same(found.up)
+        if found.attrs:
+            return None
         plain = all(P.op(n).startswith("linear") for n in (gate, up))
         if not plain or P.same(gate.args[0]) is not P.same(up.args[0]):
             return None
@@ -198,12 +235,15 @@ class Raiser:
         if gate is None:
             raise self.fail(node, "the experts' gate is not a known one")
         x = self.value(found.x)
-        bias = [self.weights.ref(gate.bias)] if gate.bias is not None else []
+        bias = [self.weights.vector(gate.bias)] if gate.bias is not None else []
         ids, weights = self.emit("moe.route", node, x, self.weights.ref(gate.weight), *bias, **gate.attrs)
-        up, down = self.weights.stacked(found.gate_up), self.weights.stacked(found.down)
+        how = {"transposed": found.transposed}
+        up = self.weights.stacked(found.gate_up, interleaved=found.interleaved, **how)
+        down = self.weights.stacked(found.down, **how)
+        biases = [self.weights.stacked(b, interleaved=found.interleaved and not i) for i, b in enumerate(found.biases)]
         count = int(shape(found.down)[0])
         rows, offsets, order = self.emit("moe.dispatch", node, x, ids, experts=count)
-        done = self.emit("moe.experts", node, rows, offsets, up, down)
+        done = self.emit("moe.experts", node, rows, offsets, up, down, *biases, **found.attrs)
         return self.emit("moe.combine", node, done, order, weights)  # type: ignore[no-any-return]
 
     def _linear(self, node: Node) -> Value:

@@ -14,6 +14,7 @@ from torch.fx import Node
 from moec.frontend.source import ModelSource
 from moec.frontend.torch_import import patterns as P
 from moec.frontend.torch_import.exported import Exported, ancestors, layer_of, shape
+from moec.frontend.torch_import.latent import latent
 from moec.frontend.torch_import.raising import NotRaised, Raiser, Report
 from moec.frontend.torch_import.weights import Weights
 from moec.ir import Builder, CacheType, Function, IndexType, Module, TensorType, Type, Value, Weight, print_module
@@ -58,7 +59,7 @@ def trace_module(module: nn.Module, example: Sequence[torch.Tensor]) -> tuple[To
     importer.run()
     eos = getattr(config, "eos_token_id", None)
     ends = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),)
-    facts = TorchConfig(positions, importer.vocabulary, importer.layers, ("kv.heads", importer.width), ends)
+    facts = TorchConfig(positions, importer.vocabulary, importer.layers, (importer.kind, importer.width), ends)
     family = Family("torch", (), lambda raw, name: facts, {}, lambda c: module)
     tensors = {n: t.detach() for n, t in exported.constants.items() if isinstance(t, torch.Tensor)}
     source = TorchSource(name, family, facts, {"model_type": "torch"}, None, tensors, importer.report)
@@ -72,7 +73,8 @@ class _Importer:
         self.positions = positions
         self.report = Report()
         self.runs: list[tuple[Function, int, int]] = []
-        self.width = self.vocabulary = self.layers = 0
+        self.kind, self.width = "kv.heads", 0
+        self.vocabulary = self.layers = 0
 
     def run(self) -> None:
         """Raise layer by layer, then what is around them, and add the entry functions of both phases."""
@@ -131,9 +133,10 @@ class _Importer:
         hidden = int(shape(first)[-1])
         x = builder.arg("x", TensorType("bf16", (symbol("T"), hidden)))
         report = Report()
-        self.width = self.width or _cache_width(self.exported, out)
+        if not self.width:
+            self.kind, self.width = _cache(self.exported, out)
         weights = Weights(self.exported, scratch, self.positions, "layers", number, layer)
-        state = _state(builder, CacheType("kv.heads", (self.layers, symbol("P"), PAGE, self.width), "bf16"))
+        state = _state(builder, CacheType(self.kind, (self.layers, symbol("P"), PAGE, self.width), "bf16"))
         state["l"] = layer
         value = Raiser(self.exported, builder, weights, report, {first: x}, state).value(out)
         builder.returns(value)
@@ -180,17 +183,16 @@ class _Importer:
         state: dict[str, Any] = {"ids": ids}
         for name, dims in (("seq", (tokens,)), ("pos", (tokens,)), ("pages", (batch, symbol("N")))):
             state[name] = builder.arg(name, TensorType("i32", dims))
-        builder.arg("starts", TensorType("i32", (batch + 1,)))
+        state["starts"] = builder.arg("starts", TensorType("i32", (batch + 1,)))
         rows = builder.arg("rows", TensorType("i32", (symbol("R"),)))
-        kv = builder.arg("kv", CacheType("kv.heads", (self.layers, symbol("P"), PAGE, self.width), "bf16"))
+        kv = builder.arg("kv", CacheType(self.kind, (self.layers, symbol("P"), PAGE, self.width), "bf16"))
         weights = Weights(self.exported, self.module, self.positions, "layers", None, None)
         report = Report()
         x = Raiser(self.exported, builder, weights, report, {}, state).value(first)
         for function, start, stop in self.runs:
             name = f"{function.attrs['stack']}.{phase}"
-            made = builder.emit(
-                "repeat", x, kv, state["seq"], state["pos"], state["pages"], func=name, first=start, last=stop
-            )
+            taken = [state[n] for n in ("seq", "pos", "pages", *(["starts"] if self.kind == "kv.latent" else []))]
+            made = builder.emit("repeat", x, kv, *taken, func=name, first=start, last=stop)
             assert isinstance(made, Value)
             x = made
         gathered = builder.emit("rows.gather", x, rows)
@@ -202,15 +204,18 @@ class _Importer:
             self.report.plain += report.plain
 
 
-def _cache_width(exported: Exported, out: Node) -> int:
-    """Elements of a cached position, from the attention that a layer holds."""
+def _cache(exported: Exported, out: Node) -> tuple[str, int]:
+    """Kind of the cache and elements of a cached position, from the attention that a layer holds."""
     number = layer_of(out)
     for node in exported.nodes:
         if layer_of(node) == number and node in ancestors(out):
             found = P.attention(node) if node.op == "call_function" else None
             if found is not None:
+                compressed = latent(found)
+                if compressed is not None:
+                    return "kv.latent", compressed.rank + compressed.key.dims
                 k, v = shape(found.k), shape(found.v)
-                return int(k[1] if isinstance(k[1], int) else k[2]) * (int(k[-1]) + int(v[-1]))
+                return "kv.heads", int(k[1] if isinstance(k[1], int) else k[2]) * (int(k[-1]) + int(v[-1]))
     raise NotRaised(module=f"layer {number}", op="attention", shape=[], why="no attention of a known form in it")
 
 
@@ -221,6 +226,8 @@ def _state(builder: Builder, kv: CacheType) -> dict[str, Any]:
         ("pos", TensorType("i32", (symbol("T"),))),
         ("pages", TensorType("i32", (symbol("B"), symbol("N")))),
     ]
+    if kv.kind == "kv.latent":
+        args.append(("starts", TensorType("i32", (symbol("B") + 1,))))
     return {name: builder.arg(name, type_) for name, type_ in args}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import prod
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.fx import Node
 
 from moec.frontend.torch_import.exported import Exported, ancestors, shape
 from moec.frontend.torch_import.patterns import same
+from moec.frontend.trace import gate_first
 from moec.ir import Builder, IndexType, Module, Value, Weight, WeightRef
 from moec.ir.builder import weight_ref
 
@@ -33,6 +35,10 @@ class Weights:
         """A parameter."""
         return self._declare([node], None)
 
+    def vector(self, node: Any) -> WeightRef:
+        """A parameter of one row, as a vector."""
+        return self._declare([node], None, flat=len(shape(node)) > 1)
+
     def table(self, node: Any) -> WeightRef:
         """The embedding, apart from an output head tied to it: each is stored as its readers want it."""
         return self._declare([node], None, "embed")
@@ -41,9 +47,9 @@ class Weights:
         """Parameters joined by rows."""
         return self._declare(nodes, None)
 
-    def stacked(self, node: Node) -> WeightRef:
-        """Experts that lie in one tensor."""
-        return self._declare([node], int(shape(node)[0]))
+    def stacked(self, node: Node, transposed: bool = False, interleaved: bool = False) -> WeightRef:
+        """Experts that lie in one tensor: `transposed` as `[in, out]`, `interleaved` with gate and up in turns."""
+        return self._declare([node], int(shape(node)[0]), order=(transposed, interleaved))
 
     def ones(self, width: int) -> WeightRef:
         """The weight of a norm without one."""
@@ -57,7 +63,8 @@ class Weights:
         buffers = [n for n in ancestors(cos) if n.name in exported.parameters and len(shape(n)) == 1]
         frequencies = [exported.tensor(n) for n in buffers if exported.tensor(n).is_floating_point()]
         (inverse,) = [f for f in frequencies if f.numel() * 2 == dims] or [frequencies[0]]
-        scale = float(exported.value(cos, 2).reshape(2, -1)[0, 0])
+        # At position 0 all angles are 0: what is left is a factor on all of them.
+        scale = float(exported.value(cos, 2).reshape(2, -1)[0, 0].real)
         factors = tuple(float(1.0 / f) for f in inverse.double())
         attrs: dict[str, Any] = {"positions": self.positions, "dims": 2 * len(factors), "theta": 1.0, "factor": 1.0}
         attrs |= {"original": 1, "beta_fast": 32.0, "beta_slow": 1.0, "attention": scale, "truncate": True}
@@ -77,7 +84,14 @@ class Weights:
         program.function.returns = [out]
         self.module.weights[name] = Weight(name, out.type, (), program.function)
 
-    def _declare(self, nodes: list[Any], experts: int | None, called: str = "") -> WeightRef:
+    def _declare(
+        self,
+        nodes: list[Any],
+        experts: int | None,
+        called: str = "",
+        order: tuple[bool, bool] = (False, False),
+        flat: bool = False,
+    ) -> WeightRef:
         nodes = [same(n) for n in nodes]
         names = [self.exported.name(n) for n in nodes]
         templates = [self._template(n) for n in names]
@@ -86,7 +100,7 @@ class Weights:
         symbol = called or "_and_".join([last[0], *(n.rsplit(".", 1)[-1] for n in last[1:])])
         symbol = f"{self.stack}.{symbol}" if by_layer else symbol
         if symbol not in self.module.weights:
-            self.module.weights[symbol] = self._weight(symbol, nodes, templates, by_layer, experts)
+            self.module.weights[symbol] = self._weight(symbol, nodes, templates, by_layer, experts, order, flat)
         weight = self.module.weights[symbol]
         return weight_ref(weight, [self.layer] if by_layer and self.layer is not None else [])
 
@@ -96,7 +110,14 @@ class Weights:
         return re.sub(rf"\.{self.number}\.", ".{l}.", name, count=1)
 
     def _weight(
-        self, symbol: str, nodes: list[Any], templates: list[str], by_layer: bool, experts: int | None
+        self,
+        symbol: str,
+        nodes: list[Any],
+        templates: list[str],
+        by_layer: bool,
+        experts: int | None,
+        order: tuple[bool, bool],
+        flat: bool,
     ) -> Weight:
         program = Builder(Module(""), symbol)
         indices: list[tuple[str, int, int]] = []
@@ -114,6 +135,18 @@ class Weights:
             if experts is not None:
                 assert isinstance(x, Value)
                 x = program.emit("weight.select", x, args["e"])
+                dims = dims[1:]
+            if flat:
+                assert isinstance(x, Value)
+                dims = (prod(dims),)
+                x = program.emit("weight.reshape", x, shape=dims)
+            transposed, interleaved = order
+            if transposed:
+                assert isinstance(x, Value)
+                x, dims = program.emit("weight.transpose", x, perm=(1, 0)), dims[::-1]
+            if interleaved:
+                assert isinstance(x, Value)
+                x = gate_first(program, x, dims)
             loads.append(x)
         out = loads[0] if len(loads) == 1 else program.emit("weight.concat", *loads, axis=0)  # type: ignore[arg-type]
         assert isinstance(out, Value)

@@ -61,7 +61,8 @@ def noaux_gate(f: Fields) -> Gate:
         groups=f.size("n_group", default=1),
         top_groups=f.size("topk_group", default=1),
     )
-    f.only("scoring_func", "sigmoid")
+    # The published dots.llm1 names its gate in both fields.
+    f.only("scoring_func", "sigmoid", "noaux_tc")
     f.only("topk_method", "noaux_tc")
     return gate
 

@@ -42,6 +42,10 @@ def show_model(
     print(
         f"  parameters        {facts['parameters'] / 1e9:.2f} B total, {facts['active_parameters'] / 1e9:.2f} B active"
     )
+    if stated := facts["published"]:
+        total, active = stated.get("beside", (0, 0))
+        more = f", {stated['why']} {active or total:+g} B" if "beside" in stated else ""
+        print(f"  published         {stated['total']} B total, {stated['active']} B active{more} ({stated['source']})")
     print(f"  KV cache          {facts['kv_bytes_per_token']} bytes a token in BF16")
     print(f"  layers            {facts['layers']}")
     for name, shape in facts["weights"].items():
@@ -71,6 +75,7 @@ def model_facts(model: str) -> dict[str, Any]:
     """Sizes of a model from its traced IR: nothing is loaded."""
     from moec.ir import CacheType, TensorType
     from moec.ir.stats import active_parameters, parameters
+    from moec.model_defs.registry import published
     from moec.stages import trace
 
     traced = trace(model)
@@ -81,6 +86,7 @@ def model_facts(model: str) -> dict[str, Any]:
         "layers": int(kv.shape[0]),  # type: ignore[arg-type]
         "parameters": parameters(traced.ir),
         "active_parameters": active_parameters(traced.ir),
+        "published": published(model),
         "kv_bytes_per_token": int(kv.shape[0]) * int(kv.shape[3]) * 2,  # type: ignore[arg-type]
         "weights": {
             w.name + (f"[{', '.join(f'{n}: {a}..{b}' for n, a, b in w.indices)}]" if w.indices else ""): str(w.type)
