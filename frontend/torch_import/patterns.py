@@ -64,9 +64,10 @@ def joined(node: Node) -> list[Any]:
         return []
     parts = {}
     for user in node.users:
-        into = next(iter(user.users), None) if op(user).startswith("slice") else None
-        if into is not None and op(into).startswith("copy_") and int(user.args[1]) == len(shape(node)) - 1:  # type: ignore[call-overload]
-            parts[int(user.args[2])] = same(into.args[1])  # type: ignore[call-overload]
+        given: Any = user.args
+        into: Any = next(iter(user.users), None) if op(user).startswith("slice") else None
+        if into is not None and op(into).startswith("copy_") and given[1] == len(shape(node)) - 1:
+            parts[int(given[2])] = same(into.args[1])
     return [parts[start] for start in sorted(parts)]
 
 
@@ -213,7 +214,7 @@ def _clamped_glu(shifted: Any, gated: Any) -> Glu | None:
     if not op(shifted).startswith("add.Tensor") or not isinstance(shifted.args[1], int | float) or parts is None:
         return None
     g, sigmoid = parts
-    inner = same(sigmoid.args[0]) if op(sigmoid).startswith("sigmoid") else None
+    inner: Any = same(sigmoid.args[0]) if op(sigmoid).startswith("sigmoid") else None
     if not op(inner).startswith("mul.Tensor") or same(inner.args[0]) is not g:
         return None
     up = same(shifted.args[0])

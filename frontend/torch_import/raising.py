@@ -175,15 +175,16 @@ class Raiser:
 
     def _part(self, node: Node) -> Value | None:
         """One part of a split of rows; all parts are known then."""
-        split = P.part(node, int(node.args[1])) if P.op(node) == "getitem" else None  # type: ignore[call-overload]
-        if split is None or len(features(split.args[0])) != 1:  # type: ignore[arg-type]
+        at: Any = node.args
+        split: Any = P.part(node, at[1]) if P.op(node) == "getitem" else None
+        if split is None or len(features(split.args[0])) != 1:
             return None
-        parts = {n.args[1]: n for n in split.users if P.op(n) == "getitem"}
+        parts: dict[Any, Any] = {n.args[1]: n for n in split.users if P.op(n) == "getitem"}
         if sorted(parts) != list(range(len(parts))):
             raise self.fail(node, "parts of a split are not used")
-        sizes = tuple(features(parts[i])[-1] for i in range(len(parts)))  # type: ignore[index]
+        sizes = tuple(features(parts[i])[-1] for i in range(len(parts)))
         values = self.emit("split", node, self.value(split.args[0]), sizes=sizes)
-        self.known.update({parts[i]: v for i, v in enumerate(values)})  # type: ignore[index]
+        self.known.update({parts[i]: v for i, v in enumerate(values)})
         return self.known[node]
 
     def _window(self, node: Node, found: P.Attention) -> int:

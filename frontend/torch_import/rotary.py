@@ -82,7 +82,7 @@ def _rotated_half(node: Any) -> Node | None:
     return None
 
 
-def _sorted_pairs(node: Any) -> Node | None:
+def _sorted_pairs(node: Any) -> Any:
     """`x` of `x.view(..., d/2, 2).transpose(-1, -2).reshape(..., d)`."""
     if not op(node).startswith(("reshape", "view.")):
         return None
@@ -100,7 +100,7 @@ def _sorted_pairs(node: Any) -> Node | None:
 def _rotated_pairs(node: Any) -> Node | None:
     """`x` of `stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)`."""
     node = same(node)
-    stacked = same(node.args[0]) if op(node).startswith(("flatten", "reshape", "view.")) else None
+    stacked: Any = same(node.args[0]) if op(node).startswith(("flatten", "reshape", "view.")) else None
     if not op(stacked).startswith("stack") or len(stacked.args[0]) != 2:
         return None
     negative, even = (same(n) for n in stacked.args[0])
@@ -132,13 +132,13 @@ def _by_halves(parts: list[Any]) -> Turned | None:
         return None
     halves = part(a, 0)
     if halves is not None and part(b, 1) is halves:
-        x = same(halves.args[0])
-        return Turned(x, cos, int(shape(x)[-1]))
+        whole = same(halves.args[0])
+        return Turned(whole, cos, int(shape(whole)[-1]))
     x = _every_second(a, 0)
     return Turned(x, cos, int(shape(x)[-1]), interleaved=True) if x is not None and _every_second(b, 1) is x else None
 
 
-def _every_second(node: Any, start: int) -> Node | None:
+def _every_second(node: Any, start: int) -> Any:
     """`x` of `x[..., start::2]`."""
     node = same(node)
     in_steps = op(node).startswith("slice") and len(node.args) == 5 and node.args[2:5:2] == (start, 2)
