@@ -97,7 +97,7 @@ def _sorted_pairs(node: Any) -> Any:
     return same(pairs.args[0]) if apart else None
 
 
-def _rotated_pairs(node: Any) -> Node | None:
+def _rotated_pairs(node: Any) -> Any:
     """`x` of `stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)`."""
     node = same(node)
     stacked: Any = same(node.args[0]) if op(node).startswith(("flatten", "reshape", "view.")) else None
