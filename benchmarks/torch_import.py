@@ -18,7 +18,6 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "families"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "torch_import"))
 
 from imported import IMPORTED, difference, module_of
 
