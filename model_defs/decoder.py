@@ -112,7 +112,7 @@ class Moe(nn.Module):
         self.experts_down = weight(m.count, hidden, m.inter)
         self.experts_gate_up_bias = weight(m.count, 2 * m.inter) if m.bias else None
         self.experts_down_bias = weight(m.count, hidden) if m.bias else None
-        self.shared = Mlp(hidden, m.shared, m.shared_bias) if m.shared else None
+        self.shared = Mlp(hidden, m.shared, m.shared_bias, m.glu) if m.shared else None
         self.shared_gate = weight(1, hidden) if m.shared_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class Layer(nn.Module):
         self.attn = Attention(c, layer.attention)
         self.post_norm = Norm(c.hidden_size, c)
         dense = isinstance(feed, spec.Dense)
-        self.mlp = Mlp(c.hidden_size, feed.inter, feed.bias) if dense else Moe(c.hidden_size, feed)  # type: ignore[arg-type]
+        self.mlp = Mlp(c.hidden_size, feed.inter, feed.bias, feed.glu) if dense else Moe(c.hidden_size, feed)  # type: ignore[arg-type]
 
     def forward(self, layer: Tensor, x: Tensor, kv: Tensor, seq: Tensor, pos: Tensor, pages: Tensor) -> Tensor:
         x = F.add(x, F.scale(self.attn(layer, self.input_norm(x), kv, seq, pos, pages), self.scale))

@@ -43,7 +43,7 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
     return apply("norm.layer", x, w, b, eps=float(eps))
 
 
-def swiglu(x: Tensor, **attrs: float) -> Tensor:
+def swiglu(x: Tensor, **attrs: Any) -> Tensor:
     """`swiglu`."""
     return apply("swiglu", x, **attrs)
 
@@ -187,7 +187,7 @@ def experts(
     count: int,
     biases: tuple[Tensor, ...] = (),
     weigh_input: bool = False,
-    **attrs: float,
+    **attrs: Any,
 ) -> Tensor:
     """`moe.dispatch`, `moe.experts` and `moe.combine`; with `weigh_input` the weights go in before the experts."""
     sent = apply("moe.dispatch", x, ids, experts=count)

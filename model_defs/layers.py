@@ -68,14 +68,15 @@ class Turn(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SwiGLU feed-forward of width `inter`."""
+    """Gated feed-forward of width `inter`; `glu`: attributes of `swiglu`."""
 
-    def __init__(self, hidden: int, inter: int, bias: bool = False) -> None:
+    def __init__(self, hidden: int, inter: int, bias: bool = False, glu: Any = ()) -> None:
         super().__init__()
+        self.glu = dict(glu)
         self.gate_up = weight(2 * inter, hidden)
         self.down = weight(hidden, inter)
         self.gate_up_bias = weight(2 * inter) if bias else None
         self.down_bias = weight(hidden) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.swiglu(F.linear(x, self.gate_up, self.gate_up_bias)), self.down, self.down_bias)
+        return F.linear(F.swiglu(F.linear(x, self.gate_up, self.gate_up_bias), **self.glu), self.down, self.down_bias)

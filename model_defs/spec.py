@@ -7,6 +7,9 @@ from typing import Literal
 
 from moec.model_defs.rope import Rope
 
+Glu = tuple[tuple[str, float | str], ...]
+"""Attributes of a gated activation."""
+
 
 @dataclass(frozen=True)
 class Temperature:
@@ -41,10 +44,11 @@ class Attention:
 
 @dataclass(frozen=True)
 class Dense:
-    """A SwiGLU feed-forward of width `inter`."""
+    """A gated feed-forward of width `inter`; `glu`: attributes of `swiglu`."""
 
     inter: int
     bias: bool = False
+    glu: Glu = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Experts:
     shared_gate: bool = False
     bias: bool = False
     weigh_input: bool = False
-    glu: tuple[tuple[str, float], ...] = ()
+    glu: Glu = ()
 
 
 @dataclass(frozen=True)

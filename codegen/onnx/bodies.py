@@ -62,8 +62,13 @@ def _glu(g: Graph, x: str, width: int, a: Any) -> str:
     if "limit" in a:
         gate = g("Min", gate, g.f32(a["limit"]))
         up = g("Clip", up, g.f32(-a["limit"]), g.f32(a["limit"]))
-    inner = g("Mul", gate, g.f32(a["alpha"])) if "alpha" in a else gate
     up = g("Add", up, g.f32(a["shift"])) if "shift" in a else up
+    if a.get("act") == "relu":
+        return str(g("Mul", g("Relu", gate), up))
+    if "act" in a:
+        form = "tanh" if a["act"] == "gelu_tanh" else "none"
+        return str(g("Mul", g("Gelu", gate, approximate=form), up))
+    inner = g("Mul", gate, g.f32(a["alpha"])) if "alpha" in a else gate
     return str(g("Mul", g("Mul", gate, g("Sigmoid", inner)), up))
 
 

@@ -84,6 +84,9 @@ class Program:
         return records
 
 
+GATED = ("swiglu", "moe.experts")
+
+
 def lower_module(
     module: Module, target: Target, limits: Mapping[str, int], tiles: Mapping[str, Tile] | None = None
 ) -> Program:
@@ -92,6 +95,10 @@ def lower_module(
     `tiles` replaces the tiles that were measured for the architecture. Raises NoKernel, UnsupportedKernel,
     UnknownArchitecture or UnmetRequirement.
     """
+    for _, op in module.ops():
+        variants = sorted({"act", "alpha", "limit", "shift"} & set(op.attrs)) if op.name in GATED else []
+        if variants:
+            raise NoKernel(op=op.name, reason=f"only plain SwiGLU has one, not with {', '.join(variants)}")
     if tiles is None:
         tiles = {key: m.tile for key, m in measured.load(target.device.arch).items()}
     table = KernelTable(target.device.arch, tiles)

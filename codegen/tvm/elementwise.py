@@ -9,6 +9,7 @@ argmax(x, ids, tokens)            ids i32[tokens]: position of the first largest
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from moec.codegen.tvm.tir import Kernel, Machine, const, kernel_body
 from moec.codegen.tvm.vector import (
     allow_alias,
     argmax_row,
+    exp,
     fill,
     foreach,
     load,
@@ -58,7 +60,7 @@ class SwigluSpec:
     """Rows of 2 * `inner` elements (gate, then up) to rows of `inner`.
 
     With a `limit` (0: none) gate = min(gate, limit) and up lies within +-limit; `alpha` scales the gate within the
-    sigmoid, `shift` is added to up.
+    sigmoid, `shift` is added to up. `act`: another function of the gate than silu, as of the op `swiglu`.
     """
 
     inner: int
@@ -68,6 +70,7 @@ class SwigluSpec:
     limit: float = 0.0
     alpha: float = 1.0
     shift: float = 0.0
+    act: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,30 @@ def build_scale(spec: ScaleSpec, machine: Machine) -> Kernel:
     return allow_alias(kernel)
 
 
+_ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
+"""Abramowitz and Stegun 7.1.26: erf(x) to 1.5e-7."""
+
+
+def _gate(spec: SwigluSpec, x: Any, width: int) -> Any:
+    """The activation of the gate."""
+    zero, one = fill(0.0, width), fill(1.0, width)
+    if spec.act == "relu":
+        return T.Bind(T.max(x, zero))
+    if spec.act == "gelu_tanh":
+        # x/2 (1 + tanh u) = x sigmoid(2 u)
+        cube = T.Bind(x * x * x * fill(0.044715, width))
+        return x * sigmoid(T.Bind((x + cube) * fill(2 * math.sqrt(2 / math.pi), width)), width)
+    if spec.act == "gelu":
+        z = T.Bind(T.max(x, zero - x) * fill(math.sqrt(0.5), width))
+        t = T.Bind(one / (one + z * fill(0.3275911, width)))
+        power = fill(_ERF[-1], width)
+        for c in reversed(_ERF[:-1]):
+            power = power * t + fill(c, width)
+        erf = T.Bind(one - power * t * exp(zero - z * z, width))
+        return x * fill(0.5, width) * (one + T.Select(x < zero, zero - erf, erf))
+    return x * sigmoid(x if spec.alpha == 1.0 else T.Bind(x * fill(spec.alpha, width)), width)
+
+
 def build_swiglu(spec: SwigluSpec, machine: Machine) -> Kernel:
     """swiglu(x, y, tokens)."""
     kernel = new_kernel("swiglu", spec)
@@ -136,9 +163,8 @@ def build_swiglu(spec: SwigluSpec, machine: Machine) -> Kernel:
                 if spec.limit:
                     top = fill(spec.limit, width)
                     gate, up = T.Bind(T.min(gate, top)), T.Bind(T.max(T.min(up, top), fill(-spec.limit, width)))
-                inner = gate if spec.alpha == 1.0 else T.Bind(gate * fill(spec.alpha, width))
                 beside = up if spec.shift == 0.0 else up + fill(spec.shift, width)
-                store(y, gate * sigmoid(inner, width) * beside, y0 + i, width)
+                store(y, _gate(spec, gate, width) * beside, y0 + i, width)
 
             foreach(spec.inner, machine.lanes, swiglu)
 

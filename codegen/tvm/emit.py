@@ -205,9 +205,10 @@ def number(op: Op, name: str) -> float:
     return float(value)
 
 
-def glu(op: Op) -> dict[str, float]:
+def glu(op: Op) -> dict[str, Any]:
     """The attributes of a gated activation that the op has."""
-    return {key: number(op, key) for key in ("limit", "alpha", "shift") if key in op.attrs}
+    act = {"act": str(op.attrs["act"])} if "act" in op.attrs else {}
+    return act | {key: number(op, key) for key in ("limit", "alpha", "shift") if key in op.attrs}
 
 
 def _embed(e: FunctionEmitter, op: Op) -> None:

@@ -54,7 +54,10 @@ def product_dtype(x: TensorType, w: TensorType, a: Attrs) -> str:
 
 
 OUT = Attr("str", optional=True, choices=FLOATS)
-GLU = {key: Attr("float", optional=True) for key in ("limit", "alpha", "shift")}
+GLU = {
+    **{key: Attr("float", optional=True) for key in ("limit", "alpha", "shift")},
+    "act": Attr("str", optional=True, choices=("gelu", "gelu_tanh", "relu")),
+}
 """Attributes of gated activations; see `swiglu`."""
 
 
@@ -124,7 +127,8 @@ class SwiGlu(OpDef):
     """Gated activation (Shazeer 2020): `y = silu(x[:, :n]) · x[:, n:]` for `x[T, 2n]`.
 
     Variants of gpt-oss (2508.10925): with `limit` the gate is cut above it and the other half to ±limit; `alpha` scales
-    the gate within the sigmoid; `shift` is added to the other half.
+    the gate within the sigmoid; `shift` is added to the other half. `act` names the gate's function where it
+    is not silu: `gelu` (Hendrycks and Gimpel 2016, 1606.08415), its approximation `gelu_tanh`, or `relu`.
     """
 
     name = "swiglu"
@@ -146,7 +150,8 @@ class SwiGlu(OpDef):
 
 
 def check_glu(a: Attrs) -> None:
-    """Raise TypeRuleError for a limit that cuts everything."""
+    """Raise TypeRuleError for a limit that cuts everything, or an `alpha` of another function than silu."""
+    require(not ("act" in a and "alpha" in a), "alpha scales the gate of silu: leave act or alpha away")
     require(float(a.get("limit", 1.0)) > 0, f"limit must be above 0, got {a.get('limit')}")
 
 
@@ -156,7 +161,12 @@ def swiglu(x: Any, torch: Any, a: Attrs | None = None) -> Any:
     gate, up = x.chunk(2, -1)
     if "limit" in a:
         gate, up = gate.clamp(max=a["limit"]), up.clamp(-a["limit"], a["limit"])
-    return gate * (gate * a.get("alpha", 1.0)).sigmoid() * (up + a.get("shift", 0.0))
+    up = up + a.get("shift", 0.0)
+    if "act" not in a:
+        return gate * (gate * a.get("alpha", 1.0)).sigmoid() * up
+    if a["act"] == "relu":
+        return gate.relu() * up
+    return torch.nn.functional.gelu(gate, approximate="tanh" if a["act"] == "gelu_tanh" else "none") * up
 
 
 class Scale(OpDef):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from moec.model_defs.fields import LONG, Fields
+from moec.errors import near
+from moec.model_defs.fields import LONG, Fields, shown
 from moec.model_defs.rope import Rope
-from moec.model_defs.spec import Attention, Decoder, Dense, Experts, Gate, Layer
+from moec.model_defs.spec import Attention, Decoder, Dense, Experts, Gate, Glu, Layer
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -80,9 +82,24 @@ def check_experts(f: Fields, m: Experts) -> Experts:
     return m
 
 
+ACTIVATIONS = {
+    "silu": "", "swish": "", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+}  # fmt: skip
+"""Names of the gate's function in a `config.json`, and `act` of `swiglu`."""
+
+
+def activation(f: Fields) -> Glu:
+    """The function of the gates, where it is not silu."""
+    name = f.get("hidden_act", "hidden_activation") or "silu"
+    if name not in ACTIVATIONS:
+        raise f.fail(f"hidden_act {shown(name)} is not supported{near(str(name), list(ACTIVATIONS))}")
+    return (("act", ACTIVATIONS[name]),) if ACTIVATIONS[name] else ()
+
+
 def decoder(f: Fields, layers: Sequence[Layer], harmless: Sequence[str] = (), **more: Any) -> Decoder:
     """The decoder of all that was read; refuses what nothing has read. `more`: further fields of the decoder."""
-    f.only("hidden_act", "silu")
+    act = activation(f)
+    layers = [replace(layer, feed=replace(layer.feed, glu=(*layer.feed.glu, *act))) for layer in layers]
     f.only("is_encoder_decoder", False)
     for layer in layers:
         if isinstance(layer.feed, Experts):

@@ -23,6 +23,8 @@ def read(raw: Mapping[str, Any], name: str) -> Decoder:
     gate = Gate(f.size("num_experts_per_tok", "experts_per_token"), "softmax", normalise=True, bias="logits")
     glu = (("limit", f.number("swiglu_limit", 7.0)), ("alpha", f.number("swiglu_alpha", 1.702)), ("shift", 1.0))
     experts = Experts(f.size("num_local_experts"), f.size("intermediate_size"), gate, bias=True, glu=glu)
+    # Its clamped activation has silu's sigmoid built in.
+    f.only("hidden_act", "silu")
     layers = [Layer(replace(attention, window=w), experts) for w in windows(f, layer_count(f))]
     return decoder(f, layers)
 

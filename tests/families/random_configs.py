@@ -47,6 +47,11 @@ def experts(r: random.Random, key: str) -> dict[str, Any]:
     return {key: count, "num_experts_per_tok": r.choice([1, 2, 3])}
 
 
+def act(r: random.Random) -> dict[str, Any]:
+    """The function of the gates."""
+    return {"hidden_act": r.choice(["silu", "silu", "gelu", "gelu_pytorch_tanh", "relu"])}
+
+
 def scaled_rope(r: random.Random) -> dict[str, Any]:
     """One of the kinds of rotary embedding."""
     theta = r.choice([1e4, 5e5])
@@ -79,7 +84,9 @@ def noaux(r: random.Random, layers: int) -> dict[str, Any]:
 
 
 def llama(r: random.Random) -> dict[str, Any]:
-    return base(r) | dims(r) | scaled_rope(r) | {"attention_bias": r.random() < 0.5, "mlp_bias": r.random() < 0.5}
+    return (
+        act(r) | base(r) | dims(r) | scaled_rope(r) | {"attention_bias": r.random() < 0.5, "mlp_bias": r.random() < 0.5}
+    )
 
 
 def mistral(r: random.Random) -> dict[str, Any]:
@@ -97,13 +104,13 @@ def qwen3(r: random.Random) -> dict[str, Any]:
 
 
 def mixtral(r: random.Random) -> dict[str, Any]:
-    return base(r) | dims(r) | experts(r, "num_local_experts") | {"sliding_window": r.choice([None, 7, 20])}
+    return act(r) | base(r) | dims(r) | experts(r, "num_local_experts") | {"sliding_window": r.choice([None, 7, 20])}
 
 
 def qwen2_moe(r: random.Random) -> dict[str, Any]:
     c = base(r) | whole_heads(r) | experts(r, "num_experts")
     sparse: dict[str, Any] = r.choice([{"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}, {"mlp_only_layers": []}])
-    return c | sparse | {
+    return act(r) | c | sparse | {
         "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28, "qkv_bias": r.random() < 0.7,
         "norm_topk_prob": r.random() < 0.5,
     }  # fmt: skip
@@ -123,7 +130,7 @@ def glm4_moe(r: random.Random) -> dict[str, Any]:
 def dots1(r: random.Random) -> dict[str, Any]:
     c = base(r) | dims(r)
     kinds = [r.choice(["full_attention", "sliding_attention"]) for _ in range(c["num_hidden_layers"])]
-    return c | noaux(r, c["num_hidden_layers"]) | {"layer_types": kinds, "sliding_window": 9}
+    return act(r) | c | noaux(r, c["num_hidden_layers"]) | {"layer_types": kinds, "sliding_window": 9}
 
 
 def gpt_oss(r: random.Random) -> dict[str, Any]:
@@ -152,11 +159,11 @@ def phimoe(r: random.Random) -> dict[str, Any]:
     }  # fmt: skip
     rope = r.choice([{}, {"rope_parameters": long}])
     more = {"attention_bias": r.random() < 0.5, "lm_head_bias": r.random() < 0.5, "router_jitter_noise": 0.3}
-    return c | rope | more
+    return act(r) | c | rope | more
 
 
 def granitemoe(r: random.Random) -> dict[str, Any]:
-    return base(r) | whole_heads(r) | experts(r, "num_local_experts") | {
+    return act(r) | base(r) | whole_heads(r) | experts(r, "num_local_experts") | {
         "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.5,
         "attention_bias": r.random() < 0.5,
     }  # fmt: skip
@@ -164,7 +171,7 @@ def granitemoe(r: random.Random) -> dict[str, Any]:
 
 def ernie(r: random.Random) -> dict[str, Any]:
     c = base(r) | whole_heads(r)
-    return c | {
+    return act(r) | c | {
         "moe_num_experts": 6, "moe_k": r.choice([1, 2]), "moe_intermediate_size": 20,
         "moe_num_shared_experts": r.choice([0, 1, 2]), "moe_layer_start_index": r.choice([0, 1]),
         "moe_layer_interval": r.choice([1, 2]), "use_bias": r.random() < 0.5,
@@ -192,7 +199,7 @@ def llama4(r: random.Random) -> dict[str, Any]:
 def minimax(r: random.Random) -> dict[str, Any]:
     c = base(r) | {"head_dim": 16, "rotary_dim": r.choice([8, 16])} | experts(r, "num_local_experts")
     c["rope_parameters"] |= {"partial_rotary_factor": c["rotary_dim"] / 16}
-    return c
+    return act(r) | c
 
 
 def latent(r: random.Random) -> dict[str, Any]:
