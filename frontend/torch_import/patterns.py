@@ -189,11 +189,11 @@ def _unrepeated(node: Any) -> Node:
 
 @dataclass(frozen=True)
 class Glu:
-    """silu(gate) · up, or the clamped form of gpt-oss: g · sigmoid(alpha · g) · (u + shift) within limits."""
+    """act(gate) · up, or the clamped form of gpt-oss: g · sigmoid(alpha · g) · (u + shift) within limits."""
 
     gate: Node
     up: Node
-    attrs: dict[str, float] = field(default_factory=dict)
+    attrs: dict[str, Any] = field(default_factory=dict)
 
 
 def glu(node: Any) -> Glu | None:
@@ -202,6 +202,10 @@ def glu(node: Any) -> Glu | None:
     for left, right in (both, both[::-1]) if both else ():
         if op(left).startswith("silu"):
             return Glu(same(left.args[0]), right)
+        if op(left).startswith(("gelu", "relu.")):
+            tanh = left.kwargs.get("approximate") == "tanh"
+            name = "relu" if op(left).startswith("relu") else "gelu_tanh" if tanh else "gelu"
+            return Glu(same(left.args[0]), right, {"act": name})
         clamped = _clamped_glu(left, right)
         if clamped is not None:
             return clamped
@@ -237,7 +241,7 @@ class Experts:
     gate_up: Node
     down: Node
     biases: tuple[Node, ...] = ()
-    attrs: dict[str, float] = field(default_factory=dict)
+    attrs: dict[str, Any] = field(default_factory=dict)
     transposed: bool = False
     interleaved: bool = False
 

@@ -209,8 +209,6 @@ class Raiser:
         if found is None:
             return None
         gate, up = P.same(found.gate), P.same(found.up)
-        if found.attrs:
-            return None
         plain = all(P.op(n).startswith("linear") for n in (gate, up))
         if not plain or P.same(gate.args[0]) is not P.same(up.args[0]):
             return None
@@ -218,7 +216,7 @@ class Raiser:
         joined = self.weights.joined([gate.args[1], up.args[1]])
         biases = [self.weights.joined([gate.args[2], up.args[2]])] if len(gate.args) > 2 and gate.args[2] else []
         wide = self.emit("linear", gate, x, joined, *biases)
-        return self.emit("swiglu", node, wide)  # type: ignore[no-any-return]
+        return self.emit("swiglu", node, wide, **found.attrs)  # type: ignore[no-any-return]
 
     def _gated(self, node: Node) -> Value | None:
         both = P.pair(node, "mul.Tensor")
