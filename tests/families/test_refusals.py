@@ -12,6 +12,7 @@ from random_configs import make_model, save_model
 
 import moec
 from moec.errors import InputError
+from moec.passes.base import PassError
 
 
 @pytest.fixture
@@ -66,6 +67,11 @@ def test_config_and_weights_that_disagree(folder: Path) -> None:
     message = refused(lambda: plan.compile(folder.parent / "m.moec"))
     assert "has shape" in message and "999" in message
     assert not (folder.parent / "m.moec").exists()
+
+
+def test_a_cache_per_head_has_no_fp8_layout(folder: Path) -> None:
+    with pytest.raises(PassError, match="has no layout.*or bf16"):
+        moec.trace(str(folder)).optimize("cpu", context=16, passes=["fp8-cast{cache=fp8}"])
 
 
 def test_harmless_fields_are_listed(folder: Path) -> None:
