@@ -3,7 +3,7 @@
     python benchmarks/families.py [--seed N] [--number N] [--only FAMILY]
 
 Columns: greatest difference over the logits' standard deviation for whole prefill, chunks of 7, and decoding token by
-token (FP32), and the median over tokens of the relative error with FP8 weights.
+token (FP32), and the median over tokens of the relative error with FP8 weights (of a family's first configuration).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import moec
 LENGTH = 50
 
 
-def row(family: str, seed: int) -> list[float]:
-    """The four errors of one configuration."""
+def row(family: str, seed: int, recipes: tuple[str, ...]) -> list[float]:
+    """The errors of one configuration: three of FP32, one of FP8 weights."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         oracle = save_model(family, seed, folder / "hf")
@@ -36,7 +36,7 @@ def row(family: str, seed: int) -> list[float]:
         with torch.no_grad():
             expected = oracle(torch.tensor(ids)).logits.numpy()
         errors = []
-        for recipe in ("fp32", "weight-only"):
+        for recipe in recipes:
             plan = moec.trace(str(folder / "hf")).optimize("cpu", batch=2, context=64, chunk=32, recipe=recipe)
             model = moec.load(plan.compile(folder / f"{recipe}.moec").path)
             if recipe == "fp32":
@@ -60,12 +60,10 @@ def main() -> None:
     failed = False
     for family in [given.only] if given.only else FAMILIES:
         for number in range(given.number):
-            errors = row(family, given.seed + number)
+            errors = row(family, given.seed + number, ("fp32",) if number else ("fp32", "weight-only"))
             failed |= max(errors[:3]) >= 1e-4
-            print(
-                f"{family:16} {number:2} " + " ".join(f"{e:9.1e}" for e in errors[:3]) + f" {errors[3]:7.3f}",
-                flush=True,
-            )
+            shown = " ".join([*(f"{e:9.1e}" for e in errors[:3]), *(f"{e:7.3f}" for e in errors[3:])])
+            print(f"{family:16} {number:2} {shown}", flush=True)
     raise SystemExit(failed)
 
 

@@ -70,7 +70,7 @@ def test_config_and_weights_that_disagree(folder: Path) -> None:
 
 
 def test_a_cache_per_head_has_no_fp8_layout(folder: Path) -> None:
-    with pytest.raises(PassError, match="has no layout.*or bf16"):
+    with pytest.raises(PassError, match=r"has no layout.*or bf16"):
         moec.trace(str(folder)).optimize("cpu", context=16, passes=["fp8-cast{cache=fp8}"])
 
 
