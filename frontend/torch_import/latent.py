@@ -33,7 +33,9 @@ def latent(found: Attention) -> Latent | None:
     if len(both) != 2:
         return None
     own, shared = both
-    split, key = part(own, 0), rope(unview(shared))
+    while op(shared).startswith("expand"):
+        shared = same(shared.args[0])
+    split, key = part(own, 0), rope(shared)
     if split is None or key is None or part(found.v, 1) is not split:
         return None
     product = unview(split.args[0])

@@ -348,10 +348,10 @@ def gate(ids: Any, weights: Any) -> Gate | None:
     if not gathered and (op(scores) != "getitem" or scores.args[0] is not top):
         return None
     bias = None
+    if op(choice).startswith("masked_fill"):
+        attrs |= _groups(choice)
+        choice = same(choice.args[0])
     if gathered:
-        if op(choice).startswith("masked_fill"):
-            attrs |= _groups(choice)
-            choice = same(choice.args[0])
         if op(choice).startswith("add.Tensor") and parameter(unview(choice.args[1])):
             bias, choice = unview(choice.args[1]), same(choice.args[0])
         if unview(choice) is not unview(scores):
