@@ -260,6 +260,8 @@ class Packed:
         raw = raw.contiguous().view(torch.uint8) if fmt.bits >= 8 else _nibbles(raw)
         if (missing := tiles * rows - n) or groups * 4 != raw.shape[-1]:
             raw = torch.nn.functional.pad(raw, (0, groups * 4 - raw.shape[-1], 0, missing))
+        elif raw.storage_offset() % 4:  # A tensor of a checkpoint's file may begin at any byte.
+            raw = raw.clone()
         lanes = raw.view(torch.int32).reshape(*raw.shape[:-2], tiles, rows, groups)
         return lanes.transpose(-2, -1).contiguous()
 

@@ -45,8 +45,11 @@ def theirs(variant: str, folder: Path, block: tuple[int, int] | None, scale: str
     return out
 
 
-def dequantised(folder: Path, out: Path) -> Any:
-    """The transformers model of an FP8 folder in FP32, its weights multiplied by their scales here."""
+def dequantised(folder: Path, out: Path, again: bool = False) -> Any:
+    """The transformers model of an FP8 folder in FP32, its weights multiplied by their scales here.
+
+    With `again` matrices in blocks that cut 128 columns are rounded once more, with a scale for 128 columns of a row.
+    """
     out.mkdir()
     stored = load_file(folder / "model.safetensors")
     plain = {}
@@ -60,6 +63,8 @@ def dequantised(folder: Path, out: Path) -> Any:
             whole = [n if s == 1 else b for n, s, b in zip(tensor.shape, scale.shape, size, strict=True)]
             index = [torch.arange(n) // b for n, b in zip(tensor.shape, whole, strict=True)]
             tensor = tensor.float() * scale[index[0]][:, index[1]]
+            if again and scale.shape[1] > 1 and whole[1] % 128:
+                tensor = rounded(tensor)
         plain[name] = tensor.float().contiguous()
     save_file(plain, out / "model.safetensors", {"format": "pt"})
     raw = json.loads((folder / "config.json").read_text())
@@ -68,6 +73,16 @@ def dequantised(folder: Path, out: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         out, dtype=torch.float32, experts_implementation="eager"
     ).eval()
+
+
+def rounded(w: torch.Tensor) -> torch.Tensor:
+    """A matrix after E4M3 with one scale for 128 columns of a row."""
+    columns = w.shape[1]
+    blocks = torch.nn.functional.pad(w, (0, -columns % 128)).reshape(w.shape[0], -1, 128)
+    scale = blocks.abs().amax(-1, keepdim=True) / 448
+    scale = torch.where(scale > 0, scale, 1.0)
+    kept = (blocks / scale).to(torch.float8_e4m3fn).float() * scale
+    return kept.flatten(1)[:, :columns]
 
 
 def block_of(folder: Path) -> int:

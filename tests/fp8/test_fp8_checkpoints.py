@@ -41,7 +41,7 @@ FAST = ("odd sizes", "transformers, block 128")
 
 def logits(folder: Path, out: Path, recipe: str) -> tuple[np.ndarray, list[str]]:
     traced = moec.trace(str(folder))
-    plan = traced.optimize("cpu", context=64, chunk=32, recipe=recipe)
+    plan = traced.optimize("cpu", context=64, chunk=32, recipe=recipe, passes=["mla-absorb{prefill=plain}"])
     model = moec.load(plan.compile(out).path)
     notes = [*traced.notes, *(n for r in plan.records for n in r.notes)]
     return model.logits(IDS, chunk=16), notes
@@ -71,10 +71,14 @@ def test_logits_equal_the_dequantised_model(case: str, tmp_path: Path) -> None:
     ],
 )
 def test_by_itself_the_recipe_keeps_the_checkpoint(case: Callable[[Path], Path], again: str, tmp_path: Path) -> None:
-    """A BF16 cache, and what must be quantised again because its blocks are no 128 columns wide, which is said."""
+    """A BF16 cache, and what must be quantised again because its blocks are no 128 columns wide, which is said.
+
+    A second rounding moves the logits of these models by 0.12 and 0.14 of their standard deviation: they are compared
+    with transformers on weights that were rounded twice.
+    """
     folder = case(tmp_path)
     with torch.no_grad():
-        expected = dequantised(folder, tmp_path / "wide")(torch.tensor(IDS)).logits.numpy()
+        expected = dequantised(folder, tmp_path / "wide", again=True)(torch.tensor(IDS)).logits.numpy()
     got, notes = logits(folder, tmp_path / "m.moec", "auto")
     assert any("recipe checkpoint" in n for n in notes)
     assert any(again in n and "re-quantised to scale(f32, 1x128), a second rounding" in n for n in notes)
