@@ -7,6 +7,7 @@ from moec.passes.planning.memory import Memory
 from moec.passes.planning.plan import Options, PhasePlan, Plan, make_plan
 from moec.passes.planning.report import as_json, search_json, training_json
 from moec.passes.planning.search import Candidate, Found, search
+from moec.passes.planning.sweep import Point, sweep
 from moec.passes.planning.training import TrainingPlan, TrainOptions, make_training_plan
 from moec.passes.planning.whatif import KNOBS, changed
 
@@ -23,6 +24,7 @@ __all__ = [
     "Options",
     "PhasePlan",
     "Plan",
+    "Point",
     "TrainOptions",
     "TrainingPlan",
     "WrongLayout",
@@ -36,5 +38,6 @@ __all__ = [
     "make_training_plan",
     "search",
     "search_json",
+    "sweep",
     "training_json",
 ]

@@ -52,8 +52,18 @@ def choose(built: Variants, step: Step, limit: int, setting: Setting) -> Choice:
     """Compare the forms at `step`, and solve for the crossover up to a context of `limit`."""
     costs = {form: step_cost(module, step, setting) for form, module in built.items()}
     times = {form: cost.serial_us for form, cost in costs.items()}
-    form = min(times, key=lambda f: times[f])
+    form = cheaper(times)
     return Choice(form, times, costs[form], crossover(built, step, limit, setting))
+
+
+def form_times(built: Variants, step: Step, setting: Setting) -> dict[str, float]:
+    """Microseconds of a step, its ops one after the other, in each form."""
+    return {form: step_cost(module, step, setting).serial_us for form, module in built.items()}
+
+
+def cheaper(times_us: dict[str, float]) -> str:
+    """The form that takes less time."""
+    return min(times_us, key=lambda form: times_us[form])
 
 
 def crossover(built: Variants, step: Step, limit: int, setting: Setting) -> int | None:
@@ -64,8 +74,7 @@ def crossover(built: Variants, step: Step, limit: int, setting: Setting) -> int 
     """
 
     def absorbed_wins(context: int) -> bool:
-        at = replace(step, context=context)
-        times = {form: step_cost(module, at, setting).serial_us for form, module in built.items()}
+        times = form_times(built, replace(step, context=context), setting)
         return times[ABSORBED] < times[PLAIN]
 
     return first_change(absorbed_wins, step.new, limit)

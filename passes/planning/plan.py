@@ -153,8 +153,8 @@ def make_plan(module: Module, target: Target, options: Options) -> Plan:
     Raises WrongPlan, WrongLayout, WrongRedundancy, CutBlock, WrongRanks, NoLink or Uncalibrated. A model that does not
     fit is planned all the same, with a warning.
     """
-    limit = _positions(module)
-    _check(options, limit)
+    limit = model_limit(module)
+    check(options, limit)
     plans = [_with_recipe(module, target, recipe, options, limit) for recipe in candidates(options.recipe, target)]
     return min(plans, key=lambda p: (p.phases["decode"].memory.missing > 0, p.time_per_token_ms))
 
@@ -170,7 +170,8 @@ def _with_recipe(module: Module, target: Target, recipe: Recipe, options: Option
     return Plan(sized, layout, recipe, options, phases, notes, warnings, gains)
 
 
-def _check(options: Options, limit: int) -> None:
+def check(options: Options, limit: int) -> None:
+    """Raise WrongPlan for a workload outside the model's limits."""
     for name in ("batch", "context", "prompt", "chunk"):
         if not 1 <= getattr(options, name) <= _MOST:
             raise WrongPlan(message=f"{name} must lie in 1..{_MOST}, got {getattr(options, name)}")
@@ -183,12 +184,13 @@ def _check(options: Options, limit: int) -> None:
         raise WrongPlan(message=f"overlap must be one of {', '.join(OVERLAP)}, got {options.overlap!r}")
 
 
-def _positions(module: Module) -> int:
+def model_limit(module: Module) -> int:
+    """Positions that the model can attend to."""
     programs = (op for w in module.weights.values() for op in w.program.ops)
     return next(int(op.attrs["positions"]) for op in programs if op.name == "weight.rope_table")  # type: ignore[arg-type]
 
 
-def _step(phase: str, options: Options) -> Step:
+def step_of(phase: str, options: Options) -> Step:
     """The step of a phase; for prompts longer than a chunk, the last chunk."""
     if phase == "decode":
         return Step(phase, options.batch, 1, options.context)
@@ -211,7 +213,7 @@ def _chunks(step: Step, prompt: int) -> Iterator[tuple[Step, float]]:
 
 
 def _phase(module: Module, built: Variants, phase: str, options: Options, limit: int, setting: Setting) -> PhasePlan:
-    step = _step(phase, options)
+    step = step_of(phase, options)
     choice = choose(built, step, limit, setting)
     form = built[choice.form]
     if phase == "prefill":
@@ -323,7 +325,7 @@ def _gain(
         return {}
     gains = {}
     for phase, plan in phases.items():
-        step = _step(phase, options)
+        step = step_of(phase, options)
         form = built[plan.choice.form]
         timed = time_step(form, step, _whole(form, step, options, other), options.overlap, other)
         gains[phase] = plan.step_us / timed.step_us - 1

@@ -82,7 +82,30 @@ def test_own_target_files_and_settings(tmp_path: Path) -> None:
     assert max(op["calls"] for op in fast["ops"]["decode"]) == 3
 
 
+def test_lists_give_the_form_at_each_batch_and_context(tmp_path: Path) -> None:
+    """One sequence expands keys at short contexts only; the crossover between is the plan's own."""
+    words = ("deepseek-v3", "--target", "h800", "--batch", "1,64", "--context", "128,4096")
+    points = answer(*words)["sweep"]
+    assert [(p["batch"], p["context"]) for p in points] == [(1, 128), (1, 4096), (64, 128), (64, 4096)]
+    at = points[0]["crossover_context"]["decode"]
+    assert 128 < at < 4096
+    assert [p["forms"]["decode"] for p in points] == ["plain", *["absorbed"] * 3]
+    assert {p["forms"]["prefill"] for p in points} == {"plain"}
+    for point in points:
+        for phase, times in point["form_times_us"].items():
+            assert point["forms"][phase] == min(times, key=lambda form: times[form])
+    one = answer("deepseek-v3", "--target", "h800", "--batch", "1", "--context", "4096", "--prompt", "4096")
+    assert points[1] == {**{k: one[k] for k in points[1] if k in one}, "batch": 1, "context": 4096}
+    text = run(*words, "--what-if", "memory_bandwidth=0.1x")
+    assert text.count("milliseconds of a step") == 2 and text.count(" 4096 ") == 6
+
+
 MISTAKES = [
+    (["--batch", "1,many"], "--batch wants a whole number, or some separated by commas, got '1,many'"),
+    (["--context", "128,128"], "--context names a number twice: 128,128"),
+    (["--batch", "1,2", "--search"], "compare attention's forms: leave --search away"),
+    (["--batch", "1,0"], "batch must lie in"),
+    (["--context", "4096,200000"], "exceeds the model's 163840 positions"),
     (["--what-if", "nvlnk=2x"], "did you mean nvlink"),
     (["--what-if", "nvlink"], "write KEY=VALUE"),
     (["--what-if", "nvlink=fast"], "not a number with a unit"),

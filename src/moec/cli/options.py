@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +29,16 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, str]:
             raise UsageError(message=f"--set {key} is given twice, as {out[key]} and {value}")
         out[key] = value
     return out
+
+
+def parse_numbers(option: str, text: str | None) -> list[int]:
+    """A whole number, or several separated by commas; none where nothing is given. Raises UsageError."""
+    words = [] if text is None else [w.strip() for w in text.split(",")]
+    if not all(re.fullmatch(r"-?\d{1,18}", w) for w in words):
+        raise UsageError(message=f"{option} wants a whole number, or some separated by commas, got {text!r}")
+    if len(set(words)) < len(words):
+        raise UsageError(message=f"{option} names a number twice: {text}")
+    return [int(w) for w in words]
 
 
 def check_compile(

@@ -33,9 +33,15 @@ def plan(
     target: Annotated[str, typer.Option(help="Shipped targets or files, separated by commas to compare.")] = "cpu",
     phase: Annotated[str, typer.Option(help="both, prefill, decode or train.")] = "both",
     batch: Annotated[
-        int | None, typer.Option(help="Requests of an attention replica in a decode step [128; CPU: 1].")
+        str | None,
+        typer.Option(metavar="N[,N...]", help="Requests of an attention replica in a decode step [128; CPU: 1]."),
     ] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens that a decoded token attends to [4096].")] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]", help="Tokens that a decoded token attends to [4096]; lists compare attention's forms."
+        ),
+    ] = None,
     prompt: Annotated[int | None, typer.Option(help="Tokens of a prompt [4096].")] = None,
     chunk: Annotated[
         int | None, typer.Option(help="Tokens that a replica prefills in a step [16384; CPU: 256].")
@@ -79,7 +85,7 @@ def plan(
     """
     import moec
     from moec import targets
-    from moec.cli.options import UsageError, parse_overrides
+    from moec.cli.options import UsageError, parse_numbers, parse_overrides
     from moec.errors import near
     from moec.passes.planning import LayoutRequest, Options, TrainOptions, changed
 
@@ -88,7 +94,11 @@ def plan(
         raise UsageError(message=f"--target names a target twice: {target}")
     if phase not in PHASES:
         raise UsageError(message=f"unknown --phase {phase!r}{near(phase, list(PHASES))}; one of {', '.join(PHASES)}")
-    _check_together(phase, search, max_ms, what_if, page)
+    batches, contexts = parse_numbers("--batch", batch), parse_numbers("--context", context)
+    swept = len(batches) > 1 or len(contexts) > 1
+    _check_together(phase, search, max_ms, page)
+    if swept:
+        _check_sweep(phase, search, prompt, page)
     loaded = [targets.load(name.strip()) for name in names]
     traced = moec.trace(model, parse_overrides(settings or []))
     limit = int(traced.source.config.max_position_embeddings)
@@ -109,8 +119,8 @@ def plan(
     for one in loaded:
         work = _CPU_WORK if one.kind == "cpu" else _GPU_WORK
         options = Options(
-            batch=work["batch"] if batch is None else batch,
-            context=min(_CONTEXT, limit) if context is None else context,
+            batch=batches[0] if batches else work["batch"],
+            context=contexts[0] if contexts else min(_CONTEXT, limit),
             prompt=min(_CONTEXT, limit) if prompt is None else prompt,
             chunk=work["chunk"] if chunk is None else chunk,
             layout=layout,
@@ -125,6 +135,12 @@ def plan(
         over = loaded if what_if is None else [changed(one, what_if) for one in loaded]
         run_search(model, traced.ir, over, asked[0], "decode" if phase == "both" else phase, max_ms, as_json)
         return
+    if swept:
+        from moec.cli.plan_sweep import run_sweep
+
+        pairs = [(each, o) for t, o in zip(loaded, asked, strict=True) for each in _both(t, what_if)]
+        run_sweep(model, traced.ir, pairs, batches, contexts, as_json)
+        return
     answers = [_plans(traced.ir, one, options, what_if) for one, options in zip(loaded, asked, strict=True)]
     _report(model, answers, what_if, phase, as_json)
     if page is not None:
@@ -134,7 +150,23 @@ def plan(
         note(f"wrote {page}")
 
 
-def _check_together(phase: str, search: bool, max_ms: float | None, what_if: str | None, page: Path | None) -> None:
+def _both(target: Target, what_if: str | None) -> list[Target]:
+    """The target, and with a what-if the changed one."""
+    from moec.passes.planning import changed
+
+    return [target] if what_if is None else [target, changed(target, what_if)]
+
+
+def _check_sweep(phase: str, search: bool, prompt: int | None, page: Path | None) -> None:
+    from moec.cli.options import UsageError
+
+    other = {"--search": search, f"--phase {phase}": phase != "both", "--page": page is not None}
+    for option, given in {**other, "--prompt": prompt is not None}.items():
+        if given:
+            raise UsageError(message=f"lists of --batch and --context compare attention's forms: leave {option} away")
+
+
+def _check_together(phase: str, search: bool, max_ms: float | None, page: Path | None) -> None:
     from moec.cli.options import UsageError
 
     if max_ms is not None and not search:
