@@ -40,6 +40,8 @@ COMBINE = {
     "logfmt10": "logfmt10 scale(logrange, 1x128)",
 }
 """Short names of what experts' results travel in."""
+KINDS = ("linear", "linear.heads", "moe.experts", "moe.route", "head", "embed", "bias", "norm.rms", "norm.layer")
+"""What rules call uses of weights."""
 CACHE = {"bf16": "bf16", "f32": "f32", "fp8": "fp8_e4m3 scale(f32, 1x128)"}
 """Short names of cache types."""
 KEPT = "checkpoint"
@@ -188,9 +190,11 @@ def _only(raw: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
 
 
 def _rule(raw: Any, where: str) -> Rule:
-    if not isinstance(raw, Mapping) or "weight" not in raw:
+    if not isinstance(raw, Mapping):
         raise ValueError(f"{where} must be a mapping with weight, and op or name")
     _only(raw, RULE_FIELDS, f"{where}: ")
+    if "weight" not in raw:
+        raise ValueError(f"{where} gives no weight: a type such as bf16 or fp8_e4m3 scale(f32, 128x128)")
     if "op" not in raw and "name" not in raw:
         raise ValueError(f"{where} names no weight: give op or name (a glob)")
     weight = Element(KEPT) if raw["weight"] == KEPT else _element(raw["weight"], f"{where}.weight")
@@ -199,7 +203,11 @@ def _rule(raw: Any, where: str) -> Rule:
         raise ValueError(f"{where}: a quantised input needs scaled types for input and weight")
     if given is not None and given.quant and weight.quant and given.quant.scale != weight.quant.scale:
         raise ValueError(f"{where}: input and weight have scales in {given.quant.scale} and {weight.quant.scale}")
-    return Rule(_globs(raw.get("op", "*"), where), _globs(raw.get("name", "*"), where), weight, given)
+    kinds = _globs(raw.get("op", "*"), where)
+    for glob in kinds:
+        if not any(fnmatchcase(kind, glob) for kind in KINDS):
+            raise ValueError(f"{where}: no use of a weight is called {printable(glob)}{near(glob, list(KINDS))}")
+    return Rule(kinds, _globs(raw.get("name", "*"), where), weight, given)
 
 
 def _globs(raw: Any, where: str) -> tuple[str, ...]:
@@ -215,7 +223,7 @@ def _element(raw: Any, where: str) -> Element:
         raise ValueError(f"{where}: {printable(raw)!r} is no type such as bf16 or fp8_e4m3 scale(f32, 128x128)")
     dtype, scale, block = match.groups()
     if dtype not in BITS:
-        raise ValueError(f"{where}: unknown type {dtype}{near(dtype, list(BITS))}")
+        raise ValueError(f"{where}: unknown type {dtype}{near(dtype, [*FLOATS, *QUANTISED])}")
     if scale is not None and scale not in SCALE_BITS:
         raise ValueError(f"{where}: unknown scale format {scale}{near(scale, list(SCALE_BITS))}")
     if (scale is None) == (dtype in QUANTISED):

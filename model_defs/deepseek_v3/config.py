@@ -188,7 +188,8 @@ def _check_types(values: Mapping[str, Any], fail: Fail) -> None:
 
 def _check(c: Config, fail: Fail) -> None:
     if c.qk_rope_head_dim % 2:
-        raise fail(f"qk_rope_head_dim must be even (rotary pairs), got {c.qk_rope_head_dim}")
+        near = f"{c.qk_rope_head_dim - 1} or {c.qk_rope_head_dim + 1}"
+        raise fail(f"qk_rope_head_dim must be even (rotary pairs), got {c.qk_rope_head_dim}; {near} would be")
     if c.n_routed_experts % c.n_group:
         raise fail(f"{c.n_routed_experts} experts do not divide into {c.n_group} groups")
     if c.topk_group > c.n_group:

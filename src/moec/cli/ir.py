@@ -245,7 +245,8 @@ def _quantisation(module: Module, weights: Path | None, points: int, as_json: bo
     if as_json:
         print(json.dumps({"module": module.name, "quantisation": found}))
         return
-    print(f"@{module.name}: signal to noise in dB, of the stored weight and of its product with Gaussian rows")
+    print(f"@{module.name}: signal to noise in dB, of the stored weight and of its product with Gaussian rows,")
+    print("worst products first\n  weight  product")
     for n in found:
         point = ", ".join(map(str, n["point"]))
         ratios = "  ".join(
