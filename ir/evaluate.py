@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from moec.errors import MoecError
-from moec.ir.accumulate import hopper_product
+from moec.ir.accumulate import ATTRIBUTE, EXACT, TARGET, UNPROMOTED, fraction_bits, hopper_product
 from moec.ir.mesh import mesh_of
 from moec.ir.module import Function, Module, Op, Value, WeightRef
 from moec.ir.numeric import TORCH, Quantised, logical, quantise
@@ -99,7 +99,8 @@ class Evaluator:
     `compute` is the torch type of all arithmetic; with `rounding` every result is rounded to its stated element type,
     as a machine that stores it would. `trace` is called with each op and its results. A sharded module is evaluated by
     one evaluator a rank, all at once: `peers` joins them (see `spmd.run_ranks`). `accumulate`, one of
-    `accumulate.ACCUMULATE`, says how products of quantised inputs are summed: `hopper` as its tensor cores do.
+    `accumulate.ACCUMULATE`, says how products of quantised inputs are summed: `target` as the matrix units do that the
+    module was compiled for (in the compute type without `rounding`), `hopper` as those of Hopper do.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Evaluator:
         rounding: bool = True,
         trace: Callable[[Function, Op, list[Any]], None] | None = None,
         peers: Peers | None = None,
-        accumulate: str = "exact",
+        accumulate: str = TARGET,
     ) -> None:
         self.module = module
         self._peers = peers
@@ -118,7 +119,10 @@ class Evaluator:
         self.weights = weights
         self.compute = compute
         self.rounding = rounding
-        self.accumulate = accumulate
+        self.promote = accumulate != UNPROMOTED
+        if accumulate == TARGET and not rounding:
+            accumulate = EXACT
+        self.fraction_bits = fraction_bits(accumulate, module.attrs.get(ATTRIBUTE))
         self.cache_type = CacheType("kv.latent", (), "f32")
         self._trace = trace
 
@@ -168,9 +172,9 @@ class Evaluator:
 
     def product(self, x: Any, w: torch.Tensor) -> torch.Tensor:
         """`x · wᵀ` in the compute type, or summed as `accumulate` says when x is quantised."""
-        if self.accumulate != "exact" and isinstance(x, Quantised):
-            promote = self.accumulate == "hopper"
-            return hopper_product(x.dequantise(self.compute), w, promote).to(self.compute)
+        if self.fraction_bits is not None and isinstance(x, Quantised):
+            given = x.dequantise(self.compute)
+            return hopper_product(given, w, self.promote, self.fraction_bits).to(self.compute)
         return logical(x, self.compute) @ w.T
 
     def _run(self, op: Op, inputs: list[Any]) -> list[Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+import moec
 from moec.ir.accounting import sqnr_db
 from moec.ir.accumulate import hopper_product
 from moec.ir.logfmt import round_logfmt
@@ -61,6 +64,29 @@ def test_hopper_loses_two_percent_without_promotion() -> None:
     worst = {p: ((hopper_product(a, b, p) - exact).abs().max() / size).item() for p in (False, True)}
     assert 0.015 < worst[False] < 0.025
     assert worst[True] < 0.003
+
+
+def test_the_evaluator_sums_as_its_target_does() -> None:
+    """22 bits on h800 (13 of them fraction), FP32 on b200; without rounding, and on request, in the compute type."""
+    from moec.ir import Module
+    from moec.ir.evaluate import Evaluator
+
+    plans = {t: moec.trace("tiny-deepseek-v3").optimize(t).ir for t in ("h800", "b200")}
+    assert plans["h800"].attrs["accumulate_bits"] == 22 and "accumulate_bits" not in plans["b200"].attrs
+    x, w = quantise(gaussian(4, 512), "fp8_e4m3", (1, 128), "f32"), gaussian(8, 512, seed=1)
+
+    def product(module: Module, **options: Any) -> torch.Tensor:
+        return Evaluator(module, None, torch.float64, **options).product(x, w)  # type: ignore[arg-type, no-any-return]
+
+    exact = x.dequantise(torch.float64) @ w.double().T
+    assert torch.equal(product(plans["b200"]), product(plans["b200"], accumulate="exact"))
+    narrow = hopper_product(x.dequantise(torch.float64), w, promote=True).double()
+    assert torch.equal(product(plans["h800"]), narrow) and not torch.equal(narrow, exact)
+    assert torch.equal(product(plans["h800"], accumulate="exact"), product(plans["h800"], rounding=False))
+    error = {
+        bits: (hopper_product(x.dequantise(torch.float64), w, True, bits) - exact).abs().max() for bits in (10, 13)
+    }
+    assert error[10] > 2 * error[13]
 
 
 def test_promoted_sums_are_exact_where_nothing_is_cut() -> None:
