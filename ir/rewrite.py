@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from moec.ir.issue import CALLS
-from moec.ir.module import ENTRIES, Function, Module, Op, Operand, Value, Weight, WeightRef
+from moec.ir.module import ENTRIES, Attribute, Function, Module, Op, Operand, Value, Weight, WeightRef
 from moec.ir.optable import OPS, infer
 
 
@@ -169,6 +169,11 @@ def append_to_program(weight: Weight, op: str, **attrs: object) -> None:
 
 def join_weights(name: str, parts: Sequence[Weight], axis: int) -> Weight:
     """A weight whose program runs the programs of `parts`, all of one index range, and concatenates their results."""
+    return combine_weights(name, parts, "weight.concat", {"axis": axis})
+
+
+def combine_weights(name: str, parts: Sequence[Weight], op: str, attrs: Mapping[str, Attribute]) -> Weight:
+    """A weight whose program runs the programs of `parts`, all of one index range, and joins their results by `op`."""
     first = parts[0]
     copies = [clone_function(p.program) for p in parts]
     args = copies[0].args
@@ -178,10 +183,9 @@ def join_weights(name: str, parts: Sequence[Weight], axis: int) -> Weight:
         replace_values(copy, dict(zip(copy.args, args, strict=True)) if copy is not copies[0] else {})
         program.ops += copy.ops
         results += copy.returns
-    attrs = {"axis": axis}
-    (type_,) = infer(OPS["weight.concat"], results, attrs, None)
+    (type_,) = infer(OPS[op], results, dict(attrs), None)
     out = Value("joined", type_)
-    program.ops.append(Op("weight.concat", list(results), dict(attrs), [out]))
+    program.ops.append(Op(op, list(results), dict(attrs), [out]))
     program.returns = [out]
     fresh_names(program)
     return Weight(name, type_, first.indices, program)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from moec.ir import Function, Op, TensorType
+from moec.ir import Function, Op
 from moec.ir.dims import Size
 from moec.ir.optable import OPS, operand_type
 from moec.passes.base import Context
@@ -142,58 +141,3 @@ def attention_ops(function: Function, site: Op) -> list[Op]:
     uses = function.uses()
     after = [op for op in uses.get(site.result, []) if op.name == "linear.heads"]
     return [producer[site.operands[0]], site, *after]  # type: ignore[index]
-
-
-def folding(function: Function, site: Op, layers: int, ctx: Context) -> str:
-    """What multiplying W_UQ by W_UK and W_UV by W_O ahead of time would cost: parameters, and time of a decode step.
-
-    `site` is the `attn.mla_absorbed` of a layer. Empty where the query or the output is no product with a weight.
-    """
-    q = function.producer()[site.operands[0]]  # type: ignore[index]
-    heads, rank, nope = _shape(q.operands[1])
-    value = next(op for op in function.uses()[site.result] if op.name == "linear.heads")
-    v = _shape(value.operands[1])[1]
-    query, output = _neighbour(function, q, back=True), _neighbour(function, value, back=False)
-    if query is None or output is None:
-        return ""
-    q_rank, hidden = _shape(query.operands[1])[1], _shape(output.operands[1])[0]
-    tokens = ctx.limits.batch
-    pairs = (
-        ("W_UQ·W_UK", (q_rank, nope, rank), (heads * rank, q_rank)),
-        ("W_UV·W_O", (rank, v, hidden), (hidden, heads * rank)),
-    )
-    said, total = [], 0
-    for name, (first, inner, last), (n, k) in pairs:
-        extra = heads * (first * last - inner * (first + last))
-        wide, narrow = (heads * inner, first) if name == "W_UQ·W_UK" else (hidden, heads * inner)
-        folded = _gemm(ctx, tokens, n, k)
-        one = {"op": "grouped_gemm", "groups": heads, "m_per_group": tokens, "dtype": "bf16", "layout": "masked"}
-        sizes = {"n": rank, "k": nope} if name == "W_UQ·W_UK" else {"n": v, "k": rank}
-        apart = _gemm(ctx, tokens, wide, narrow) + op_time({**one, **sizes}, ctx.target).time_us
-        total += extra * layers
-        verdict = "would win, but is not applied" if folded < apart else "not folded"
-        said.append(
-            f"{name} {extra / 1e6:+.1f} M parameters a layer, {folded:.0f} us instead of {apart:.0f}: {verdict}"
-        )
-    return f"folding over {layers} layers: {total / 1e9:.2f} G parameters more ({'; '.join(said)})"
-
-
-def _gemm(ctx: Context, m: int, n: int, k: int) -> float:
-    return op_time({"op": "gemm", "m": m, "n": n, "k": k, "dtype": "bf16"}, ctx.target).time_us
-
-
-def _shape(operand: Any) -> tuple[int, ...]:
-    assert isinstance(operand.type, TensorType)
-    return tuple(int(d) for d in operand.type.shape)  # type: ignore[arg-type]
-
-
-def _neighbour(function: Function, op: Op, back: bool) -> Op | None:
-    """The `linear` that feeds an op (or that it feeds) through views and rotations."""
-    producer, uses = function.producer(), function.uses()
-    while True:
-        found = producer.get(op.operands[0]) if back else next(iter(uses.get(op.results[0], [])), None)  # type: ignore[arg-type]
-        if found is None or found.name == "linear":
-            return found
-        if found.name not in ("split", "unflatten", "flatten", "rope"):
-            return None
-        op = found

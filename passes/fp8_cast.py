@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from moec.errors import near
 from moec.ir import ENTRIES, CacheType, Function, Module, Op, TensorType, Value, Weight, WeightRef
+from moec.ir.accumulate import ATTRIBUTE, PROMOTED
 from moec.ir.module import Operand
 from moec.ir.ops.weights import packable
 from moec.ir.rewrite import append_to_program, fresh_names, retype
@@ -74,6 +75,8 @@ class Fp8Cast(Pass):
             changed = cast(weight, _for_kernels(rule.weight, kind, ctx.target), keep=self.recipe == "auto")
             if ctx.target.kind == "cpu" and kind in PRODUCTS:
                 changed = follow_columns(weight) or changed
+            elif kind == "linear.heads":
+                changed = widen_cut_blocks(weight) or changed
             if changed:
                 out.notes.append(f"@{weight.name}: {changed}")
             out.matched += before != weight.type
@@ -89,6 +92,11 @@ class Fp8Cast(Pass):
         if not out.matched:
             out.warnings.append(f"every weight has the types of recipe {recipe.name} already")
         module.attrs["recipe"] = recipe.name
+        fp8 = ctx.target.device.fp8
+        if casts and fp8.matrix and fp8.accumulate_bits < 32:
+            module.attrs[ATTRIBUTE] = fp8.accumulate_bits
+            bits = f"{fp8.accumulate_bits} bits, promoted to FP32 every {PROMOTED}"
+            out.notes.append(f"{ctx.target.name} sums FP8 products in {bits}: the reference evaluator follows")
         out.notes.append(_summary(recipe, kinds, activations, casts))
         return out
 
@@ -237,6 +245,16 @@ def follow_columns(weight: Weight) -> str:
     to = Element(has.dtype, Quant(has.quant.scale, (1, COLUMNS)))
     quantise(weight, to)
     return f"{has.quant} does not follow the kernel's {COLUMNS} columns: re-quantised to {to.quant}, {SECOND}"
+
+
+def widen_cut_blocks(weight: Weight) -> str:
+    """Hold slices by head in BF16 where the checkpoint's blocks, cut by them, are no 128 columns that a GPU sums."""
+    has = weight.type
+    assert isinstance(has, TensorType)
+    if has.quant is None or packable(has):
+        return ""
+    append_to_program(weight, "weight.dequant", dtype="bf16")
+    return f"{has.quant} does not follow {COLUMNS} columns: held in BF16"
 
 
 def quantise(weight: Weight, to: Element) -> None:

@@ -10,10 +10,12 @@ from moec.ir import Function, Module, Op, TensorType, Value, WeightRef
 from moec.ir.builder import weight_ref
 from moec.ir.patterns import Pattern, match
 from moec.ir.rewrite import clone_function, derive_weight, fresh_names, remove_dead
-from moec.passes.absorption import ABSORBED, PLAIN, Forms, attention_ops, folding
+from moec.passes.absorption import ABSORBED, PLAIN, Forms, attention_ops
 from moec.passes.base import Context, Edit, Outcome, Pass, PassError
+from moec.passes.folding import Fold, apply, folds
 
 FORMS = ("auto", ABSORBED, PLAIN)
+FOLD = ("auto", "never", "always")
 ATTENTION = ("attn.mla", "attn.mla_absorbed")
 OVER_LATENT = Pattern(
     "attn.mla", (None, Pattern("linear", (Pattern("cache.read", bind="read"), WeightRef), bind="project"))
@@ -29,7 +31,9 @@ class MlaAbsorb(Pass):
     Consumes `attn.mla(q, linear(cache.read, kv_b))`; produces `linear.heads` with W_UK on the query side,
     `attn.mla_absorbed`, and `linear.heads` with W_UV behind it, (q·W_UK)·c = q·(W_UK·c). The form of each phase is the
     one whose ops cost less on the target at the compiled batch and context; `prefill` and `decode` force one, `queries`
-    is the number of tokens that a sequence decodes at once (0: as compiled). Results change by rounding only.
+    is the number of tokens that a sequence decodes at once (0: as compiled). `fold` multiplies W_UQ by W_UK and W_UV by
+    W_O beforehand where that takes less time and reads no more (`never`, `always`: in any case). Results change by
+    rounding only.
     """
 
     name: ClassVar[str] = "mla-absorb"
@@ -37,6 +41,7 @@ class MlaAbsorb(Pass):
     prefill: str = "auto"
     decode: str = "auto"
     queries: int = 0
+    fold: str = "auto"
 
     def run(self, module: Module, ctx: Context) -> Outcome:
         out = Outcome()
@@ -56,6 +61,8 @@ class MlaAbsorb(Pass):
             if form == "absorbed":
                 for op in sites:
                     absorb(module, function, op)
+                for site in [o for o in function.ops if o.name == "attn.mla_absorbed"]:
+                    self.fold_products(module, function, site, phase, ctx, out)
                 remove_dead(function)
                 fresh_names(function)
         if not any(op.name == "attn.mla" for _, op in module.ops()) and any(
@@ -75,9 +82,11 @@ class MlaAbsorb(Pass):
             wanted = ABSORBED
         if wanted not in FORMS:
             raise PassError(name=self.name, message=f"{phase} must be one of {', '.join(FORMS)}, got {wanted!r}")
+        if self.fold not in FOLD:
+            raise PassError(name=self.name, message=f"fold must be one of {', '.join(FOLD)}, got {self.fold!r}")
         if not 0 <= self.queries <= 64:
             raise PassError(name=self.name, message=f"queries must lie in 0..64, got {self.queries}")
-        queries = self.queries or 1 + ctx.limits.drafts
+        queries = self.queries_of(ctx)
         absorbed = clone_function(function)
         sites = [o for o in absorbed.ops if o.name == "attn.mla" and over_cached_latent(absorbed, o)]
         for op in sites:
@@ -98,10 +107,43 @@ class MlaAbsorb(Pass):
         )
         out.details.append(f"@{function.name}: {forms.symbolic()}")
         layers = sum(_layers(module, f) for f in module.functions.values() if _same_attention(f, phase))
-        if decode and (folded := folding(absorbed, new, layers, ctx)):
-            out.details.append(f"@{function.name}: {folded}")
+        found = folds(module, absorbed, new, self.tokens(phase, ctx), ctx) if decode else []
+        if found:
+            total = sum(f.parameters for f in found) * layers / 1e9
+            said = "; ".join(f"{f}: {f.verdict(self.fold)}" for f in found)
+            line = f"folding over {layers} layers: {total:.2f} G parameters more ({said})"
+            out.details.append(f"@{function.name}: {line}")
         out.figures.append(forms.figure(LONGEST))
         return form
+
+    def queries_of(self, ctx: Context) -> int:
+        """Tokens that a sequence decodes at once."""
+        return self.queries or 1 + ctx.limits.drafts
+
+    def tokens(self, phase: str, ctx: Context) -> int:
+        """New tokens of a step."""
+        limits = ctx.limits
+        return self.queries_of(ctx) * limits.batch if phase == "decode" else min(limits.chunk, limits.context)
+
+    def fold_products(
+        self, module: Module, function: Function, site: Op, phase: str, ctx: Context, out: Outcome
+    ) -> None:
+        """Fold the projections around an absorbed attention where that wins, or in any case when it was asked for."""
+        if self.fold == "never":
+            return
+        found = folds(module, function, site, self.tokens(phase, ctx), ctx)
+        if self.fold == "always" and len(found) < 2:
+            have = {f.side for f in found}
+            sides = [side for side in ("query", "output") if side not in have]
+            out.warnings.append(f"@{function.name}: {' and '.join(sides)} are no products that could be folded")
+        for fold in found:
+            if fold.wins or self.fold == "always":
+                apply(module, function, fold, Edit(module, function, self.name))
+                out.notes.append(f"@{function.name}: folded {fold}{_lost(fold)}")
+
+
+def _lost(fold: Fold) -> str:
+    return "; scales of quantised weights are lost: quantised again by the recipe" if fold.lossy else ""
 
 
 def _crossover(forms: Forms, limit: int) -> str:

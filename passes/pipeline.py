@@ -31,6 +31,7 @@ GPU = (
     "shard",
     "mla-absorb",
     "fp8-cast",
+    "share-heads",
     "fuse",
     "select-kernels",
     "canonicalise",

@@ -17,6 +17,7 @@ from moec.passes.overlap import Overlap
 from moec.passes.place_experts import PlaceExperts
 from moec.passes.select_kernels import SelectKernels
 from moec.passes.shard import Shard
+from moec.passes.share_heads import ShareHeads
 from moec.passes.split_microbatches import SplitMicrobatches
 from moec.plugins import plugins
 
@@ -27,6 +28,7 @@ BUILT_IN: tuple[type[Pass], ...] = (
     Shard,
     MlaAbsorb,
     Fp8Cast,
+    ShareHeads,
     Fuse,
     SelectKernels,
     SplitMicrobatches,

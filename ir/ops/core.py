@@ -86,23 +86,55 @@ class Linear(OpDef):
 
 
 class LinearHeads(OpDef):
-    """One product per head: `y[t, h] = w[h] · x[t, h]` with `w[heads, out, in]`."""
+    """One product per head: `y[t, h] = w[h] · x[t, h]` with `w[heads, out, in]`.
+
+    With `part = [start, stop, rows]` the weight is a matrix `[heads·rows, columns]` of which a head owns `rows`, and
+    `w[h]` are those from `start` to `stop`; `transposed` takes `w[h]ᵀ`.
+    """
 
     name = "linear.heads"
     operands = "x w"
-    attrs = {"out": OUT}
+    attrs = {
+        "out": OUT,
+        "part": Attr("ints", optional=True),
+        "transposed": Attr("bool", optional=True),
+    }
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x, w = tensor(t[0], "x", 3), tensor(t[1], "w", 3)
-        same(x.shape[1], w.shape[0], "heads of x and w")
-        same(x.shape[2], w.shape[2], "inner dims of x and w")
-        return [TensorType(product_dtype(x, w, a), (x.shape[0], x.shape[1], w.shape[1]))]
+        x, w = tensor(t[0], "x", 3), tensor(t[1], "w", 2 if "part" in a else 3)
+        if "part" in a:
+            part = tuple(a["part"])
+            require(len(part) == 3 and 0 <= part[0] < part[1] <= part[2], f"part {list(part)} is no start, stop, rows")
+            same(x.shape[1] * part[2], w.shape[0], "rows of all heads and of w")
+        heads, n, k = head_sizes(w, a)
+        same(x.shape[1], heads, "heads of x and w")
+        same(x.shape[2], k, "inner dims of x and w")
+        return [TensorType(product_dtype(x, w, a), (x.shape[0], x.shape[1], n))]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
-        return [ctx.torch.einsum("thk,hnk->thn", x[0], x[1])]
+        w = x[1]
+        if "part" in a:
+            start, stop, rows = a["part"]
+            w = w.reshape(-1, rows, w.shape[-1])[:, start:stop]
+        return [ctx.torch.einsum("thn,hnk->thk" if a.get("transposed") else "thk,hnk->thn", x[0], w)]
+
+    def bytes_read(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
+        x, w = tensor(t[0], "x"), tensor(t[1], "w")
+        start, stop, rows = (int(n) for n in a.get("part", (0, 1, 1)))
+        return x.nbytes() + w.nbytes() * (stop - start) // rows
 
     def flops(self, t: Sequence[Type], r: Sequence[Type], a: Attrs) -> Size:
-        return tensor(t[0], "x").elements() * tensor(t[1], "w").shape[1] * 2
+        return tensor(t[0], "x").elements() * head_sizes(tensor(t[1], "w"), a)[1] * 2
+
+
+def head_sizes(w: TensorType, a: Attrs) -> tuple[Size, Size, Size]:
+    """Heads, outputs and inputs of each head's product, from the weight of a `linear.heads` and its attributes."""
+    n, k = w.shape[-2:]
+    heads = w.shape[0]
+    if "part" in a:
+        start, stop, rows = a["part"]
+        heads, n = heads // rows, stop - start
+    return (heads, k, n) if a.get("transposed") else (heads, n, k)
 
 
 class Add(OpDef):

@@ -190,6 +190,24 @@ class WeightTranspose(OpDef):
         return [x[0].permute(ints(a, "perm"))]
 
 
+class WeightMatmul(OpDef):
+    """Products of stacked matrices, `[..., n, k] · [..., k, m]`, in FP32: two projections made one ahead of time."""
+
+    name = "weight.matmul"
+    operands = "x y"
+
+    def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
+        x, y = _plain(t[0]), _plain(t[1])
+        require(len(x.shape) == len(y.shape) >= 2, f"x and y must be stacks of matrices, got {x} and {y}")
+        require(x.shape[:-2] == y.shape[:-2], f"stacks differ: {x} and {y}")
+        require(x.shape[-1] == y.shape[-2], f"inner dims differ: {x} and {y}")
+        return [TensorType("f32", (*x.shape[:-1], y.shape[-1]))]
+
+    def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
+        wide = ctx.torch.promote_types(x[0].dtype, ctx.torch.float32)
+        return [x[0].to(wide) @ x[1].to(wide)]
+
+
 class WeightCast(OpDef):
     """Round to another unscaled element type."""
 

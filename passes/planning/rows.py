@@ -134,8 +134,8 @@ def _linear(rows: Rows, op: Op, role: Role) -> list[Row]:
 
 
 def _linear_heads(rows: Rows, op: Op, role: Role) -> list[Row]:
-    heads, n, k = rows.shape(op, 1)
-    tokens = rows.shape(op, 0)[0]
+    tokens, heads, k = rows.shape(op, 0)
+    n = rows.number(op.result.type.shape[2])  # type: ignore[union-attr]
     row = {"op": "grouped_gemm", "groups": heads // rows.layout.tp, "m_per_group": tokens, "n": n, "k": k}
     # Slices of a head do not follow the 128-wide blocks, so these products stay in BF16 (as in SGLang and vLLM).
     return [{**row, "dtype": "bf16", "layout": "masked"}]

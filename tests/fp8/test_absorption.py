@@ -85,6 +85,66 @@ def test_folding_would_add_25_billion_parameters(deepseek: Module) -> None:
     assert line.count("not folded") == 2
 
 
+RANK_32 = {"kv_lora_rank": "32", "num_hidden_layers": "2", "first_k_dense_replace": "1"}
+
+
+def test_small_ranks_are_folded_and_the_values_stay() -> None:
+    """A latent of 32 beside heads of 32: the folded product is smaller than the two, and one launch instead of two.
+
+    `verify` evaluates the module before and after in float64: the pass promises 1e-5.
+    """
+    traced = moec.trace("tiny-deepseek-v3", RANK_32)
+    spec = "mla-absorb{decode=absorbed}"
+    plan = traced.optimize("h800", context=64, chunk=16, batch=2, recipe="bf16", passes=[spec], verify="numerics")
+    (record,) = [r for r in plan.records if r.name == "mla-absorb"]
+    folded = [n for n in record.notes if n.startswith("@moe_layers.decode: folded")]
+    assert len(folded) == 2 and all("M parameters a layer" in n for n in folded)
+    decode = plan.ir.functions["moe_layers.decode"].ops
+    assert not any(op.name == "linear.heads" for op in decode)
+    assert any(op.name == "attn.mla_absorbed" for op in decode)
+
+
+@pytest.mark.parametrize("fold,heads", [("never", 2), ("always", 0), ("auto", 2)])
+def test_folding_by_option(fold: str, heads: int) -> None:
+    """A rank of 128 is not folded by itself: the product would be larger than its parts."""
+    spec = f"mla-absorb{{decode=absorbed,fold={fold}}}"
+    plan = moec.trace("tiny-deepseek-v3").optimize("h800", recipe="bf16", passes=[spec])
+    decode = plan.ir.functions["moe_layers.decode"].ops
+    assert sum(op.name == "linear.heads" for op in decode) == heads
+    with pytest.raises(PassError, match="fold must be one of auto, never, always, got 'perhaps'"):
+        MlaAbsorb(fold="perhaps").run(moec.trace("tiny-deepseek-v3").ir, Context(targets.load("h800"), Limits()))
+
+
+def test_one_copy_of_the_up_projection(deepseek: Module) -> None:
+    """Plain prefill and absorbed decode read one matrix on a GPU; a CPU's layout keeps slices of its own."""
+    plan = moec.trace("deepseek-v3").optimize("h800")
+    names = {n.rsplit(".", 2)[-2] + "." + n.rsplit(".", 2)[-1] for n in plan.ir.weights if "kv_b" in n}
+    assert names == {"attn.kv_b"}
+    decode = plan.ir.functions["moe_layers.decode"].ops
+    parts = [(op.attrs["part"], op.attrs.get("transposed", False)) for op in decode if op.name == "linear.heads"]
+    assert parts == [((0, 128, 256), True), ((128, 256, 256), False)]
+    (record,) = [r for r in plan.records if r.name == "share-heads"]
+    assert sum("MB less" in n for n in record.notes) == 4
+
+
+def test_blocks_that_cut_heads_keep_two_copies() -> None:
+    plan = moec.trace("tiny-deepseek-v3").optimize("h800")
+    (record,) = [r for r in plan.records if r.name == "share-heads"]
+    assert any("a head's rows 0..32 of 64 do not follow blocks of 128" in n for n in record.notes)
+    assert any(n.endswith("kv_b.k") for n in plan.ir.weights)
+
+
+def test_sharing_changes_no_value() -> None:
+    """Evaluated before and after in float64 with tolerance 0, in BF16 and in FP8 whose blocks follow the heads."""
+    settings = {"num_hidden_layers": "2", "first_k_dense_replace": "1", "qk_nope_head_dim": "128", "v_head_dim": "128"}
+    spec = "mla-absorb{prefill=plain,decode=absorbed}"
+    for recipe in ("bf16", "deepseek-v3"):
+        plan = moec.trace("tiny-deepseek-v3", settings).optimize(
+            "h800", context=64, chunk=16, batch=2, recipe=recipe, passes=[spec], verify="numerics"
+        )
+        assert any(op.attrs.get("transposed") for _, op in plan.ir.ops() if op.name == "linear.heads")
+
+
 def test_the_report_has_expressions_and_plots(deepseek: Module) -> None:
     outcome = decide(deepseek, targets.load("h800"), Limits(128, 4096, 4096))
     (line,) = [d for d in outcome.details if d.startswith("@moe_layers.decode: plain")]
@@ -93,11 +153,11 @@ def test_the_report_has_expressions_and_plots(deepseek: Module) -> None:
     assert len(outcome.figures) == 4 and all(f.startswith("<svg") and "</svg>" in f for f in outcome.figures)
 
 
-@pytest.mark.parametrize("prefill", ["plain", "absorbed"])
-def test_both_forms_equal_transformers(prefill: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefill,fold", [("plain", "never"), ("absorbed", "never"), ("absorbed", "always")])
+def test_both_forms_equal_transformers(prefill: str, fold: str, tmp_path: Path) -> None:
     """Prefill, chunks over a cached prefix (several tokens at once), and decode, in FP32."""
     oracle = save_model("v3", tmp_path / "hf", seed=3)
-    spec = f"mla-absorb{{prefill={prefill},decode=absorbed}}"
+    spec = f"mla-absorb{{prefill={prefill},decode=absorbed,fold={fold}}}"
     plan = moec.trace(str(tmp_path / "hf")).optimize("cpu", context=96, chunk=32, recipe="fp32", passes=[spec])
     model = moec.load(plan.compile(tmp_path / "m.moec").path)
     ids = np.random.default_rng(2).integers(0, 211, (1, 40))

@@ -11,6 +11,7 @@ import moec
 from moec.model_defs.registry import preset_folder
 
 RECIPES = {
+    "fp32": "recipe=fp32",
     "bf16": "recipe=bf16",
     "deepseek-v3": "recipe=deepseek-v3",
     "FP8 cache": "recipe=deepseek-v3,cache=fp8",
@@ -34,4 +35,5 @@ def test_recipes_stay_within_half_a_percent_of_bf16(tmp_path: Path) -> None:
         model = moec.load(plan.compile(tmp_path / f"{name}.moec").path)
         found[name] = score_text(model, text).perplexity
     base = found["bf16"]
+    print(json.dumps({name: round(p, 4) for name, p in found.items()}))
     assert all(abs(p / base - 1) < 0.005 for p in found.values()), json.dumps(found)

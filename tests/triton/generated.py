@@ -18,21 +18,30 @@ SMALL = {"num_hidden_layers": "2", "first_k_dense_replace": "1", "n_routed_exper
          "topk_group": "1", "num_experts_per_tok": "2"}  # fmt: skip
 
 
+HEADS_OF_128 = {"qk_nope_head_dim": "128", "v_head_dim": "128"}
+"""Rows of a head follow scale blocks: plain and absorbed attention share the up-projection."""
+
+
 @functools.lru_cache(maxsize=8)
-def program(target: str, recipe: str) -> Program:
-    """The two phases of a small model."""
-    plan = moec.trace("tiny-deepseek-v3", SMALL).optimize(target, batch=4, context=256, recipe=recipe)
+def program(target: str, recipe: str, shared: bool = False) -> Program:
+    """The two phases of a small model; `shared` with heads of 128, a plain prefill and an absorbed decode."""
+    settings = {**SMALL, **HEADS_OF_128} if shared else SMALL
+    passes = ["mla-absorb{prefill=plain,decode=absorbed}"] if shared else []
+    traced = moec.trace("tiny-deepseek-v3", settings)
+    plan = traced.optimize(target, batch=4, context=256, recipe=recipe, passes=passes)
     return lower_module(plan.ir, plan.context.target, vars(plan.context.limits))
 
 
-def generated_names(target: str, recipe: str) -> list[str]:
+def generated_names(target: str, recipe: str, shared: bool = False) -> list[str]:
     """The kernels that were written for the program."""
-    return [n for n, e in program(target, recipe).table.entries.items() if e.instance.spec.source]
+    return [n for n, e in program(target, recipe, shared).table.entries.items() if e.instance.spec.source]
 
 
-def generated_error(target: str, recipe: str, name: str, tokens: int, load: int = 0, seed: int = 0) -> dict[str, Any]:
+def generated_error(
+    target: str, recipe: str, name: str, tokens: int, load: int = 0, seed: int = 0, shared: bool = False
+) -> dict[str, Any]:
     """The worst errors of one kernel, as shares of their bounds."""
-    instance = program(target, recipe).table.entries[name].instance
+    instance = program(target, recipe, shared).table.entries[name].instance
     kernel = instance.spec.build.keywords["kernel"]  # type: ignore[attr-defined]
     rows = evaluate(kernel.rows, symbols(tokens))
     instance = replace(instance, dims={**instance.dims, "T": tokens, "ROWS": rows, "LOAD": load})

@@ -34,6 +34,16 @@ def test_generated_kernel(interpreter: Any, target: str, recipe: str, name: str,
     assert all(share <= 1.0 for share in worst.values()), worst
 
 
+@pytest.mark.parametrize(("target", "recipe"), [("h800", "deepseek-v3"), ("h800", "bf16"), ("a100", "weight-only")])
+def test_products_per_head_from_a_shared_matrix(interpreter: Any, target: str, recipe: str) -> None:
+    """Rows 0..128 of each head's 256, transposed, and rows 128..256 as they are; FP8 under 128x128 scales or BF16."""
+    names = [n for n in generated_names(target, recipe, shared=True) if n.startswith("linear_heads")]
+    assert len(names) == 2
+    for name in names:
+        worst = interpreter("generated_error", target=target, recipe=recipe, name=name, tokens=5, shared=True)
+        assert worst and all(share <= 1.0 for share in worst.values()), (name, worst)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear.decode", "norm_add_rms_quant_cast", "moe_combine_add", "moe_experts-2"])
 def test_many_tokens(interpreter: Any, name: str) -> None:

@@ -246,7 +246,10 @@ def _product(product: Product, fill: _Filling, names: dict[Any, str]) -> dict[st
         rows = a[source.clamp(min=0).long()] if product.gathered else a
         value = torch.einsum("rk,rnk->rn", rows, b[expert.clamp(min=0)])
     elif product.rows == "heads":
-        value = torch.einsum("thk,hnk->thn", a, b)
+        if product.part is not None:
+            start, stop, rows_ = product.part
+            b = b.reshape(-1, rows_, b.shape[-1])[:, start:stop]
+        value = torch.einsum("thk,hkn->thn" if product.transposed else "thk,hnk->thn", a, b)
     else:
         value = a @ b.T
     found: dict[str, Expected] = {}

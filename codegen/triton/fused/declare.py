@@ -79,10 +79,12 @@ def product_spec(kernel: Generated, product: Product) -> KernelSpec:
     grid = ("ceildiv(N, BN)", "ROWS // BM") if grouped else ("ceildiv(ROWS, BM) * ceildiv(N, BN)",)
     dims = {"ROWS": 1, **kernel.dims}
     if product.rows == "heads":
-        grid, dims = (*grid, "HEADS"), {**dims, "HEADS": int(tensor_of(product.b).shape[0])}  # type: ignore[arg-type]
+        grid, dims = (*grid, "HEADS"), {**dims, "HEADS": int(tensor_of(product.a).shape[1])}  # type: ignore[arg-type]
     if grouped:
         dims["ALIGN"] = 0
-    requires = ["K % 16 == 0"] + (["BN == 128"] if product.quantises else [])
+    # A tile reaches into two blocks of scales at most.
+    widest = ["BN == 128"] if product.quantises else ["BN <= 128"] if form != "plain" else []
+    requires = ["K % 16 == 0", *widest]
     step = 128 if form != "plain" else max(t.constants["BK"] for s in tiles.values() for t in s.values())
     tensor_core = tensor_of(product.a).dtype != "f32"
     aligned = tuple(a.name for a in kernel.arguments if a.kind == "i64" or a.name == "K")

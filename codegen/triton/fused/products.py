@@ -60,6 +60,10 @@ class Product:
     gathered: bool = False
     raw: bool = False
     """FP8 weights come as bytes: the device's own instructions do not know the format."""
+    part: tuple[int, int, int] | None = None
+    """Of a product per head: rows (start, stop) of the rows that each head owns in a matrix."""
+    transposed: bool = False
+    """Of a product per head: B's rows are summed over, its columns are those of the result."""
 
     @property
     def pair(self) -> bool:
@@ -74,13 +78,19 @@ class Product:
     @property
     def columns(self) -> int:
         """Columns of the result."""
-        n = _integer(tensor_of(self.b).shape[-2])
+        n = self._stored[self.transposed]
         return n // 2 if self.pair else n
 
     @property
     def inner(self) -> int:
         """Elements that are multiplied and summed."""
-        return _integer(tensor_of(self.b).shape[-1])
+        return self._stored[not self.transposed]
+
+    @property
+    def _stored(self) -> tuple[int, int]:
+        """Rows and columns of one product's part of B."""
+        rows, columns = (_integer(d) for d in tensor_of(self.b).shape[-2:])
+        return (rows if self.part is None else self.part[1] - self.part[0]), columns
 
     @property
     def quantises(self) -> bool:
@@ -212,32 +222,59 @@ class _Writer:
     def _products(self) -> None:
         p = self.product
         lead = {"dense": "", "heads": "head * N * K", "grouped": f"expert * {2 if p.pair else 1} * N * K"}[p.rows]
+        if p.part is not None:
+            lead = f"{self._first_row()} * {'N' if p.transposed else 'K'}"
         plus = f" + {lead}" if lead else ""
         a_row = "a_ptr + am * a_row" + (" + head * a_head" if p.rows == "heads" else "")
         self.body += [
             "rn = pn * BN + tl.arange(0, BN)",
             "bn = tl.where(rn < N, rn, 0).to(tl.int64)",
             f"a_row_ptr = {a_row}",
-            f"b_row_ptr = b_ptr{plus} + bn * K",
+            f"b_row_ptr = b_ptr{plus} + bn" + ("" if p.transposed else " * K"),
         ]
         scaled = p.form != "plain"
         if scaled:
-            self.body.append("groups = tl.cdiv(K, 128)")
+            self.body.append(f"groups = tl.cdiv({'N' if p.transposed else 'K'}, 128)")
             self.body.append(f"b_scale_row = {self._scale_row('0')}")
         a = ["a_row_ptr", *(["a_scale_ptr + am * groups"] if p.form == "fp8" else [])]
         loop = {"fp8": "block_scaled", "plain": "bf16", "widened": "widened"}[p.form]
         if not p.pair:
-            b = ["b_row_ptr", "b_scale_row"] if scaled else ["b_row_ptr", "1"]
+            step = ["N" if p.transposed else "1"] if p.form != "fp8" else []
+            scale_step = ["groups" if p.transposed else "1"] if p.form == "widened" else []
+            b = ["b_row_ptr", *step, *(["b_scale_row"] if scaled else []), *scale_step]
         else:
             self.body.append("up_row_ptr = b_row_ptr + N.to(tl.int64) * K")
             b = ["b_row_ptr", "up_row_ptr"]
             if scaled:
-                self.body.append(f"up_scale_row = {self._scale_row('N')}")
-                b = ["b_row_ptr", "b_scale_row", "up_row_ptr", "up_scale_row"]
+                b = ["b_row_ptr", "b_scale_row", "up_row_ptr", *self._up_scales()]
         sizes = ["K", "BM", "BN", *([] if scaled else ["BK"]), "EVEN_K"]
         to, kind = ("gate, up", "pair") if p.pair else ("acc", "rows")
         self.body.append(f"{to} = {loop}_{kind}({', '.join([*a, *b, *sizes])})")
         self.body.append("keep = live[:, None] & (rn < N)[None, :]")
+
+    def _up_scales(self) -> list[str]:
+        """Pointer to the up projection's scales, and the second of a tile that lies in two blocks of rows."""
+        p = self.product
+        quant = tensor_of(p.b).quant
+        assert quant is not None
+        block = int(quant.block[0])
+        if block % GROUP or p.columns % GROUP == 0:
+            self.body.append(f"up_scale_row = {self._scale_row('N')}")
+            return ["up_scale_row", "None", "None"]
+        self.body += [
+            f"up_block = (N + pn * BN) // {block}",
+            f"up_scale_row = b_scale_ptr{self._scale_lead()} + up_block * groups",
+            f"last_block = (2 * N - 1) // {block}",
+            f"up_scale_next = b_scale_ptr{self._scale_lead()} + tl.minimum(up_block + 1, last_block) * groups",
+            f"up_first = ((N + rn) // {block} == up_block)[None, :]",
+        ]
+        return ["up_scale_row", "up_scale_next", "up_first"]
+
+    def _first_row(self) -> str:
+        """The row at which a head's part of a matrix begins."""
+        assert self.product.part is not None
+        start, _, rows = self.product.part
+        return f"(head * {rows} + {start})" if start else f"(head * {rows})"
 
     def _scale_row(self, first: str) -> str:
         """Pointer to B's scales of the tile's columns, which begin at row `first` of the weight."""
@@ -245,15 +282,26 @@ class _Writer:
         b = tensor_of(p.b)
         assert b.quant is not None
         block = int(b.quant.block[0])
-        stored = -(-_integer(b.shape[-2]) // block)
-        of = {"dense": "", "heads": "head", "grouped": "expert"}[p.rows]
-        lead = f" + {of} * {stored} * groups" if of else ""
+        if p.part is not None:
+            cut = any(n % block for n in p.part)
+            if block % GROUP or cut or (p.transposed and block != GROUP):
+                raise NoKernel(op="linear.heads", reason=f"rows {list(p.part)} of {b} do not follow its scales")
+            row = f"{self._first_row()} // {block}"
+            at = f"{row} * groups + pn * BN // {GROUP}" if p.transposed else f"({row} + pn * BN // {block}) * groups"
+            return f"b_scale_ptr + {at}"
+        lead = self._scale_lead()
         # A tile lies under one row of scales when blocks are not cut by it; else each column has its own pointer.
         if block % GROUP == 0 and (first == "0" or p.columns % GROUP == 0):
             begin = f"({first} + pn * BN)" if first != "0" else "(pn * BN)"
             return f"b_scale_ptr{lead} + {begin} // {block} * groups"
         begin = f"({first} + bn)" if first != "0" else "bn"
         return f"(b_scale_ptr{lead} + {begin} // {block} * groups)[None, :]"
+
+    def _scale_lead(self) -> str:
+        """From B's first scale to that of the head or expert."""
+        b, of = tensor_of(self.product.b), {"heads": "head", "grouped": "expert"}.get(self.product.rows)
+        assert b.quant is not None
+        return f" + {of} * {-(-_integer(b.shape[-2]) // int(b.quant.block[0]))} * groups" if of else ""
 
     def _step(self, step: Step, number: int) -> None:
         match step:

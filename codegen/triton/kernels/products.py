@@ -60,11 +60,16 @@ def bf16_rows(a_row, b_row, b_step, K, BM: tl.constexpr, BN: tl.constexpr, BK: t
 
 
 @triton.jit
-def widened_rows(a_row, b_row, b_scale_row, K, BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr):
-    """Rows of A in 16 bits or more, FP8 rows of B under 128x128 scales, widened to A's type in registers."""
+def widened_rows(
+    a_row, b_row, b_step, b_scale_row, scale_step, K, BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr
+):
+    """Rows of A in 16 bits or more, FP8 rows of B under 128x128 scales, widened to A's type in registers.
+
+    `b_step` is B's distance along K, `scale_step` that of its scales from one 128 of K to the next.
+    """
     rk = tl.arange(0, 128)
     a_at = a_row[:, None] + rk[None, :]
-    b_at = b_row[None, :] + rk[:, None]
+    b_at = b_row[None, :] + rk[:, None] * b_step
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(tl.cdiv(K, 128)):
         if EVEN_K:
@@ -74,18 +79,30 @@ def widened_rows(a_row, b_row, b_scale_row, K, BM: tl.constexpr, BN: tl.constexp
             inside = k * 128 + rk < K
             a = tl.load(a_at, mask=inside[None, :], other=0.0)
             b = tl.load(b_at, mask=inside[:, None], other=0.0)
-        acc += tl.dot(a, widen(b, a.dtype), input_precision="ieee") * load_scale(b_scale_row + k)
+        acc += tl.dot(a, widen(b, a.dtype), input_precision="ieee") * load_scale(b_scale_row + k * scale_step)
         a_at += 128
-        b_at += 128
+        b_at += 128 * b_step
     return acc
 
 
 @triton.jit
+def scale_of_two(row, following, first, k):
+    """Scales at `row`, or where the tile reaches into the next block of rows, of the columns `first` and of the others.
+
+    Two numbers for a tile: a pointer for each of its columns would take more registers than there are.
+    """
+    scale = load_scale(row + k)
+    if first is not None:
+        scale = tl.where(first, scale, load_scale(following + k))
+    return scale
+
+
+@triton.jit
 def block_scaled_pair(
-    a_row, a_scale_row, gate_row, gate_scale_row, up_row, up_scale_row, K,
+    a_row, a_scale_row, gate_row, gate_scale_row, up_row, up_scale_row, up_scale_next, up_first, K,
     BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Two products of FP8 rows."""
+    """Two products of FP8 rows; `up_first`: see `scale_of_two`."""
     rk = tl.arange(0, 128)
     a_at = a_row[:, None] + rk[None, :]
     gate_at = gate_row[None, :] + rk[:, None]
@@ -104,7 +121,8 @@ def block_scaled_pair(
             b_up = tl.load(up_at, mask=inside[:, None], other=0.0)
         a_scale = load_scale(a_scale_row + k)[:, None]
         gate += tl.dot(a, b_gate, max_num_imprecise_acc=128) * (a_scale * load_scale(gate_scale_row + k))
-        up += tl.dot(a, b_up, max_num_imprecise_acc=128) * (a_scale * load_scale(up_scale_row + k))
+        up_scale = scale_of_two(up_scale_row, up_scale_next, up_first, k)
+        up += tl.dot(a, b_up, max_num_imprecise_acc=128) * (a_scale * up_scale)
         a_at += 128
         gate_at += 128
         up_at += 128
@@ -140,10 +158,10 @@ def bf16_pair(a_row, gate_row, up_row, K, BM: tl.constexpr, BN: tl.constexpr, BK
 
 @triton.jit
 def widened_pair(
-    a_row, gate_row, gate_scale_row, up_row, up_scale_row, K,
+    a_row, gate_row, gate_scale_row, up_row, up_scale_row, up_scale_next, up_first, K,
     BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Two products of rows of A in 16 bits or more with FP8 rows of B."""
+    """Two products of rows of A in 16 bits or more with FP8 rows of B; `up_first`: see `scale_of_two`."""
     rk = tl.arange(0, 128)
     a_at = a_row[:, None] + rk[None, :]
     gate_at = gate_row[None, :] + rk[:, None]
@@ -161,7 +179,8 @@ def widened_pair(
             b_gate = tl.load(gate_at, mask=inside[:, None], other=0.0)
             b_up = tl.load(up_at, mask=inside[:, None], other=0.0)
         gate += tl.dot(a, widen(b_gate, a.dtype), input_precision="ieee") * load_scale(gate_scale_row + k)
-        up += tl.dot(a, widen(b_up, a.dtype), input_precision="ieee") * load_scale(up_scale_row + k)
+        up_scale = scale_of_two(up_scale_row, up_scale_next, up_first, k)
+        up += tl.dot(a, widen(b_up, a.dtype), input_precision="ieee") * up_scale
         a_at += 128
         gate_at += 128
         up_at += 128

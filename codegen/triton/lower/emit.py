@@ -105,7 +105,10 @@ def linear_heads(low: Lowering, group: Group) -> None:
     op = group.anchor
     a, b = op.operands
     assert isinstance(a, Value)
-    launch_product(low, group, Product(a, b, "heads", (Store(op.result),)), str(tensor_of(a).shape[0]))
+    part: Any = op.attrs.get("part")
+    part = None if part is None else tuple(part)
+    product = Product(a, b, "heads", (Store(op.result),), part=part, transposed=bool(op.attrs.get("transposed")))
+    launch_product(low, group, product, str(tensor_of(a).shape[0]))
 
 
 def route(low: Lowering, group: Group) -> None:
