@@ -17,7 +17,7 @@ CASES = {
     ),
     "odd rotary dims": (
         ["deepseek-v3", "--target", "h800", "--set", "qk_rope_head_dim=63"],
-        "qk_rope_head_dim must be even (rotary pairs), got 63",
+        "qk_rope_head_dim must be even (rotary pairs), got 63; 62 or 64 would be",
     ),
     "a latent without whole blocks": (
         ["deepseek-v3", "--target", "h800", "--set", "kv_lora_rank=500", "--pass", "fp8-cast{cache=fp8}"],
@@ -30,6 +30,18 @@ CASES = {
     "an unknown type": (
         ["deepseek-v3", "--target", "h800", "--recipe", "{tmp}/type.yaml"],
         "rules[0].weight: unknown type fp7",
+    ),
+    "an unknown use": (
+        ["deepseek-v3", "--target", "h800", "--recipe", "{tmp}/use.yaml"],
+        "rules[0]: no use of a weight is called linaer (did you mean linear",
+    ),
+    "a misspelt field": (
+        ["deepseek-v3", "--target", "h800", "--recipe", "{tmp}/field.yaml"],
+        "rules[0]: unknown field weigth (did you mean weight?)",
+    ),
+    "a folding that is none": (
+        ["tiny-deepseek-v3", "--pass", "mla-absorb{fold=perhaps}"],
+        "fold must be one of auto, never, always, got 'perhaps'",
     ),
     "no weight": (
         ["deepseek-v3", "--target", "h800", "--recipe", "{tmp}/none.yaml"],
@@ -51,6 +63,8 @@ def test_one_line(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "type.yaml").write_text("rules: [{op: linear, weight: fp7}]")
+    (tmp_path / "use.yaml").write_text("rules: [{op: linaer, weight: bf16}]")
+    (tmp_path / "field.yaml").write_text("rules: [{op: linear, weigth: bf16}]")
     (tmp_path / "none.yaml").write_text("rules: [{name: 'blocks.*', weight: bf16}]")
     arguments, message = CASES[case]
     given = [a.replace("{tmp}", str(tmp_path)) for a in arguments]

@@ -11,7 +11,7 @@ import moec
 from moec.ir.accounting import sqnr_db
 from moec.ir.accumulate import hopper_product
 from moec.ir.logfmt import round_logfmt
-from moec.ir.numeric import NumericError, quantise
+from moec.ir.numeric import NumericError, Packed, Quantised, quantise
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -45,6 +45,13 @@ def test_bits_are_those_of_torch(shape: tuple[int, int], scale: str) -> None:
             assert q.scale[i, j] == expected
             data = (x[rows, columns] / q.scale[i, j]).to(torch.float8_e4m3fn)
             assert torch.equal(q.data[rows, columns].view(torch.uint8), data.view(torch.uint8))
+
+
+def test_matrices_at_any_byte_of_a_file_are_packed() -> None:
+    raw = torch.randint(0, 120, (1 + 32 * 128,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    there = raw[1:].view(torch.float8_e4m3fn).reshape(32, 128)
+    packed = [Packed(Quantised(w, torch.ones(1, 1), "fp8_e4m3", (128, 128))).data() for w in (there, there.clone())]
+    assert torch.equal(*packed)
 
 
 def test_zeros_have_scale_one_and_infinities_are_refused() -> None:
