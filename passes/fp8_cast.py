@@ -10,11 +10,11 @@ from moec.errors import near
 from moec.ir import ENTRIES, CacheType, Function, Module, Op, TensorType, Value, Weight, WeightRef
 from moec.ir.accumulate import ATTRIBUTE, PROMOTED
 from moec.ir.module import Operand
-from moec.ir.ops.weights import packable
-from moec.ir.rewrite import append_to_program, fresh_names, retype
+from moec.ir.rewrite import fresh_names, retype
 from moec.ir.types import SCALE_BITS, Quant
 from moec.passes import recipe as recipes
 from moec.passes.base import Context, Edit, Outcome, Pass, PassError
+from moec.passes.casting import cast, follow_columns, widen_cut_blocks
 from moec.passes.recipe import Element, Recipe
 from moec.passes.widening import choose
 from moec.targets import Target
@@ -29,9 +29,6 @@ GATED = ("gate.rows", "attn.index")
 DISPATCH = {"moe.dispatch": 0, "comm.dispatch": 1}
 """Ops that send rows to experts, with the operand that holds the rows."""
 COMBINE = ("moe.combine", "comm.combine")
-COLUMNS = 128
-"""Columns of a row that share a scale in the layout of CPU kernels."""
-SECOND = "a second rounding, measured when it is packed"
 TABLES = ("repeat", "rope")
 """Ops whose weights are tables that no recipe touches."""
 
@@ -72,7 +69,9 @@ class Fp8Cast(Pass):
                 continue
             fitted[str(rule)] = fitted.get(str(rule), 0) + 1
             before = weight.type
-            changed = cast(weight, _for_kernels(rule.weight, kind, ctx.target), keep=self.recipe == "auto")
+            to = _for_kernels(rule.weight, kind, ctx.target)
+            self._check_rank(weight, to, kind, str(rule))
+            changed = cast(weight, to, keep=self.recipe == "auto")
             if ctx.target.kind == "cpu" and kind in PRODUCTS:
                 changed = follow_columns(weight) or changed
             elif kind == "linear.heads":
@@ -185,6 +184,15 @@ class Fp8Cast(Pass):
             )
         return recipe.cache, rope
 
+    def _check_rank(self, weight: Weight, to: Element, kind: str, rule: str) -> None:
+        """Refuse blocks of a matrix for a vector."""
+        t = weight.type
+        assert isinstance(t, TensorType)
+        if to.quant is not None and len(to.quant.block) > len(t.shape):
+            message = f"rule {rule} gives @{weight.name}, a vector of {t.shape[0]}, blocks of {to.granularity}: "
+            message += f"let a rule before it decide, such as {{op: {kind}, weight: bf16}}"
+            raise PassError(name=self.name, message=message)
+
     def _check(self, recipe: Recipe, fitted: dict[str, int], weights: list[str], out: Outcome) -> None:
         """Refuse a recipe without any effect; name rules without one."""
         if weights and not fitted:
@@ -208,65 +216,6 @@ def checkpoint_quantisation(module: Module) -> Quant | None:
     """How a checkpoint in FP8 holds its matrices; None for one that does not."""
     types = (w.type for w in module.weights.values())
     return next((t.quant for t in types if isinstance(t, TensorType) and t.quant), None)
-
-
-def cast(weight: Weight, to: Element, keep: bool = False) -> str:
-    """Append to a weight's program what gives it type `to`; says when a checkpoint's own quantisation is lost by it.
-
-    With `keep` a scaled weight of the right element type stays as the checkpoint holds it.
-    """
-    has = weight.type
-    assert isinstance(has, TensorType)
-    if to.dtype == recipes.KEPT:
-        return ""
-    if has.quant is None:
-        if to.quant is not None:
-            quantise(weight, to)
-        elif has.dtype != to.dtype:
-            append_to_program(weight, "weight.cast", dtype=to.dtype)
-        return ""
-    if to.quant is None:
-        append_to_program(weight, "weight.dequant", dtype=to.dtype)
-        return ""
-    if has.dtype == to.dtype and (keep or (has.quant.scale == to.quant.scale and _as_fine(has.quant, to.quant))):
-        return ""
-    append_to_program(weight, "weight.dequant", dtype="f32")
-    quantise(weight, to)
-    return f"re-quantised from {Element(has.dtype, has.quant)} to {to}, {SECOND}"
-
-
-def follow_columns(weight: Weight) -> str:
-    """Quantise a weight again whose scale blocks the CPU's layout cannot hold, as slices that begin inside a block."""
-    has = weight.type
-    assert isinstance(has, TensorType)
-    if has.dtype != "fp8_e4m3" or has.quant is None or packable(has):
-        return ""
-    append_to_program(weight, "weight.dequant", dtype="f32")
-    to = Element(has.dtype, Quant(has.quant.scale, (1, COLUMNS)))
-    quantise(weight, to)
-    return f"{has.quant} does not follow the kernel's {COLUMNS} columns: re-quantised to {to.quant}, {SECOND}"
-
-
-def widen_cut_blocks(weight: Weight) -> str:
-    """Hold slices by head in BF16 where the checkpoint's blocks, cut by them, are no 128 columns that a GPU sums."""
-    has = weight.type
-    assert isinstance(has, TensorType)
-    if has.quant is None or packable(has):
-        return ""
-    append_to_program(weight, "weight.dequant", dtype="bf16")
-    return f"{has.quant} does not follow {COLUMNS} columns: held in BF16"
-
-
-def quantise(weight: Weight, to: Element) -> None:
-    """Append the quantisation of a weight that has none."""
-    assert to.quant is not None
-    append_to_program(weight, "weight.quantise", dtype=to.dtype, granularity=to.granularity, scale=to.quant.scale)
-
-
-def _as_fine(has: Quant, wanted: Quant) -> bool:
-    """Whether every block of `has` lies in one of `wanted`: scales of parts and slices are kept as they are."""
-    pairs = zip(has.block, wanted.block, strict=True) if len(has.block) == len(wanted.block) else None
-    return pairs is not None and all(w == 0 or (h != 0 and w % h == 0) for h, w in pairs)
 
 
 def _for_kernels(element: Element, kind: str, target: Target) -> Element:

@@ -35,6 +35,10 @@ CASES = {
         ["deepseek-v3", "--target", "h800", "--recipe", "{tmp}/use.yaml"],
         "rules[0]: no use of a weight is called linaer (did you mean linear",
     ),
+    "blocks for a vector": (
+        ["deepseek-v3", "--target", "h800", "--recipe", "{tmp}/all.yaml"],
+        "a vector of 7168, blocks of 128x128: let a rule before it decide, such as {op: norm.rms, weight: bf16}",
+    ),
     "a misspelt field": (
         ["deepseek-v3", "--target", "h800", "--recipe", "{tmp}/field.yaml"],
         "rules[0]: unknown field weigth (did you mean weight?)",
@@ -64,6 +68,7 @@ def test_one_line(
 ) -> None:
     (tmp_path / "type.yaml").write_text("rules: [{op: linear, weight: fp7}]")
     (tmp_path / "use.yaml").write_text("rules: [{op: linaer, weight: bf16}]")
+    (tmp_path / "all.yaml").write_text("rules: [{op: '*', weight: 'fp8_e4m3 scale(f32, 128x128)'}]")
     (tmp_path / "field.yaml").write_text("rules: [{op: linear, weigth: bf16}]")
     (tmp_path / "none.yaml").write_text("rules: [{name: 'blocks.*', weight: bf16}]")
     arguments, message = CASES[case]
