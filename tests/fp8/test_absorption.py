@@ -17,6 +17,7 @@ from moec.ir import Module
 from moec.ir.rewrite import clone_module
 from moec.passes.base import Context, Limits, Outcome, PassError
 from moec.passes.mla_absorb import MlaAbsorb
+from moec.passes.share_heads import ShareHeads
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,14 @@ def test_one_copy_of_the_up_projection(deepseek: Module) -> None:
     assert parts == [((0, 128, 256), True), ((128, 256, 256), False)]
     (record,) = [r for r in plan.records if r.name == "share-heads"]
     assert sum("MB less" in n for n in record.notes) == 4
+
+
+def test_slices_stay_where_nothing_is_read_whole(deepseek: Module) -> None:
+    plan = moec.trace("deepseek-v3").optimize("h800", phase="decode")
+    (record,) = [r for r in plan.records if r.name == "share-heads"]
+    assert [n for n in record.notes if "kv_b.v: nothing else reads what they are slices of" in n]
+    outcome = ShareHeads().run(clone_module(deepseek), Context(targets.load("cpu"), Limits()))
+    assert outcome.warnings == ["kernels of cpu read slices by head in a layout of their own"]
 
 
 def test_blocks_that_cut_heads_keep_two_copies() -> None:

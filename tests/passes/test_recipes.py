@@ -41,7 +41,14 @@ def test_the_published_recipe(deepseek: Module) -> None:
     assert weights["head"] == "bf16[129280, 7168]" and weights["embed"] == "bf16[129280, 7168]"
     assert weights["moe_layers.mlp.gate"] == "bf16[256, 7168]"
     assert weights["moe_layers.mlp.experts_down"] == "fp8_e4m3[7168, 2048] scale(f32, 128x128)"
-    assert weights["moe_layers.attn.kv_b.k"] == "bf16[128, 512, 128]"
+    # The absorbed form reads what the plain form reads, widened.
+    assert weights["moe_layers.attn.kv_b.k"] == "fp8_e4m3[128, 512, 128] scale(f32, 128x128)"
+    assert {
+        str(op.operands[0].type) for op in module.functions["moe_layers.decode"].ops if op.name == "linear.heads"
+    } == {
+        "bf16[T, 128, 128]",
+        "bf16[T, 128, 512]",
+    }
     ops = list(module.functions["moe_layers.decode"].ops)
     by_name = {op.name: op for op in ops}
     assert str(by_name["moe.dispatch"].results[0].type) == "fp8_e4m3[T*8, 7168] scale(f32, 1x128)"
@@ -94,7 +101,9 @@ WRONG = {
     "rules: [{op: linear, weight: fp8_e4m3}]": "fp8_e4m3 needs a scale",
     "rules: [{op: linear, weight: 'bf16 scale(f32, 1x128)'}]": "bf16 takes no scale",
     "rules: [{weight: bf16}]": "rules[0] names no weight",
-    "rules: [{op: linear}]": "rules[0] must be a mapping with weight",
+    "rules: [{op: linear}]": "rules[0] gives no weight: a type such as bf16",
+    "rules: [linear]": "rules[0] must be a mapping with weight",
+    "rules: [{op: 'linaer*', weight: bf16}]": "no use of a weight is called linaer*",
     "rules: [{op: linear, wieght: bf16, weight: bf16}]": "unknown field wieght (did you mean weight?)",
     "rules: [{op: 3, weight: bf16}]": "op and name are globs",
     "{rules: [{op: linear, weight: bf16}], activation: bf16}": "unknown field activation (did you mean activations?)",
