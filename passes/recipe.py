@@ -40,7 +40,10 @@ COMBINE = {
     "logfmt10": "logfmt10 scale(logrange, 1x128)",
 }
 """Short names of what experts' results travel in."""
-KINDS = ("linear", "linear.heads", "moe.experts", "moe.route", "head", "embed", "bias", "norm.rms", "norm.layer")
+KINDS = (
+    "linear", "linear.heads", "moe.experts", "moe.route", "gate", "head", "embed", "bias",
+    "norm.rms", "norm.add_rms", "norm.layer",
+)  # fmt: skip
 """What rules call uses of weights."""
 CACHE = {"bf16": "bf16", "f32": "f32", "fp8": "fp8_e4m3 scale(f32, 1x128)"}
 """Short names of cache types."""
