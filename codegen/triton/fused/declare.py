@@ -48,8 +48,8 @@ PRODUCT_TILES: dict[tuple[str, bool, bool], TileTable] = {
 WIDE_RESULT = on(("sm_90a", "sm_100a"), decode=Tile(FEW, 4, 4), prefill=Tile({"BM": 128, "BN": 64, "BK": 64}, 8, 4))
 """Wider tiles with a float32 result make ptxas serialise the wgmma of the main loop."""
 
-TWO_SCALES = on(("sm_80",), any=Tile({"BM": 64, "BN": 64}, 8, 2))
-"""Pairs of widened products whose tiles lie under two scales: four warps have too few registers there."""
+MORE_WARPS = on(("sm_80",), any=Tile({"BM": 64, "BN": 64}, 8, 2))
+"""For widened products with more addresses: four warps have too few registers there."""
 
 
 def module_text(kernel: Generated) -> str:
@@ -77,8 +77,8 @@ def product_spec(kernel: Generated, product: Product) -> KernelSpec:
     results = [tensor_of(v).dtype for v in kernel.outputs]
     if form == "plain" and not product.pair and "f32" in results:
         tiles = {**tiles, **WIDE_RESULT}
-    if form == "widened" and product.pair and product.columns % 128:
-        tiles = {**tiles, **TWO_SCALES}
+    if form == "widened" and (product.transposed or (product.pair and product.columns % 128)):
+        tiles = {**tiles, **MORE_WARPS}
     if not grouped:
         tiles = _with(tiles, {"GROUP_M": 8})
     grid = ("ceildiv(N, BN)", "ROWS // BM") if grouped else ("ceildiv(ROWS, BM) * ceildiv(N, BN)",)
