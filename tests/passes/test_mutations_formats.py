@@ -26,7 +26,7 @@ from moec.ir import OPS, Module, WeightRef
 from moec.ir.numeric import Quantised
 from moec.ir.rewrite import append_to_program, replace_values, retype
 from moec.ir.types import Quant
-from moec.passes import fp8_cast
+from moec.passes import casting, fp8_cast
 from moec.passes.fp8_cast import Fp8Cast
 from moec.passes.recipe import Element
 from moec.passes.select_kernels import SelectKernels
@@ -103,7 +103,7 @@ def embedding_stored_in_fp4(patch: Patch) -> None:
 @mutation("fp8-cast")
 def experts_left_as_they_were(patch: Patch) -> None:
     """Nothing moves: what was promised did not happen."""
-    cast = fp8_cast.cast
+    cast = casting.cast
     patch.setattr(
         fp8_cast, "cast", lambda w, to, keep=False: "" if w.name.endswith("experts_down") else cast(w, to, keep)
     )
@@ -111,7 +111,7 @@ def experts_left_as_they_were(patch: Patch) -> None:
 
 @mutation("fp8-cast")
 def experts_in_fp4_of_another_recipe(patch: Patch) -> None:
-    cast = fp8_cast.cast
+    cast = casting.cast
     fp4 = Element("fp4_e2m1", Quant("ue8m0", (1, 32)))
     patch.setattr(
         fp8_cast, "cast", lambda w, to, keep=False: cast(w, fp4 if w.name.endswith("experts_down") else to, keep)
