@@ -106,7 +106,9 @@ class Fp8Cast(Pass):
         for weight, kind in weight_kinds(module):
             rule, has = recipe.rule(kind, weight), module.weights[weight].type
             assert isinstance(has, TensorType)
-            wanted = {rule.weight.dtype, *(("f32",) if kind in EXACT else ())} if rule else {recipes.KEPT}
+            # See `casting.widen_cut_blocks`.
+            other = "f32" if kind in EXACT else "bf16" if kind == "linear.heads" else ""
+            wanted = {rule.weight.dtype, *([other] if other else [])} if rule else {recipes.KEPT}
             if recipes.KEPT not in wanted and has.dtype not in wanted:
                 return f"@{weight} is {has}, recipe {recipe.name} wants {' or '.join(sorted(wanted))} for {kind}"
         return ""

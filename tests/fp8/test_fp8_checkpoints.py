@@ -85,6 +85,14 @@ def test_by_itself_the_recipe_keeps_the_checkpoint(case: Callable[[Path], Path],
     assert np.abs(got - expected).mean() / expected.std() < 0.05
 
 
+def test_slices_that_cut_blocks_are_held_in_bf16_on_a_gpu(tmp_path: Path) -> None:
+    """Its products per head sum 128 columns under one scale."""
+    plan = moec.trace(str(ours("v3", tmp_path))).optimize("h800", context=64, passes=["mla-absorb{decode=absorbed}"])
+    notes = [n for r in plan.records for n in r.notes]
+    assert any("kv_b.k: scale(f32, " in n and "does not follow 128 columns: held in BF16" in n for n in notes)
+    assert str(plan.ir.weights["moe_layers.attn.kv_b.k"].type).startswith("bf16")
+
+
 def broken(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
