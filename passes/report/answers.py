@@ -77,7 +77,7 @@ def answers(states: Sequence[tuple[str, State]], moved: Sequence[float | None], 
     """The answers as HTML; `states` are the import's and each pass's, `moved` the measured change of results."""
     out = [_introduced(states, moved)]
     last = states[-1][1]
-    out += [_slowest(last, phase, where) for phase in last.phases]
+    out += [_slowest(last, phase, where, _scheduler(states, phase)) for phase in last.phases]
     return "".join(out)
 
 
@@ -97,7 +97,7 @@ def _introduced(states: Sequence[tuple[str, State]], moved: Sequence[float | Non
 def _introduction(number: int, name: str, before: State, now: State, moved: float | None) -> str:
     kinds = [k for k in now.low_bytes if k not in before.low_bytes] or list(now.low_bytes)
     formats = " and ".join(NAMES[k] for k in kinds)
-    link = f'<a href="#pass{number}">pass {number}, {html.escape(name)}</a>'
+    link = _link(number, name)
     weights = len(now.low_weights) + len(now.other_weights)
     stored = f"{len(now.low_weights)} of {weights} weights are stored in it"
     bits = min((BITS[k] for k in kinds), default=0)
@@ -149,8 +149,21 @@ def _change(before: float, now: float) -> str:
     return f"{now / before - 1:+.0%}" if before else ""
 
 
-def _slowest(state: State, phase: str, where: str) -> str:
-    """The ops that take the most of a step, equal ops of a function together."""
+def _link(number: int, name: str) -> str:
+    return f'<a href="#pass{number}">pass {number}, {html.escape(name)}</a>'
+
+
+def _scheduler(states: Sequence[tuple[str, State]], phase: str) -> str:
+    """A link to the pass that hid exchanges in a phase; empty where none did."""
+    for number, (name, state) in enumerate(states):
+        scheduled, serial = state.steps.get(phase, (0.0, 0.0))
+        if scheduled < serial:
+            return _link(number, name)
+    return ""
+
+
+def _slowest(state: State, phase: str, where: str, scheduler: str) -> str:
+    """The ops that take the most of a step, equal ops of a function together; `scheduler` hid exchanges, if any."""
     scheduled, total = state.steps[phase]
     if not total:
         return ""
@@ -171,9 +184,9 @@ def _slowest(state: State, phase: str, where: str) -> str:
             )
         )
     unknown = sum(t.cost is None for t in state.times if t.phase == phase)
-    if scheduled < total:
+    if scheduler:
         how = (
-            f"with exchanges hidden as the schedule says; one op after the other it would be {microseconds(total)}, "
+            f"with exchanges hidden as {scheduler} found; one op after the other it would be {microseconds(total)}, "
             "which the shares are of"
         )
     else:

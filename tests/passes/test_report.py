@@ -104,6 +104,7 @@ def test_it_answers_where_low_precision_came_in_and_what_it_costs(decode: tuple[
     scheduled, total = step_us(plan.ir, op_times(plan.ir, plan.context), "decode")
     assert scheduled < 0.8 * total
     assert f"One step of decode takes {scheduled / 1e3:.2f} ms" in answers
+    assert f"hidden as pass {len(plan.records)}, overlap found" in " ".join(answers.split())
     assert f"one op after the other it would be {total / 1e3:.2f} ms" in answers
     assert "Kept in 16 bits or more: embed, rope_table" in " ".join(answers.split())
     assert "no prediction" not in answers
