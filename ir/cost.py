@@ -25,24 +25,30 @@ class OpCost:
         return f"{amount(self.flops, 'FLOP')}, {moved}{sent}"
 
 
-def phase_sizes(phase: str, batch: int, context: int, chunk: int) -> dict[str, int]:
-    """Values of the symbols of an entry: decode steps every sequence by a token, prefill feeds a chunk of one."""
+def phase_sizes(phase: str, batch: int, context: int, chunk: int, parts: int = 1) -> dict[str, int]:
+    """Values of the symbols of an entry: decode steps every sequence by a token, prefill feeds a chunk of one.
+
+    With several `parts`, the micro-batches, `T0`, `T1`, ... are the parts of `T`, as even as they go.
+    """
     decode = phase == "decode"
     sequences, tokens = (batch, batch) if decode else (1, min(chunk, context))
     pages = -(-context // 64)
     total = sequences * context
-    return {"T": tokens, "S": total, "C": context, "B": sequences, "N": pages, "P": sequences * pages, "R": sequences}
+    whole = {"T": tokens, "S": total, "B": sequences, "R": sequences}
+    split = {f"{s}{k}": -(-(size - k) // parts) for s, size in whole.items() for k in range(parts if parts > 1 else 0)}
+    return {**whole, "C": context, "N": pages, "P": sequences * pages, **split}
 
 
 def op_cost(op: Op, sizes: Mapping[str, int]) -> OpCost:
-    """Counts of `op`; a symbol that `sizes` lacks counts as the tokens `T`."""
+    """Counts of `op`; a symbol that `sizes` lacks counts as the tokens `T`, or as those of its micro-batch."""
     types = [operand_type(o) for o in op.operands]
     results = [r.type for r in op.results]
     rule = OPS[op.name]
 
     def value(size: Size) -> int:
         unknown = size.symbols() - set(sizes) if isinstance(size, Dim) else frozenset()
-        return bind(size, {**sizes, **dict.fromkeys(unknown, sizes["T"])})
+        tokens = {s: sizes.get(f"T{s[len(s.rstrip('0123456789')) :]}", sizes["T"]) for s in unknown}
+        return bind(size, {**sizes, **tokens})
 
     read = value(rule.bytes_read(types, results, op.attrs))
     written = value(rule.bytes_written(types, results, op.attrs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from moec.ir.mesh import mesh_of
 from moec.ir.module import Module, Weight, WeightRef
 from moec.ir.types import TensorType
 
@@ -71,9 +72,13 @@ def bytes_by_storage(module: Module) -> dict[str, int]:
 
 
 def statistics(module: Module) -> dict[str, Any]:
-    """Counts as plain data: parameters, those a token touches, weight bytes by storage, ops by function and name."""
+    """Counts as plain data: parameters, those a token touches, weight bytes by storage, ops by function and name.
+
+    Of a module over several `ranks` they are those of one rank.
+    """
     return {
         "module": module.name,
+        "ranks": mesh_of(module).ranks,
         "parameters": parameters(module),
         "active_parameters": active_parameters(module),
         "weight_bytes": bytes_by_storage(module),

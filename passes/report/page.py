@@ -85,7 +85,8 @@ class Report:
 
     def _sizes(self, function: Function) -> dict[str, int]:
         limits = self._context.limits
-        return phase_sizes(str(function.attrs.get("phase", "")), limits.batch, limits.context, limits.chunk)
+        parts = int(str(function.attrs.get("micro_batches", 1)))
+        return phase_sizes(str(function.attrs.get("phase", "")), limits.batch, limits.context, limits.chunk, parts)
 
     def _facts(self, module: Module) -> str:
         total = sum(weight_bytes(w) for w in module.weights.values())

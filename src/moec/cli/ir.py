@@ -70,10 +70,10 @@ File = Annotated[
         help="IR text, an artifact folder, ONNX files of `moec export` (with commas between), or - for stdin."
     ),
 ]
+Batch = Annotated[int | None, typer.Option(min=1, help="Sequences in a batch [1].")]
+ContextLength = Annotated[int | None, typer.Option(min=1, help="Tokens of context [4096].")]
+Chunk = Annotated[int | None, typer.Option(min=1, help="Tokens of a prefill chunk [256].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Batch = Annotated[int, typer.Option(min=1, help="Sequences in a batch.")]
-ContextLength = Annotated[int, typer.Option(min=1, help="Tokens of context.")]
-Chunk = Annotated[int, typer.Option(min=1, help="Tokens of a prefill chunk.")]
 
 
 @ir.command()
@@ -87,9 +87,9 @@ def show(
     target: Annotated[
         str | None, typer.Option(help="With --cost: predicted time and bound of each op on one device of this target.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="With --cost: sequences in a batch [1].")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="With --cost: tokens of context [4096].")] = None,
-    chunk: Annotated[int | None, typer.Option(min=1, help="With --cost: tokens of a prefill chunk [256].")] = None,
+    batch: Batch = None,
+    context: ContextLength = None,
+    chunk: Chunk = None,
 ) -> None:
     """Print a module, or the functions and ops that pass all filters."""
     from moec.cli.options import UsageError
@@ -132,7 +132,8 @@ def _costs(module: Module, target: str | None, batch: int, context: int, chunk: 
 
     told: dict[Op, str] = {}
     for f, op in module.ops():
-        told[op] = str(op_cost(op, phase_sizes(str(f.attrs.get("phase", "")), batch, context, chunk)))
+        parts = int(str(f.attrs.get("micro_batches", 1)))
+        told[op] = str(op_cost(op, phase_sizes(str(f.attrs.get("phase", "")), batch, context, chunk, parts)))
     if target is None:
         return told
     for time in op_times(module, context_of(module, targets.load(target), Limits(batch, context, chunk))):
@@ -205,7 +206,9 @@ def stats(
         bool, typer.Option("--quantisation", help="Measure what the number formats cost, worst first.")
     ] = False,
     weights: Annotated[Path | None, typer.Option(help="Folder of safetensors [--quantisation: random ones].")] = None,
-    points: Annotated[int, typer.Option(min=1, help="Layers and experts of a weight to measure, evenly spaced.")] = 4,
+    points: Annotated[
+        int | None, typer.Option(min=1, help="Layers and experts of a weight to measure, evenly spaced [4].")
+    ] = None,
 ) -> None:
     """Count ops by function and kind, parameters, and bytes of weights by how they are stored."""
     from moec.cli.options import UsageError
@@ -213,15 +216,20 @@ def stats(
 
     module = read_module(file)
     if quantisation:
-        _quantisation(module, weights, points, as_json)
+        _quantisation(module, weights, points or 4, as_json)
         return
-    if weights is not None:
-        raise UsageError(message="--weights says what --quantisation measures: pass both")
+    for option, value in (("weights", weights), ("points", points)):
+        if value is not None:
+            raise UsageError(message=f"--{option} says what --quantisation measures: pass both")
     found = statistics(module)
     if as_json:
         print(json.dumps(found))
         return
-    print(f"@{found['module']}: {found['parameters']:,} parameters, {found['active_parameters']:,} touched by a token")
+    if found["ranks"] == 1:
+        told = f"{found['active_parameters']:,} touched by a token"
+    else:
+        told = f"on each of {found['ranks']} ranks"
+    print(f"@{found['module']}: {found['parameters']:,} parameters, {told}")
     for name, count in found["weight_bytes"].items():
         print(f"  {count:>20,} bytes of {name}")
     for name, ops in found["functions"].items():
@@ -276,9 +284,9 @@ def opt(
     verify: Annotated[str, typer.Option(help="structure, roundtrip or numerics.")] = "structure",
     strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into errors.")] = False,
     dump_ir: Annotated[Path | None, typer.Option(help="Folder for the text after every pass and its report.")] = None,
-    batch: Batch = 1,
-    context: ContextLength = 4096,
-    chunk: Chunk = 256,
+    batch: Batch = None,
+    context: ContextLength = None,
+    chunk: Chunk = None,
     ranks: Annotated[int | None, typer.Option(help="Devices [the mesh's, else the target's].")] = None,
     tp: Annotated[int, typer.Option(help="Devices of an attention replica.")] = 1,
     dp: Annotated[int | None, typer.Option(help="Attention replicas [ranks / TP].")] = None,
@@ -305,15 +313,19 @@ def opt(
         raise UsageError(
             message=f"{file} is sharded already: its mesh says how it lies, leave --ranks and the like away"
         )
-    if not steps and (verify != "structure" or strict):
-        raise UsageError(message="--verify and --strict are for passes: name one with --pass")
-    if not steps and dump_ir is None:
+    if not steps:
+        given = {"target": target, "batch": batch, "context": context, "chunk": chunk, "dump-ir": dump_ir}
+        given |= {"verify": verify != "structure" or None, "strict": strict or None}
+        given |= {
+            k: getattr(asked, k) for k in ("ranks", "tp", "dp", "ep", "redundant", "pp") if asked != LayoutRequest()
+        }
+        for option in (k for k, v in given.items() if v is not None):
+            raise UsageError(message=f"--{option} is for passes: name one with --pass")
         sys.stdout.write(print_module(module))
         return
     name = target or str(module.attrs.get("target", "cpu"))
-    manager = Manager(
-        context_of(module, targets.load(name), Limits(batch, context, chunk), asked), verify, strict, dump_ir
-    )
+    limits = Limits(batch or 1, context or 4096, chunk or 256)
+    manager = Manager(context_of(module, targets.load(name), limits, asked), verify, strict, dump_ir)
     manager.run(module, steps, [step.name for step in steps])
     for record in manager.records:
         for line in [*record.notes, *(f"warning: {w}" for w in record.warnings)]:
