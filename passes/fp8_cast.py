@@ -136,15 +136,22 @@ class Fp8Cast(Pass):
             recipe = recipe.scaled_by(own.scale)
         elif fp8.matrix and recipe.scale_formats - set(fp8.scale_formats):
             wanted = fp8.scale_formats[0]
-            out.notes.append(f"scales are {wanted}: {target.name} multiplies no {', '.join(recipe.scale_formats)}")
+            self._told(out).append(
+                f"scales are {wanted}: {target.name} multiplies no {', '.join(recipe.scale_formats)}"
+            )
             recipe = recipe.scaled_by(wanted)
         if fp8.matrix:
             return recipe
         if target.kind == "cpu":
             if recipe.scale_formats:
-                out.notes.append(f"{target.name} has no FP8 matrix units: activations are rounded to FP8 and widened")
+                text = f"{target.name} has no FP8 matrix units: activations are rounded to FP8 and widened"
+                self._told(out).append(text)
             return recipe
         return self._widened(module, ctx, recipe, out)
+
+    def _told(self, out: Outcome) -> list[str]:
+        """Where a fallback is told: it is a warning where the recipe was named, what `auto` means where not."""
+        return out.notes if self.recipe == "auto" else out.warnings
 
     def _widened(self, module: Module, ctx: Context, recipe: Recipe, out: Outcome) -> Recipe:
         """What a GPU without FP8 products does: FP8 weights that are widened, or BF16, whichever costs less."""
@@ -152,7 +159,7 @@ class Fp8Cast(Pass):
             return recipe
         best, reason = choose(module, ctx)
         kept = "weights stay in FP8 and are widened to BF16" if best == "weight-only" else "weights are held in BF16"
-        out.notes.append(f"{ctx.target.name} has no FP8 matrix units: {kept}; {reason}")
+        self._told(out).append(f"{ctx.target.name} has no FP8 matrix units: {kept}; {reason}")
         if best == "bf16":
             return replace(recipes.load("bf16"), cache=recipe.cache, combine=recipe.combine)
         return recipe.without_inputs()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from moec.passes.placement import errors
 from moec.passes.placement.placement import Placement
@@ -91,6 +90,9 @@ def _overlap(now: Ints, before: Ints, experts: int) -> Ints:
 
 def _match(overlap: Ints) -> Ints:
     """`match[b]`: the device of the new placement that becomes device b, with the greatest total overlap."""
+    # SciPy is loaded where it is needed: plans that move nothing start without it.
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(overlap, maximize=True)
     match = np.empty(len(overlap), np.int64)
     match[columns] = rows

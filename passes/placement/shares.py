@@ -14,8 +14,6 @@ load per device.
 from __future__ import annotations
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from moec.passes.placement.packing import Packing
 from moec.passes.placement.problem import Floats, Ints
@@ -96,6 +94,9 @@ def _balanced_components(loads: Floats, experts: Ints) -> list[tuple[Ints, Ints]
 
     `experts` int64[devices, slots per device] is the placement whose components are the start.
     """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     devices, per_device = experts.shape
     edges = coo_matrix(
         (

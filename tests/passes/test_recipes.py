@@ -71,7 +71,10 @@ def test_scales_that_the_target_multiplies(deepseek: Module) -> None:
 def test_a_target_without_fp8_says_what_it_does_instead(deepseek: Module) -> None:
     module, outcome = cast(deepseek, "a100", recipe="deepseek-v3")
     assert not any(op.name == "quant.cast" for _, op in module.ops())
-    assert [n for n in outcome.notes if "a100 has no FP8 matrix units: weights stay in FP8" in n]
+    assert [n for n in outcome.warnings if "a100 has no FP8 matrix units: weights stay in FP8" in n]
+    _, outcome = cast(deepseek, "a100")
+    assert not outcome.warnings, "where nothing was named, what is done is no fallback"
+    assert [n for n in outcome.notes if "a100 has no FP8 matrix units" in n]
 
 
 def test_a_file(deepseek: Module, tmp_path: Path) -> None:
