@@ -227,8 +227,9 @@ def deepseek_v2(r: random.Random) -> dict[str, Any]:
         {"topk_method": "greedy", "n_group": None, "topk_group": None},
         {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     ])  # fmt: skip
-    # transformers views pairs of the joined projection as complex numbers.
-    even = {"kv_lora_rank": r.choice([16, 22, 32])}
+    # transformers views pairs of the joined projection as complex numbers, and wants heads to divide the width.
+    heads = r.choice([2, 4])
+    even = {"kv_lora_rank": r.choice([16, 22, 32]), "num_attention_heads": heads, "num_key_value_heads": heads}
     return c | yarn(r) | noaux(r, c["num_hidden_layers"]) | groups | even | {"norm_topk_prob": False}
 
 
