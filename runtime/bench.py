@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import resource
 import sys
@@ -86,16 +87,19 @@ def bench(
     prefill = [rates.prefill or 0.0 for rates in runs[1:]]
     decode = [rates.decode or 0.0 for rates in runs[1:]]
     peak = peak_memory()  # before the bandwidth test takes its own buffers
+    used, weight_bytes, manifest = model.engine.threads, model.engine.weights.nbytes, model.artifact.manifest
+    # Where both do not fit, the system would take back pages of the second model before they are counted.
+    del model
+    gc.collect()
     touched = _step_bytes(load(path, threads=threads, huge_pages=False), ids)
-    bandwidth = measure_read_bandwidth(model.engine.threads)
+    bandwidth = measure_read_bandwidth(used)
     bound = batch * bandwidth / touched if touched else None
-    manifest = model.artifact.manifest
     return Result(
         artifact=path,
         model=manifest.model,
         target=manifest.target,
         recipe=manifest.recipe,
-        threads=model.engine.threads,
+        threads=used,
         batch=batch,
         prompt_tokens=prompt,
         new_tokens=new,
@@ -106,7 +110,7 @@ def bench(
         prefill_runs=prefill,
         decode_runs=decode,
         peak_memory_bytes=peak,
-        weight_bytes=model.engine.weights.nbytes,
+        weight_bytes=weight_bytes,
         step_weight_bytes=touched,
         read_bandwidth=bandwidth,
         decode_bound_tokens_per_s=bound,

@@ -171,7 +171,10 @@ class Engine:
             self.pool.extend(sequence, max(0, piece.first + len(piece.ids) - sequence.length))
         firsts, ids = [p.first for p in pieces], [p.ids for p in pieces]
         arrays, args = self._several(call, sequences, firsts, ids, last_only)
-        np.concatenate([p.hidden for p in pieces], out=arrays["hidden"])
+        begin = 0
+        for piece in pieces:
+            arrays["hidden"][begin : begin + len(piece.ids)] = piece.hidden
+            begin += len(piece.ids)
         call.function(*args)
         return self._results(arrays)
 
@@ -184,18 +187,22 @@ class Engine:
         last_only: bool,
     ) -> tuple[dict[str, NDArray[Any]], list[Any]]:
         """Arguments of a call with several tokens of each sequence, those of sequence b from position firsts[b] on."""
-        counts = np.array([len(few) for few in tokens])
-        ends, total = np.cumsum(counts), int(counts.sum())
+        total = sum(map(len, tokens))
         rows = len(sequences) if last_only else total
         arrays, args = call.bind(tokens=total, rows=rows, sequences=len(sequences))
-        np.concatenate(tokens, out=arrays["ids"], casting="unsafe")
-        arrays["seq"][:] = np.repeat(np.arange(len(sequences)), counts)
-        arrays["pos"][:] = np.arange(total) + np.repeat(np.array(firsts) - (ends - counts), counts)
-        for row, sequence in enumerate(sequences):
+        arrays["starts"][0] = begin = cached = 0
+        for row, (sequence, first, few) in enumerate(zip(sequences, firsts, tokens, strict=True)):
+            end, cached = begin + len(few), cached + first + len(few)
+            arrays["ids"][begin:end] = few
+            arrays["seq"][begin:end] = row
+            arrays["pos"][begin:end] = range(first, first + len(few))
             arrays["pages"][row] = sequence.table
-        arrays["starts"][0] = 0
-        np.cumsum(np.array(firsts) + counts, out=arrays["starts"][1:])
-        arrays["rows"][:] = ends - 1 if last_only else np.arange(total)
+            arrays["starts"][row + 1] = cached
+            if last_only:
+                arrays["rows"][row] = end - 1
+            begin = end
+        if not last_only:
+            arrays["rows"][:] = range(total)
         return arrays, args
 
     def _results(self, arrays: dict[str, NDArray[Any]]) -> Logits:

@@ -109,8 +109,9 @@ def parse_plan(raw: bytes, file: str, manifest: Manifest, rank: int = 0) -> Plan
     prefill, draft = _entry(entries.table("prefill")), None
     if manifest.drafts:
         draft = _entry(entries.table("draft"))
-        if draft.max_tokens < step or draft.max_rows < manifest.batch:
-            raise fields.problem("entries.draft", f"takes less than the {step} tokens of a step of all sequences")
+        needed = max(step, min(manifest.chunk, prefill.max_tokens))
+        if draft.max_tokens < needed or draft.max_rows < needed:
+            raise fields.problem("entries.draft", f"takes less than the {needed} tokens of a chunk or of a step")
         for name, entry in (("prefill", prefill), ("decode", decode), ("draft", draft)):
             if not any(a.name == "states" and len(a.shape) == 2 for a in entry.args):
                 raise fields.problem(f"entries.{name}", "gives no hidden states")

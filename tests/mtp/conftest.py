@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mtp_oracle import FOLDER
 
 import moec
 from moec.runtime import Model
-
-FOLDER = Path(moec.__file__).resolve().parents[2] / "model_defs" / "presets_data" / "tiny-deepseek-v3"
 
 
 @pytest.fixture(scope="session")

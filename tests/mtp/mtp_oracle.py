@@ -13,6 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import moec
+
+FOLDER = Path(moec.__file__).resolve().parents[2] / "model_defs" / "presets_data" / "tiny-deepseek-v3"
+"""The embedded model, which has a module."""
+
 
 def add_module(folder: Path, seed: int = 0) -> None:
     """Give a saved model a module with random weights, and say so in its config.json."""

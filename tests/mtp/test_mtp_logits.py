@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mtp_oracle import Oracle, add_module
+from mtp_oracle import FOLDER, Oracle, add_module
 from small_models import save_model
 from transformers import AutoModelForCausalLM
 
@@ -24,8 +24,6 @@ from moec.passes.manager import Manager
 from moec.passes.pipeline import pipeline
 from moec.runtime import Model
 from moec.stages import DraftsOfRanks, WrongDrafts
-
-FOLDER = Path(moec.__file__).resolve().parents[2] / "model_defs" / "presets_data" / "tiny-deepseek-v3"
 
 
 def hidden_states(folder: Path, ids: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chain_engine import ChainEngine
+from mtp_oracle import FOLDER
 from scipy.stats import chisquare
 
 from moec.cli import main
@@ -66,15 +67,17 @@ def test_more_drafts_than_compiled_are_refused(model: Model) -> None:
 
 
 def test_the_command_reports_what_was_kept(
-    artifact: Path, model: Model, heldout: list[int], capsys: pytest.CaptureFixture[str]
+    artifact: Path,
+    model: Model,
+    heldout: list[int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ids = ",".join(map(str, heldout[:80]))
     for extra in ([], ["--speculate", "2"]):
         arguments = ["run", str(artifact), "--prompt-ids", ids, "--max-new-tokens", "20", "--json", *extra]
+        monkeypatch.setattr("sys.argv", ["moec", *arguments])
         with pytest.raises(SystemExit) as ended:
-            import sys
-
-            sys.argv = ["moec", *arguments]
             main()
         assert ended.value.code == 0
         found = json.loads(capsys.readouterr().out)
@@ -143,3 +146,47 @@ def test_the_same_seed_gives_the_same_tokens_whatever_runs_beside() -> None:
     together = run(Speculation(ChainEngine(0.5), 2), sampling)
     again = run(Speculation(ChainEngine(0.5, batch=1), 2), sampling)
     assert [r.tokens for r in together] == [r.tokens for r in again]
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_the_benchmark_reports_both_sides(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, drafts: int
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((FOLDER / "heldout.txt").read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    options = ["--text", str(text), "--prompt-tokens", "40", "--new-tokens", "12", "--repeat", "1", "--batch", "2"]
+    monkeypatch.setattr("sys.argv", ["moec", "bench", str(artifact), "--speculate", str(drafts), *options, "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    found = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0 and found["same_tokens"] and found["prompts"] == 8
+    assert 0.3 < found["agreement"] < 0.9 and 0.2 < found["acceptance"] <= 1
+    assert 1 < found["tokens_per_step"] <= 1 + drafts
+    step, draft, verify = (found[f"{key}_ms"] for key in ("step", "draft", "verify"))
+    expected = found["tokens_per_step"] * step / (draft + verify)
+    assert found["expected_speed_up"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--speculate", "4"], "speculate must be 1 to 3, as compiled, is 4"),
+        (["--speculate", "1", "--batch", "9"], "batch must be 1 to 3, as compiled, is 9"),
+        (["--speculate", "1", "--profile"], "--speculate is a measurement of its own"),
+        (["--text", "x.txt"], "--text gives the prompts of --speculate: give both"),
+        (["--speculate", "1", "--text", "no-such-file"], "no-such-file"),
+    ],
+)
+def test_wrong_measurements_cost_one_line(
+    artifact: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["moec", "bench", str(artifact), *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    found = capsys.readouterr()
+    assert ended.value.code == 2 and not found.out
+    assert message in found.err and found.err.count("\n") == 1
