@@ -63,8 +63,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_imported_ir_equals_transformers(variant: str, tmp_path: Path) -> None:
     """Logits to 1e-5 in FP32 with the same weights; absorbed equals plain to 1e-9 in FP64, also from a shared matrix.
 
-    Folded weights are stored in FP32: to 1e-6. All in one prefill, in a prefill over a cached prefix, and in decode with
-    one and with several tokens.
+    Folded weights are stored in FP32: to 1e-6. All in one prefill, in a prefill over a cached prefix, and in decode of
+    one token and of several.
     """
     oracle = save_model(variant, tmp_path, seed=7)
     module = moec.trace(str(tmp_path)).ir
