@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from moec.ir import Function, Op, TensorType, Value
+from moec.ir import Function, IndexType, Op, TensorType, Value
 from moec.ir.printer import print_op
 
 WIDTH, HEIGHT, DOWN, APART, BEND = 176, 42, 26, 14, 10
@@ -61,7 +61,8 @@ def _rows(function: Function) -> list[list[_Node]]:
         feeders = list(dict.fromkeys(made[v] for v in op.values() if v in made))
         node = _Node(max((f.level + 1 for f in feeders), default=1 if nodes else 0), op=op)
         edges += [(f, node) for f in feeders]
-        made.update(dict.fromkeys(op.results, node))
+        # The layer's number reaches every weight: its edges would hide the others.
+        made.update({r: node for r in op.results if not isinstance(r.type, IndexType)})
         nodes.append(node)
     for upper, lower in edges:
         at = upper

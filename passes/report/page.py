@@ -193,7 +193,9 @@ def _graph(function: Function, times: dict[Op, OpTime]) -> str:
     layers = max((times[op].runs for op in known), default=1)
     total = sum(known.values())
     runs = f"a layer, {layers} layers" if layers > 1 else "a run"
-    facts = f"{len(function.ops)} ops, {microseconds(total)} {runs}" if known else ""
+    interval = function.attrs.get("interval_us")
+    every = f"; as scheduled one every {microseconds(interval)}" if isinstance(interval, float) else ""
+    facts = f"{len(function.ops)} ops, {microseconds(total)} {runs}{every}" if known else ""
     opened = " open" if layers > 1 else ""
     summary = f"@{html.escape(function.name)} <span>{facts}</span>"
     drawn = picture(function, known, total)
