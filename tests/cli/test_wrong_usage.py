@@ -41,3 +41,9 @@ def test_a_bare_group_shows_its_commands(group: str) -> None:
 def test_version() -> None:
     done = moec("--version")
     assert (done.returncode, done.stdout) == (0, f"moec {__version__}\n")
+
+
+def test_a_timeout_of_one_process_is_refused() -> None:
+    done = moec("run", "any", "--prompt-ids", "1", "--timeout", "3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "moec: error: --timeout is for several processes: start them with torchrun\n"

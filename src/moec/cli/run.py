@@ -73,8 +73,9 @@ def run(
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare the hashes of weights, too.")] = False,
     timeout: Annotated[
-        float, typer.Option(min=1, help="Under torchrun: seconds that a rank may stay silent before all end.")
-    ] = 30.0,
+        float | None,
+        typer.Option(min=1, help="Under torchrun: seconds that a rank may stay silent before all end [30]."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a prompt; the text appears as it is generated."""
@@ -84,14 +85,17 @@ def run(
         max_new_tokens is not None or (temperature, top_p, seed, speculate) != (0.0, 1.0, 0, 0)
     ):
         raise NothingGenerated()
+    from moec.cli.options import UsageError
     from moec.runtime import Sampling
-    from moec.runtime.launch import first, launched, loaded
+    from moec.runtime.launch import TIMEOUT, first, launched, loaded
 
     if compare is not None and launched():
         raise OneProcess()
+    if timeout is not None and not launched():
+        raise UsageError(message="--timeout is for several processes: start them with torchrun")
     sampling = Sampling(temperature, top_p, seed)
     ids = _parse_ids(prompt_ids) if prompt_ids is not None else None
-    with loaded(artifact, check, threads, timeout) as model:
+    with loaded(artifact, check, threads, timeout or TIMEOUT) as model:
         if ids is None:
             ids = model.tokenizer.encode(prompt) if prompt is not None else model.tokenizer.encode_chat(chat or "")
         if compare is not None:
