@@ -14,9 +14,10 @@ from typing import Any
 
 from moec.ir.builder import weight_ref
 from moec.ir.dims import DimError
+from moec.ir.issue import CALLS
 from moec.ir.lexer import ParseError
 from moec.ir.module import Function, Module, Op, Value, WeightRef
-from moec.ir.optable import OPS, TypeRuleError
+from moec.ir.optable import OPS, PLACEMENT, TypeRuleError
 from moec.ir.parser import parse_module
 from moec.ir.printer import print_module
 from moec.ir.rewrite import clone_module, fresh_names, remove_dead, replace_values
@@ -99,7 +100,7 @@ class _Reducer:
                     break
 
 
-# Functions: those that a `repeat` calls become entries when their caller goes.
+# Functions: those that others call become entries when their caller goes.
 
 
 def _functions(module: Module) -> list[str]:
@@ -117,7 +118,7 @@ def _calls(module: Module, callee: str) -> list[tuple[str, int]]:
         (f.name, i)
         for f in module.functions.values()
         for i, op in enumerate(f.ops)
-        if op.name == "repeat" and op.attrs["func"] == callee
+        if op.name in CALLS and op.attrs["func"] == callee
     ]
 
 
@@ -299,7 +300,8 @@ def _attributes(module: Module) -> list[tuple[str, int, str]]:
     for f in module.functions.values():
         found += [(f.name, -1, key) for key in f.attrs]
         for i, op in enumerate(f.ops):
-            found += [(f.name, i, key) for key in op.attrs if OPS[op.name].attrs[key].optional]
+            own = OPS[op.name].attrs
+            found += [(f.name, i, key) for key in op.attrs if (own[key].optional if key in own else key in PLACEMENT)]
     return found
 
 

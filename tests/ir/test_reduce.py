@@ -15,6 +15,7 @@ from test_ir_commands import run
 import moec
 from moec.ir import OPS, Module, parse_module, print_module
 from moec.ir.reduce import REMOVALS, _Reducer, reduce
+from moec.passes.planning import LayoutRequest
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,12 @@ def test_nothing_to_reduce(
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_scheduled_module_over_several_ranks() -> None:
+    """Calls, events, and where and when ops run: all of it goes that may."""
+    plan = moec.trace("tiny-deepseek-v3").optimize("h800", batch=64, context=64, layout=LayoutRequest(ranks=4))
+    assert "event.wait" in print_module(plan.ir)
+    small = reduce(plan.ir, lambda text: "moe.experts" in text and "comm.dispatch" in text)
+    assert sorted(op.name for _, op in small.ops()) == ["comm.dispatch", "moe.experts"]
+    assert not any({"us", "stream", "micro_batch"} & set(op.attrs) for _, op in small.ops())
