@@ -45,12 +45,16 @@ def export_artifact(
         raise NoOnnx() from None
     from moec.codegen.artifact import artifact_folder
     from moec.ir import parse_module
+    from moec.ir.rewrite import remove_unused
     from moec.runtime.artifact import open_artifact
     from moec.runtime.weights import Weights
 
     opened = open_artifact(artifact)
     file = opened.path / "program.ir"
     module = parse_module(file.read_text(), str(file))
+    if module.functions.pop("draft", None) is not None:
+        remove_unused(module)
+        note("the multi-token-prediction module is left out: prefill and decode are written")
     with artifact_folder(out) as work, Progress("writing") as progress:
         export(module, Weights(opened.weights), work, progress)
     note(f"wrote {out}: prefill.onnx, decode.onnx, weights.bin")
