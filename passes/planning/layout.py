@@ -113,8 +113,8 @@ def layer_count(module: Module) -> int:
 
 
 def _sized(target: Target, ranks: int) -> Target:
-    """The target with so many ranks; on a CPU they are processes, which one machine holds in any number."""
-    if target.kind == "cpu":
+    """The target with so many ranks; those of a CPU without a network are processes of one machine."""
+    if target.kind == "cpu" and target.node.scale_out is None:
         node = replace(target.node, devices=max(target.node.devices, ranks))
         target = replace(target, node=node)
     return target.with_ranks(ranks)
