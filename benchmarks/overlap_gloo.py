@@ -83,7 +83,10 @@ def _work(options: argparse.Namespace) -> None:
 
     with loaded(str(options.artifact), False, 1, 60.0) as model:
         engine: Any = model.engine
-        kinds: list[Any] = [None, Overlapped(engine, 2, hide=False), Overlapped(engine, 2)]
+        planned = engine.overlapped
+        turns = planned.turns if planned is not None else ()
+        kinds: list[Any] = [None, Overlapped(engine, 2, hide=False, turns=turns), Overlapped(engine, 2, turns=turns)]
+        engine.overlapped = None
         rank = int(os.environ["RANK"])
         draw = np.random.default_rng(rank)
         sequences = [engine.pool.open() for _ in range(options.batch)]

@@ -65,6 +65,8 @@ class Pass:
     name: ClassVar[str]
     tolerance: ClassVar[float] = 0.0
     """Relative change of results that the pass may cause; 0 for pure re-orderings."""
+    schedules: ClassVar[bool] = False
+    """Whether what it makes is for an executor of micro-batches and streams."""
 
     def requires(self, module: Module) -> str:
         """Why the pass cannot run on this module; empty when it can."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from moec.errors import InputError, MoecError
 from moec.ir import Module, TypeRuleError, VerifyError, parse_module, print_module, verify
 from moec.ir.dims import DimError
+from moec.ir.rewrite import clone_module
 from moec.passes.base import Context, Pass, PassError
 from moec.passes.report import Report
 
@@ -65,6 +66,8 @@ class Manager:
     strict: bool = False
     dump: Path | None = None
     records: list[Record] = field(default_factory=list)
+    unscheduled: Module | None = field(default=None, init=False)
+    """The module before the first pass that schedules it."""
     _numerics: Numerics | None = field(default=None, init=False)
     _report: Report | None = field(default=None, init=False)
 
@@ -101,6 +104,8 @@ class Manager:
         reason = step.requires(module)
         if reason:
             raise PassError(name=step.name, message=reason)
+        if step.schedules and self.unscheduled is None:
+            self.unscheduled = clone_module(module)
         before = sum(1 for _ in module.ops())
         start = time.perf_counter()
         try:

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from moec.ir import Function, Module, Op
-from moec.ir.issue import entries, scheduled
+from moec.ir.issue import scheduled
 from moec.ir.rewrite import fresh_names
 from moec.passes.base import Context, Outcome, Pass, PassError
 from moec.passes.planning import memory
 from moec.passes.streams.buffers import assign_buffers
-from moec.passes.streams.costs import Costs, Work, op_costs, prompt_parts, work_of
+from moec.passes.streams.costs import Costs, Work, op_costs, prompt_parts, wanted_entries, work_of
 from moec.passes.streams.events import add_events
 from moec.passes.streams.figure import layer_figure
 from moec.passes.streams.layer import EFFORT, LayerSchedule, schedule_layer
@@ -27,13 +27,16 @@ class Overlap(Pass):
     pays, a prologue, a kernel for the range of layers and an epilogue (software pipelining), every op with its
     `stream`, SM share and predicted time, events between the streams, and buffers that are safe whatever anything
     takes. Results do not change. `pieces` is the most parts that a run of ops is cut into, `effort` a factor on the
-    search's amount of work, `balance` the mean over the maximum of the rows that devices receive (0: as expected).
+    search's amount of work, `balance` the mean over the maximum of the rows that devices receive (0: as expected),
+    `phase` prefill, decode or both.
     """
 
     name: ClassVar[str] = "overlap"
+    schedules: ClassVar[bool] = True
     pieces: int = 4
     effort: float = EFFORT
     balance: float = 0.0
+    phase: str = "both"
 
     def requires(self, module: Module) -> str:
         """A schedule is made once: ops that have streams are in it already."""
@@ -46,7 +49,7 @@ class Overlap(Pass):
         if ctx.layout is None or ctx.layout.ranks == 1:
             out.notes.append("one device: there is no exchange to hide")
             return out
-        for entry in entries(module):
+        for entry in wanted_entries(module, self.phase, self.name):
             self._entry(module, entry, ctx, out)
         if not out.matched and not out.notes:
             out.warnings.append("no repeated layer has an exchange between devices: nothing to overlap")

@@ -40,6 +40,9 @@ GPU = (
 )
 """NVIDIA and AMD devices; both phases take the form of attention that costs less."""
 
+LAST = ("split-microbatches", "overlap")
+"""Passes that go to the end, in this order."""
+
 BEFORE = {"place-experts": "shard"}
 """Where a pass that a user adds goes, other than before kernel selection."""
 
@@ -66,6 +69,9 @@ def pipeline(target: Target, recipe: str = "auto", given: Sequence[str] = (), ra
             raise PassSpecError(spec=spec, message=f"--recipe {recipe} names another recipe: leave one of them away")
         if same:
             steps[same[0]] = replace(steps[same[0]], **options)
+        elif kind.name in LAST:
+            steps.append(kind(**options))
+            steps.sort(key=lambda s: LAST.index(s.name) if s.name in LAST else -1)
         else:
             before = BEFORE.get(kind.name, "select-kernels")
             names = [s.name for s in steps]

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.ir import Function, Module
-from moec.ir.issue import entries
 from moec.ir.rewrite import clone_module
 from moec.passes.base import Context, Outcome, Pass, PassError
 from moec.passes.overlap import Overlap
 from moec.passes.scheduling.bounds import interval_bounds_us
-from moec.passes.streams.costs import Costs, op_costs, prompt_cuts, whole_step, work_of
+from moec.passes.streams.costs import Costs, op_costs, prompt_cuts, wanted_entries, whole_step, work_of
 from moec.passes.streams.layer import schedule_layer
 from moec.passes.streams.split import split_entry
 from moec.passes.streams.tasks import LayerTasks
@@ -30,19 +29,21 @@ class SplitMicrobatches(Pass):
     nothing: rows are independent. Where there are fewer prompts than parts, every prompt is split, so that its parts
     take as long: a later one reads from the cache what an earlier one left there. `count` is auto, or a number that is
     taken without asking whether it pays. The schedules compared are those that `overlap` finds, for rows as `balance`
-    says (see there).
+    says (see there). `phase` is prefill, decode or both.
     """
 
     name: ClassVar[str] = "split-microbatches"
+    schedules: ClassVar[bool] = True
     count: str = "auto"
     least: float = 0.01
     balance: float = 0.0
+    phase: str = "both"
 
     def run(self, module: Module, ctx: Context) -> Outcome:
         out = Outcome()
         if self.count != "auto" and not (self.count.isdigit() and 1 <= int(self.count) <= 16):
             raise PassError(name=self.name, message=f"count must be auto or a number from 1 to 16, got {self.count!r}")
-        for entry in entries(module):
+        for entry in wanted_entries(module, self.phase, self.name):
             count = int(self.count) if self.count != "auto" else self._best(module, entry, ctx, out)
             if count > 1:
                 cuts = cuts_of(module, entry, ctx, count)

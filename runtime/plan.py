@@ -10,7 +10,7 @@ import numpy as np
 
 from moec.runtime.fields import Fields
 from moec.runtime.manifest import Manifest
-from moec.runtime.steps import Step, parse_steps
+from moec.runtime.steps import Step, Turn, parse_steps, parse_turns
 
 Kind = Literal["input", "weight", "cache", "workspace", "output"]
 SYMBOLS: Final = ("T", "R", "B", "B+1", "N")
@@ -51,6 +51,10 @@ class Entry:
     args: tuple[Argument, ...]
     steps: tuple[Step, ...] = ()
     """What a rank of several runs in place of one function: segments, collectives, loops over layers."""
+    turns: tuple[Turn, ...] = ()
+    """With a schedule: the same steps as micro-batches take them in turns."""
+    parts: int = 1
+    """Micro-batches of the turns."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,9 @@ def _entry(fields: Fields) -> Entry:
         raise fields.problem("args", "has no output logits")
     sizes = (fields.integer("max_tokens", 1), fields.integer("max_rows", 1))
     steps = parse_steps(fields.tables("steps")) if "steps" in fields.data else ()
-    return Entry(fields.text("symbol"), *sizes, args, steps)
+    parts = fields.integer("parts", 1) if "parts" in fields.data else 1
+    turns = parse_turns(fields, steps, parts) if "turns" in fields.data else ()
+    return Entry(fields.text("symbol"), *sizes, args, steps, turns, parts)
 
 
 def _argument(fields: Fields) -> Argument:

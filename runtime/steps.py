@@ -57,6 +57,44 @@ class Loop:
 Step = Segment | Collective | Loop
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a rank does next: run a step of a micro-batch in a layer (-1: outside), start it, or wait until it is over.
+
+    `step` numbers segments and collectives in the order of the entry's steps.
+    """
+
+    what: str
+    part: int
+    layer: int
+    step: int
+
+
+TURNS: Final = ("run", "start", "wait")
+
+
+def parse_turns(fields: Fields, steps: tuple[Step, ...], parts: int) -> tuple[Turn, ...]:
+    """Read the turns of an entry; raises MalformedFile."""
+    count = len(flat(steps))
+    found = []
+    for row in fields.data["turns"]:
+        if not (isinstance(row, list) and len(row) == 4 and row[0] in TURNS and all(type(n) is int for n in row[1:])):
+            raise fields.problem("turns", f"has {row!r}, not [{'|'.join(TURNS)}, part, layer, step]")
+        turn = Turn(*row)
+        if not (0 <= turn.part < parts and turn.layer >= -1 and 0 <= turn.step < count):
+            raise fields.problem("turns", f"has {row!r}: there are {parts} parts and {count} steps")
+        found.append(turn)
+    return tuple(found)
+
+
+def flat(steps: tuple[Step, ...]) -> list[Segment | Collective]:
+    """Segments and collectives in order, those of loops once."""
+    found: list[Segment | Collective] = []
+    for step in steps:
+        found += flat(step.steps) if isinstance(step, Loop) else [step]
+    return found
+
+
 def parse_steps(tables: list[Fields]) -> tuple[Step, ...]:
     """Read the steps of an entry; raises MalformedFile."""
     return tuple(_step(fields) for fields in tables)

@@ -5,7 +5,7 @@ Sizes are those at the compiled limits, in elements of 4 bytes. Values whose lif
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -47,17 +47,19 @@ def plan_function(
     symbols: Mapping[str, int],
     extra_sizes: Mapping[Op, list[int]],
     result_into: Mapping[Value, Value],
+    kept: Set[Value] = frozenset(),
 ) -> Layout:
     """Plan one function; `result_into` says which returned value is written into which argument's buffer.
 
-    `extra_sizes` gives the elements of the temporary buffers that an op's kernels pass between them.
+    `extra_sizes` gives the elements of the temporary buffers that an op's kernels pass between them. Values that are
+    `kept` share their bytes with nothing: the ops around them may run in another order than theirs.
     """
     layout = Layout()
     for arg in function.args:
         if isinstance(arg.type, TensorType):
             shape = arg.type.bound(symbols)
             layout.places[arg] = Place(arg, 0, shape, _contiguous(shape))
-    last_use = _last_uses(function)
+    last_use = _last_uses(function) | dict.fromkeys(kept, len(function.ops))
     slots: list[Slot] = []
 
     def new_slot(size: int, position: int, last: int) -> Slot:
@@ -85,6 +87,11 @@ def plan_function(
             _touch(layout, value, position)
     for value in function.returns:
         _touch(layout, value, len(function.ops))
+    for value in kept:
+        if value in layout.places:
+            place = layout.places[value]
+            for slot in (*place.keeps, *((place.base,) if isinstance(place.base, Slot) else ())):
+                slot.first, slot.last = 0, len(function.ops)
     layout.size = assign(slots)
     return layout
 

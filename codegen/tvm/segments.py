@@ -15,6 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.arena import Slot
+from moec.codegen.scheduled import CUTS, crossing, runs
 from moec.codegen.tvm.emit import FunctionEmitter, Program, extra_sizes
 from moec.codegen.tvm.emit import emitter as emitter_of
 from moec.codegen.tvm.memory import Layout, loop_result, plan_function, symbol_bounds
@@ -24,6 +25,7 @@ from moec.codegen.tvm.program import (
     Sizes,
     _array,
     _flat,
+    _index_key,
     _inputs,
     _matched,
     _rank,
@@ -37,7 +39,6 @@ from moec.ir.module import Operand
 
 STEP = ("layer", "D", "U")
 """Elements of the input `step`: the layer, rows dispatched to this rank, its part of the tokens."""
-VIEWS = ("split", "unflatten", "flatten")
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,14 @@ def build_segmented(
     for op in function.ops:
         if op.name == "repeat":
             callee = module.functions[str(op.attrs["func"])]
-            planned = plan_function(callee, symbols, extra_sizes(callee.ops, symbols), loop_result(callee))
+            # Segments that are cut for a schedule run in the order that each micro-batch has.
+            kept = crossing(module, callee) if CUTS in callee.attrs else set()
+            planned = plan_function(callee, symbols, extra_sizes(callee.ops, symbols), loop_result(callee), kept)
             frames[op] = Frame(callee, planned, layout.size, entry, op)
     found = Steps()
-    found.steps = _steps(entry, frames, found, name)
+    found.steps = _steps(module, entry, frames, found, name)
     arena = layout.size + max((f.layout.size for f in frames.values()), default=0)
-    limits = {**symbols, "rank": _rank(module)}
+    limits = {**symbols, "rank": _rank(module), "index": _index_key(module)}
     scratch = 0
     phases: list[Phase] = []
     # Scratch stands last and how much there is shows only once everything is emitted: build twice.
@@ -163,29 +166,21 @@ def _with_args(steps: list[dict[str, Any]], args: Mapping[str, list[str]]) -> li
     return out
 
 
-def _steps(frame: Frame, frames: Mapping[Op, Frame], found: Steps, name: str) -> list[dict[str, Any]]:
+def _steps(module: Module, frame: Frame, frames: Mapping[Op, Frame], found: Steps, name: str) -> list[dict[str, Any]]:
     """Cut a function at its collectives and at layer functions that have some."""
     steps: list[dict[str, Any]] = []
-    run: list[Op] = []
-
-    def close(last: bool = False) -> None:
-        if any(op.name not in VIEWS for op in run) or last:
-            symbol = f"{name}_{len(found.segments)}"
-            found.segments.append(Segment(symbol, frame, list(run), last))
-            steps.append({"segment": symbol})
-        run.clear()
-
-    for op in frame.function.ops:
-        if op.name.startswith("comm."):
-            close()
-            steps.append(_collective(frame, op))
-        elif op in frames and any(o.name.startswith("comm.") for o in frames[op].function.ops):
-            close()
-            inner = _steps(frames[op], {}, found, name)
-            steps.append({"first": op.attrs["first"], "last": op.attrs["last"], "steps": inner})
+    found_runs = list(runs(module, frame.function))
+    for i, (kind, ops) in enumerate(found_runs):
+        if kind == "collective":
+            steps.append(_collective(frame, ops[0]))
+        elif kind == "loop":
+            inner = _steps(module, frames[ops[0]], {}, found, name)
+            steps.append({"first": ops[0].attrs["first"], "last": ops[0].attrs["last"], "steps": inner})
         else:
-            run.append(op)
-    close(last=frame.outer is not None)
+            symbol = f"{name}_{len(found.segments)}"
+            last = frame.outer is not None and i == len(found_runs) - 1
+            found.segments.append(Segment(symbol, frame, ops, last))
+            steps.append({"segment": symbol})
     return steps
 
 

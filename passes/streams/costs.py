@@ -8,9 +8,9 @@ from itertools import accumulate, pairwise
 from math import sqrt
 
 from moec.ir import Function, Module, Op
-from moec.ir.issue import is_view
+from moec.ir.issue import entries, is_view
 from moec.ir.mesh import mesh_of
-from moec.passes.base import Context
+from moec.passes.base import Context, PassError
 from moec.passes.planning.precision import RECIPES, candidates
 from moec.passes.planning.rank_rows import COLLECTIVES, rank_symbols
 from moec.passes.planning.rows import COMMUNICATION, Step
@@ -145,6 +145,13 @@ def whole_step(phase: str, ctx: Context) -> Step:
         return Step(phase, limits.batch, 1, limits.context)
     prompt = min(limits.chunk, limits.context)
     return Step(phase, max(1, limits.chunk // prompt), prompt, prompt)
+
+
+def wanted_entries(module: Module, phase: str, name: str) -> list[Function]:
+    """The entries that a pass of that name is to schedule; raises PassError."""
+    if phase not in ("both", "prefill", "decode"):
+        raise PassError(name=name, message=f"phase must be prefill, decode or both, got {phase!r}")
+    return [entry for entry in entries(module) if phase in ("both", entry.attrs.get("phase"))]
 
 
 def prompt_parts(entry: Function) -> tuple[int, ...]:

@@ -38,6 +38,8 @@ class DistributedEngine(Engine):
         """Set: decode runs in micro-batches."""
         super().__init__(artifact, threads)
         self._artifact = artifact
+        if isinstance(artifact.plan, Plan) and artifact.plan.decode.turns:
+            self.overlapped = Overlapped(self, artifact.plan.decode.parts, turns=artifact.plan.decode.turns)
 
     def _entry(self, entry: Entry, sequences: int) -> Call:
         return SteppedCall(self, entry, sequences, self.collectives, self.fixed)

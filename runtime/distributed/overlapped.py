@@ -17,7 +17,7 @@ import numpy as np
 
 from moec.runtime.cache import Sequence
 from moec.runtime.engine import Logits
-from moec.runtime.steps import Collective, Segment, Step
+from moec.runtime.steps import Collective, Segment, Step, Turn, flat
 
 if TYPE_CHECKING:
     from moec.runtime.distributed.engine import Binding, DistributedEngine, SteppedCall
@@ -57,31 +57,71 @@ Exchange = tuple[str, int, Any]
 class Overlapped:
     """The decode step of an engine in `parts` micro-batches; `hide=False` waits for every exchange at once.
 
+    With `turns`, those of an artifact's schedule, they are followed; else micro-batches change at every exchange.
     `ran` fills with what happened when it is a list.
     """
 
-    def __init__(self, engine: DistributedEngine, parts: int, hide: bool = True) -> None:
-        self.engine, self.hide = engine, hide
+    def __init__(self, engine: DistributedEngine, parts: int, hide: bool = True, turns: tuple[Turn, ...] = ()) -> None:
+        self.engine, self.hide, self.turns = engine, hide, turns
         self.ran: list[Ran] | None = None
         self._calls = [engine.another(-(-engine.batch // parts)) for _ in range(parts)]
 
     def decode(self, sequences: List[Sequence], tokens: List[int]) -> Logits:
         """As `Engine.decode`; every rank takes part in every micro-batch, with no rows where it has too few."""
-        turns: list[Iterator[Exchange]] = []
+        begun: list[tuple[SteppedCall, tuple[Step, ...], Binding]] = []
         parts = shares([s.length + 1 for s in sequences], len(self._calls))
         placed = []
-        for k, (call, mine) in enumerate(zip(self._calls, parts, strict=True)):
+        for call, mine in zip(self._calls, parts, strict=True):
             if mine:
                 arrays, args = self.engine.place(call, [sequences[i] for i in mine], [tokens[i] for i in mine])
             else:
                 arrays, args = call.idle()
             placed.append((mine, arrays))
-            turns.append(self._turns(call, call.begin(args[0]), args[0], -1, k))
-        self._take_turns(turns)
+            begun.append((call, call.begin(args[0]), args[0]))
+        if self.turns:
+            self._follow(begun)
+        else:
+            self._take_turns([self._turns(*b, -1, k) for k, b in enumerate(begun)])
         logits = np.empty((len(sequences), placed[0][1]["logits"].shape[1]), dtype=np.float32)
         for mine, arrays in placed:
             logits[mine] = arrays["logits"][: len(mine)]
         return logits
+
+    def _follow(self, begun: list[tuple[SteppedCall, tuple[Step, ...], Binding]]) -> None:
+        """The turns of the schedule. A dispatch first tells how many rows come; those start behind the next segment."""
+        steps = flat(begun[0][1])
+        under_way: dict[tuple[int, int, int], tuple[Iterator[Exchange], Exchange]] = {}
+        counting: list[tuple[int, int, int]] = []
+
+        def advance(key: tuple[int, int, int]) -> None:
+            moves, exchange = under_way.pop(key)
+            self._wait(*exchange)
+            following = next(moves, None)
+            if following is not None:
+                under_way[key] = moves, following
+
+        for turn in self.turns:
+            (call, _, binding), step = begun[turn.part], steps[turn.step]
+            key = turn.part, turn.layer, turn.step
+            if turn.what == "run":
+                for _ in self._turns(call, (step,), binding, turn.layer, turn.part):
+                    raise AssertionError(f"{step} is run, not started")
+                for early in counting:
+                    advance(early)
+                counting.clear()
+            elif turn.what == "start":
+                assert isinstance(step, Collective)
+                moves = self._exchange(call, step, binding, turn.layer, turn.part)
+                first = next(moves, None)
+                if first is not None:
+                    under_way[key] = moves, first
+                    if step.name == "dispatch":
+                        counting.append(key)
+            if turn.what == "wait" or not self.hide:
+                if key in counting:
+                    counting.remove(key)
+                while key in under_way:
+                    advance(key)
 
     def _take_turns(self, turns: list[Iterator[Exchange]]) -> None:
         pending: list[Exchange | None] = [None] * len(turns)

@@ -132,7 +132,7 @@ class Traced:
             [parse_spec(spec)[0].name for spec in passes],
         )
         check_memory(module, manager.context)
-        return Plan(self.source, module, manager.context, manager.records, manager.dump, idle)
+        return Plan(self.source, module, manager.context, manager.records, manager.dump, idle, manager.unscheduled)
 
     def _drafts(self, asked: int | None) -> int:
         """Tokens that are drafted a step: 0 without a module for it."""
@@ -156,6 +156,8 @@ class Plan:
     """Folder with the report of the passes, where one was asked for."""
     idle: list[str] = field(default_factory=list)
     """What was asked for and has no effect."""
+    unscheduled: Module | None = None
+    """The module before it was split into micro-batches; None without passes that do so."""
 
     @property
     def warnings(self) -> list[str]:
@@ -191,12 +193,15 @@ class Plan:
             raise WrongPhase(phase=self.phases[0], reason="artifacts for CPUs hold both phases; leave --phase away")
         tensors = None if no_weights else packing.tensors_of(self.ir, self.source, weights, random_weights, say)
         mesh = mesh_of(self.ir)
-        modules = [stage_module(self.ir, stage) for stage in range(mesh.pp)]
+        on_cpu = self.context.target.kind == "cpu"
+        base, turns = self._arranged() if on_cpu else (self.ir, {})
+        modules = [stage_module(base, stage) for stage in range(mesh.pp)]
         with artifact.artifact_folder(Path(out)) as work, self._partial(Path(out), tensors, say) as partial:
             (work / "kernels").mkdir()
-            on_cpu = self.context.target.kind == "cpu"
             kernels = work / "kernels"
             interface = self._cpu_kernels(kernels, modules, say) if on_cpu else self._gpu_kernels(kernels, say)
+            if turns:
+                interface["entries"]["decode"] |= turns
             self._write_program(work, interface)
             if tensors is not None:
                 (work / "weights").mkdir()
@@ -213,6 +218,26 @@ class Plan:
         limits = self.context.limits
         sizes = {"batch": limits.batch, "context": limits.context, "chunk": limits.chunk}
         return {**sizes, **({"drafts": limits.drafts} if limits.drafts else {})}
+
+    def _arranged(self) -> tuple[Module, dict[str, Any]]:
+        """The module whose segments CPU ranks compile, and what plan.json says of the turns that a schedule takes."""
+        from moec.codegen.scheduled import arrange
+        from moec.ir.issue import scheduled
+        from moec.ir.mesh import mesh_of
+        from moec.ir.rewrite import clone_module
+
+        if self.unscheduled is None or not scheduled(self.ir):
+            return self.ir, {}
+        other = [f.name for f in self.ir.functions.values() if "micro_batches" in f.attrs and f.name in PHASES[1:2]]
+        if other or mesh_of(self.ir).pp > 1:
+            raise WrongPhase(
+                phase="both",
+                reason="CPU ranks follow a schedule of decode without pipeline stages: give both passes phase=decode",
+            )
+        base = clone_module(self.unscheduled)
+        turns = arrange(base, self.ir, "decode")
+        parts = int(str(self.ir.functions["decode"].attrs.get("micro_batches", 1)))
+        return base, {"turns": [list(turn) for turn in turns], "parts": parts}
 
     def _cpu_kernels(self, folder: Path, modules: Sequence[Module], say: Callable[[str], None]) -> dict[str, Any]:
         """A library for the module of every pipeline stage; returns the call interface of the first and the others."""

@@ -44,20 +44,28 @@ def main(request: dict[str, Any]) -> None:
 
 
 def _decoded(engine: Any, parts: int, hide: bool) -> Any:
-    """Logits of some decode steps over sequences of this rank, in micro-batches (0: as one batch)."""
+    """Logits of some decode steps over sequences of this rank, in micro-batches.
+
+    parts: 0 as one batch, -1 as the artifact's schedule says.
+    """
     from moec.runtime.distributed.overlapped import Overlapped
 
     rank = int(os.environ["RANK"])
     draw = np.random.default_rng(rank)
+    planned = engine._artifact.plan.decode
+    given = engine.overlapped
     # Rank 0 has one sequence, so that some of its micro-batches have none; the others' differ in length.
     sequences = [engine.pool.open() for _ in range(engine.batch if rank else 1)]
     engine.overlapped = None
     for i in range(engine.batch):
         if i < len(sequences):
             engine.prefill(sequences[i], draw.integers(0, 50, 3 + i % 3))
-    engine.overlapped = Overlapped(engine, parts, hide) if parts else None
+    if parts < 0:
+        engine.overlapped = Overlapped(engine, planned.parts, hide, planned.turns)
+    elif parts:
+        engine.overlapped = Overlapped(engine, parts, hide)
     steps = [engine.decode(sequences, draw.integers(0, 50, len(sequences)).tolist()).copy() for _ in range(4)]
-    engine.overlapped = None
+    engine.overlapped = given
     for sequence in sequences:
         engine.pool.close(sequence)
     return np.stack(steps)

@@ -178,6 +178,24 @@ def test_micro_batches_that_hide_their_exchanges(pair: Path, tmp_path: Path) -> 
         assert np.abs(rank["decoded_hidden"] - whole).max() < 1e-4 * whole.std()
 
 
+@pytest.mark.slow
+def test_ranks_follow_the_schedule_of_their_artifact(tmp_path: Path) -> None:
+    """Turns read off the scheduled text: tokens of one process, and no bit changed by waiting for every exchange."""
+    target = Path(__file__).parents[2] / "benchmarks" / "cpu_with_network.yaml"
+    passes = ["split-microbatches{count=2,phase=decode}", "overlap{phase=decode}"]
+    plan = moec.trace("tiny-deepseek-v3").optimize(
+        str(target), batch=4, context=64, layout=LayoutRequest(ranks=2), recipe="fp32", passes=passes
+    )
+    many = plan.compile(tmp_path / "many.moec").path
+    assert json.loads((many / "plan.json").read_text())["entries"]["decode"]["turns"]
+    one = moec.load(compiled("tiny-deepseek-v3", tmp_path / "one.moec", "fp32"), threads=1)
+    kinds = [("whole", 0, True), ("waiting", -1, False), ("hidden", -1, True)]
+    for rank in results(2, many, tmp_path / "out", micro_batches=kinds, prompts=PROMPTS, new=6):
+        assert json.loads(str(rank["tokens"])) == one.generate(PROMPTS, 6, stop=())
+        assert np.array_equal(rank["decoded_hidden"], rank["decoded_waiting"])
+        assert np.abs(rank["decoded_hidden"] - rank["decoded_whole"]).max() < 1e-4 * rank["decoded_whole"].std()
+
+
 def test_one_process_for_several_ranks(pair: Path) -> None:
     with pytest.raises(moec.errors.InputError, match=r"split over 2 ranks.*torchrun --nproc-per-node 2"):
         moec.load(pair)
