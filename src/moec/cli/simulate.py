@@ -70,9 +70,14 @@ def simulate(
 
 
 def _cores(module: Module) -> int:
+    """SMs or cores of the target; of one from a file that is not known here, the most that an op asks for."""
     from moec import targets
+    from moec.targets.errors import UnknownTarget
 
-    return int(targets.load(str(module.attrs.get("target", "cpu"))).device.cores)
+    try:
+        return int(targets.load(str(module.attrs.get("target", "cpu"))).device.cores)
+    except UnknownTarget:
+        return max((int(str(op.attrs["sms"])) for _, op in module.ops() if "sms" in op.attrs), default=1)
 
 
 def _answer(entry: Function, spans: list[Span]) -> dict[str, Any]:
