@@ -129,7 +129,8 @@ def fma_peak(machine: Machine, rounds: int) -> float:
 
 def pool_of(lanes: int) -> torch.Tensor:
     """int32 lanes in huge pages, bytes of moderate E4M3 and BF16 values alike; no kernel's time depends on them."""
-    memory = mmap.mmap(-1, 4 * lanes + (2 << 20))
+    # Shared memory, the default of `mmap`, gets no huge pages.
+    memory = mmap.mmap(-1, 4 * lanes + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     pool = np.frombuffer(memory, dtype=np.int32, count=lanes)

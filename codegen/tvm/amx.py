@@ -18,6 +18,7 @@ from typing import Any
 import tvm
 from tvm.script.ir_builder import tirx as T
 
+from moec.codegen.tvm.decode import E4M3_SHIFT, e4m3_as_bf16
 from moec.codegen.tvm.tir import Kernel, Machine, Param, const, intrinsic, kernel_body, splat
 from moec.codegen.tvm.vector import f32_to_bf16
 from moec.ir.lane16 import Format
@@ -81,21 +82,13 @@ def weight_rows(fmt: Format, v: Any) -> list[Any]:
         values = [intrinsic(name, table, index, returns="int16x32") for index in indices]
         return [T.Bind(T.reinterpret("float32x16", value)) for value in values]
     assert fmt.name in ("fp8_e4m3", "fp8_e4m3_rows"), fmt.name
-    # E4M3 fits FP16 with its exponent moved by 8, subnormals included; multiplying by 2^8 makes them normal.
-    half = T.Bind(T.reinterpret("int16x32", v))
-    rows = []
-    for bits in (T.shift_left(half, splat(8, 32, "int16")), half):
-        placed = T.bitwise_and(T.shift_right(bits, splat(1, 32, "int16")), splat(0xBF80 - 0x10000, 32, "int16"))
-        wide = T.reinterpret("float16x32", placed) * splat(256.0, 32, "float16")
-        exponent = T.shift_right(T.reinterpret("int16x32", wide), splat(3, 32, "int16"))
-        rows.append(T.Bind(T.reinterpret("float32x16", T.bitwise_and(exponent, splat(0x8FFF - 0x10000, 32, "int16")))))
-    return rows
+    return [T.reinterpret("float32x16", pairs) for pairs in e4m3_as_bf16(v)]
 
 
 _MAGNITUDES = (0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
 _E2M1 = (*_MAGNITUDES, *(bits - 0x8000 for bits in _MAGNITUDES))
 """BF16 bits of every E2M1 number, as signed integers."""
-_POST = {"bf16": 1.0, "fp8_e4m3": 2.0**112, "fp8_e4m3_rows": 2.0**112, "fp4_e2m1": 1.0}
+_POST = {"bf16": 1.0, "fp8_e4m3": 2.0**E4M3_SHIFT, "fp8_e4m3_rows": 2.0**E4M3_SHIFT, "fp4_e2m1": 1.0}
 _ORDER = {
     "bf16": (0, 1, 2, 3, 4, 5, 6, 7),
     "fp8_e4m3": (0, 2, 1, 3, 4, 6, 5, 7),

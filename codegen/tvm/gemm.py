@@ -55,7 +55,7 @@ def unpack_tile(fmt: Format, machine: Machine) -> Kernel:
     with kernel_body(kernel, params) as (w, *scales, panel, k), T.serial(0, k // block) as b:
         if fmt.scale_block:
             pre = T.broadcast(const(decode.pre, "float32"), lanes)
-            factors = [T.Bind(block_scale(fmt, scales[0], b, first, lanes) * pre) for first in range(0, ROWS, lanes)]
+            factors = [T.Bind(block_scale(fmt, scales[0], 0, b, first, lanes) * pre) for first in range(0, ROWS, lanes)]
         with T.serial(0, block // fmt.per_lane) as i:
             group = T.Bind(b * (block // fmt.per_lane) + i)
             prefetch(w, group * ROWS + PREFETCH_BYTES // 4)

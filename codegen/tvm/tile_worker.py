@@ -7,7 +7,8 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm import amx, tiles
-from moec.codegen.tvm.blocking import TileBlocking, tile_blocking
+from moec.codegen.tvm.blocking import PAD, TileBlocking, blocking, tile_blocking
+from moec.codegen.tvm.gemv import BATCH
 from moec.codegen.tvm.tir import Machine, const
 from moec.codegen.tvm.worker import Worker
 from moec.ir.lane16 import ROWS, Format
@@ -16,24 +17,27 @@ _COLUMNS = 2 * ROWS
 
 
 class TileWorker(Worker):
-    """Groups with up to `tiles.FEW` rows pass their weights once, from memory through one tile; larger ones in panels.
+    """Groups of one chunk go row by row through vectors, at the speed of memory; groups with up to `tiles.FEW` rows
+    pass their weights once, from memory through one tile; larger ones in panels.
 
     Rows of x are split into BF16 pairs once per block of x.
     """
 
     @staticmethod
     def panel_size(limit: int, machine: Machine) -> int:
-        few = tiles.FEW_FLOATS
-        return few if limit else max(few, tile_blocking(machine).kc * ROWS + tiles.PAIR_FLOATS)
+        if limit:
+            return Worker.panel_size(limit, machine)
+        return max(tiles.FEW_FLOATS, tile_blocking(machine).kc * ROWS + tiles.PAIR_FLOATS)
 
     @staticmethod
     def result_size(limit: int, machine: Machine) -> int:
-        return limit * ROWS if limit else max(tile_blocking(machine).results, tiles.FEW * ROWS)
+        few = max(BATCH * (limit or blocking(machine).chunk), tiles.FEW) * ROWS
+        return few if limit else max(tile_blocking(machine).results, few)
 
     @staticmethod
     def x_size(k: int, fmt: Format, max_rows: int, machine: Machine) -> int:
-        sizes = tile_blocking(machine)
-        few = tiles.few_floats(min(max_rows, tiles.FEW), fmt.padded_k(k))
+        sizes, chunk = tile_blocking(machine), min(max_rows, blocking(machine).chunk)
+        few = max(tiles.few_floats(min(max_rows, tiles.FEW), fmt.padded_k(k)), chunk * (fmt.padded_k(k) + PAD))
         rows = -(-min(max_rows, sizes.mc) // 16) * 16
         return max(few, rows * sizes.kc) if max_rows > tiles.FEW else few
 
@@ -49,13 +53,16 @@ class TileWorker(Worker):
 
     def _group(self, g: Any, count: Any, first: Any, last: Any) -> None:
         if self.variant.reach:
-            self._few(g, count, first, last)
+            self._chunk(g, count, first, last)
             return
-        with T.If(count <= tiles.FEW):
+        with T.If(count <= self.sizes.chunk):
             with T.Then():
-                self._few(g, count, first, last)
-            with T.Else():
-                self._many(g, count, first, last)
+                self._chunk(g, count, first, last)
+            with T.Else(), T.If(count <= tiles.FEW):
+                with T.Then():
+                    self._few(g, count, first, last)
+                with T.Else():
+                    self._many(g, count, first, last)
 
     @property
     def _half(self) -> float:

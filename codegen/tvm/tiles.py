@@ -21,7 +21,7 @@ from moec.ir.lane16 import ROWS, Format
 FEW = 8
 """Most rows of x whose two parts fit one tile."""
 
-_AHEAD = 2  # tiles that are widened before one is loaded: by then its rows have left the store buffer
+_AHEAD = 3  # tiles that are widened before one is loaded: by then its rows have left the store buffer
 _RING = 4  # tiles of widened weights; rows that are 4 KiB apart would look alike to the processor's load unit
 _SUMS = _RING * TILE
 FEW_FLOATS = _SUMS + 4 * TILE
@@ -104,8 +104,10 @@ def few_rows(fmt: Format, machine: Machine) -> Kernel:
             for tile in range(_AHEAD):
                 widen(const(tile), tile)
             with T.serial(0, k // BLOCK) as b:
+                # The scales are another, slower stream, which no hardware follows: those of the next tile.
+                prefetch(scales[0], (k // BLOCK + b) * (parts * fmt.block_scales))
                 product(b)
-                add([T.Bind(block_scale(fmt, scales[0], b * parts + p, 0, LANES)) for p in range(parts)])
+                add([T.Bind(block_scale(fmt, scales[0], 0, b * parts + p, 0, LANES)) for p in range(parts)])
     return kernel
 
 
@@ -167,7 +169,7 @@ def tile_panel(fmt: Format, machine: Machine) -> Kernel:
                     multiply(first, height, b * (fmt.scale_block // STEP) + j)
                 for r, side in sums:
                     amx.store(2 * r + side, T.address_of(scratch[(2 * r + side) * TILE]))
-                factors = [T.Bind(block_scale(fmt, s, b, 0, LANES)) for s in scales]
+                factors = [T.Bind(block_scale(fmt, s, 0, b, 0, LANES)) for s in scales]
                 for r, side in sums:
                     with T.serial(0, 16) as i:
                         place = at(first, r, side) + i * 2 * LANES

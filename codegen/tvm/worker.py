@@ -10,7 +10,7 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.tvm.blocking import PAD, blocking
 from moec.codegen.tvm.decode import decoder
 from moec.codegen.tvm.gemm import copy_row, panel_product, unpack_tile
-from moec.codegen.tvm.gemv import row_lane
+from moec.codegen.tvm.gemv import BATCH, row_lane, row_tiles
 from moec.codegen.tvm.tir import Kernel, Machine, Param, assign, call, const, kernel_body, splat, variables
 from moec.codegen.tvm.variant import Variant
 from moec.ir.lane16 import ROWS, Format
@@ -38,7 +38,9 @@ class Worker:
     @staticmethod
     def result_size(limit: int, machine: Machine) -> int:
         """Floats of the results."""
-        return limit * ROWS if limit else max(blocking(machine).results, blocking(machine).skinny * ROWS)
+        sizes = blocking(machine)
+        few = max(BATCH * (limit or sizes.chunk), sizes.skinny) * ROWS
+        return few if limit else max(sizes.results, few)
 
     @staticmethod
     def x_size(k: int, fmt: Format, max_rows: int, machine: Machine) -> int:
@@ -111,13 +113,16 @@ class Worker:
 
     def _group(self, g: Any, count: Any, first: Any, last: Any) -> None:
         if self.variant.reach:
-            self._skinny(g, count, first, last)
+            self._chunk(g, count, first, last)
             return
-        with T.If(count <= self.sizes.skinny):
+        with T.If(count <= self.sizes.chunk):
             with T.Then():
-                self._skinny(g, count, first, last)
-            with T.Else():
-                self._blocked(g, count, first, last)
+                self._chunk(g, count, first, last)
+            with T.Else(), T.If(count <= self.sizes.skinny):
+                with T.Then():
+                    self._skinny(g, count, first, last)
+                with T.Else():
+                    self._blocked(g, count, first, last)
 
     def _panel(self, offset: Any) -> Any:
         return T.address_of(self.args["scratch"][self.base + offset])
@@ -138,13 +143,34 @@ class Worker:
             pointers.append(T.address_of(self.args["scale"][block * self.fmt.block_scales]))
         return pointers
 
-    def _skinny(self, g: Any, count: Any, first: Any, last: Any) -> None:
-        """Rows in even chunks; a second chunk finds the tile in cache."""
+    def _copy_rows(self, g: Any, count: Any) -> Any:
+        """Rows of x to scratch memory, times `Decoder.pre`, zero beyond k; returns their stride."""
         ldx = T.Bind(self.padded + PAD)
         pre = const(decoder(self.fmt, self.machine).pre, "float32")
         with T.serial(0, count) as r:
             source = T.address_of(self.args["x"][self._at(g, r, "x")])
             self._call(copy_row(self.machine), source, self._x(r * ldx), self.args["k"], self.padded, pre)
+        return ldx
+
+    def _chunk(self, g: Any, count: Any, first: Any, last: Any) -> None:
+        """Up to a chunk of rows, in batches of tiles."""
+        ldx = self._copy_rows(g, count)
+        start = T.Bind(first * self.sizes.tiles)
+        stop = T.Bind(T.min(last * self.sizes.tiles, self.tiles))
+        with T.serial(0, (stop - start + BATCH - 1) // BATCH) as batch:
+            tile = T.Bind(start + batch * BATCH)
+            tiles = T.Bind(T.min(stop - tile, BATCH))
+            operands = [*self._weight(g, tile, const(0)), self._x(const(0)), self._result(const(0))]
+            for m in range(1, (self.variant.reach or self.sizes.chunk) + 1):
+                with T.If(count == m), T.Then():
+                    self._call(row_tiles(self.fmt, m, self.machine), *operands, ldx, self.padded, tiles)
+            post = decoder(self.fmt, self.machine).post
+            with T.serial(0, tiles) as i:
+                self._finish(i * count * ROWS, g, const(0), count, (tile + i) * ROWS, ROWS, post)
+
+    def _skinny(self, g: Any, count: Any, first: Any, last: Any) -> None:
+        """Rows in even chunks; a second chunk finds the tile in cache."""
+        ldx = self._copy_rows(g, count)
         chunks = T.Bind((count + self.sizes.chunk - 1) // self.sizes.chunk)
         start = T.Bind(first * self.sizes.tiles)
         stop = T.Bind(T.min(last * self.sizes.tiles, self.tiles))
@@ -154,7 +180,7 @@ class Worker:
             with T.serial(0, chunks) as c:
                 row = T.Bind(c * count // chunks)
                 height = T.Bind((c + 1) * count // chunks - row)
-                for m in range(1, (self.variant.reach or self.sizes.chunk) + 1):
+                for m in range(1, self.sizes.chunk + 1):
                     with T.If(height == m), T.Then():
                         operands = [*pointers, self._x(row * ldx), self._result(row * ROWS)]
                         self._call(row_lane(self.fmt, m, self.machine), *operands, ldx, self.padded)

@@ -70,7 +70,7 @@ def test_only_the_reachable_paths_are_generated() -> None:
             kernel = helpers.pop()
             names.add(kernel.name)
             helpers += kernel.helpers
-        reachable = {f"row_lane_fp8_e4m3_m{m}" for m in range(1, spec.max_tokens + 1)}
+        reachable = {f"row_tiles_fp8_e4m3_m{m}" for m in range(1, spec.max_tokens + 1)}
         assert {n for n in names if not n.startswith(("matrix", "linear"))} == {"copy_row", *reachable}
         check(spec, specs, spec.max_tokens)
 
