@@ -106,8 +106,8 @@ def detected_leaves(measure: bool = False) -> dict[str, Leaf]:
         doubled = "detected: AVX-512 BF16 dot products do two products where FP32 does one"
         rows.append(("device.matrix.bf16", 2 * fp32, doubled))
     if "amx_bf16" in cpu.isa:
-        tiles = "detected: AMX, 1024 multiply-adds a cycle and core"
-        rows.append(("device.matrix.bf16", cpu.cores * cpu.clock * 2048, tiles))
+        tiles = "detected: AMX, a product of 16 x 16 x 32 numbers in 16 cycles: 512 multiply-adds a cycle and core"
+        rows.append(("device.matrix.bf16", cpu.cores * cpu.clock * 1024, tiles))
     rows.extend((f"device.cache.{k}", size, "detected: /sys cache sizes") for k, size in cpu.cache_bytes.items())
     return {path: Leaf(value, source, "this-machine", 1) for path, value, source in rows}
 

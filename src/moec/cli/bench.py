@@ -140,17 +140,23 @@ def _rows(artifact: str, repeat: int, threads: int | None, out: Path, as_json: b
 
 
 def _profile_table(p: Profile) -> str:
-    least = sum(o.predicted_us for o in p.ops)
+    known = [o for o in p.ops if o.predicted_us is not None]
+    predicted = sum(o.predicted_us or 0.0 for o in known)
     lines = [
-        f"{p.phase} of {p.tokens} tokens at context {p.context}: {p.plain_step_us:,.0f} us ({p.step_us:,.0f} "
-        f"profiled); bounds at {p.bandwidth / 1e9:.1f} GB/s and {p.peak / 1e9:.0f} GFLOP/s: {least:,.0f} us",
-        f"{'op':18} {'function':24} {'calls':>5} {'us':>9} {'share':>6} {'bound us':>9} {'of bound':>8}  result",
+        f"{p.phase} of {p.tokens} tokens at context {p.context}: {p.plain_step_us:,.0f} us ({p.step_us:,.0f} profiled)"
+        f"; bound {sum(o.bound_us for o in p.ops):,.0f} us at {p.bandwidth / 1e9:.1f} GB/s, {p.product_peak / 1e9:,.0f} "
+        f"GFLOP/s in products and {p.peak / 1e9:,.0f} elsewhere; cost model {predicted:,.0f} us for ops that took "
+        f"{sum(o.us for o in known):,.0f}",
+        f"{'op':18} {'function':24} {'calls':>5} {'us':>9} {'share':>6} {'bound us':>9} {'of bound':>8} "
+        f"{'model us':>9} {'model/us':>8}  result",
     ]
     whole = sum(o.us for o in p.ops)
     for o in p.ops:
+        model = "" if o.predicted_us is None else f"{o.predicted_us:,.0f}"
+        ratio = "" if o.predicted_us is None else f"{o.predicted_us / o.us:.2f}"
         lines.append(
-            f"{o.name:18} {o.function:24} {o.calls:5} {o.us:9,.0f} {o.us / whole:6.1%} {o.predicted_us:9,.0f} "
-            f"{o.predicted_us / o.us:8.0%}  {o.result}"
+            f"{o.name:18} {o.function:24} {o.calls:5} {o.us:9,.0f} {o.us / whole:6.1%} {o.bound_us:9,.0f} "
+            f"{o.bound_us / o.us:8.0%} {model:>9} {ratio:>8}  {o.result}"
         )
     return "\n".join(lines)
 

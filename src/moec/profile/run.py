@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -16,12 +16,18 @@ from moec.codegen.tvm.compile import compile_watched
 from moec.errors import InputError
 from moec.ir import Module, parse_module
 from moec.ir.cost import op_cost, phase_sizes
+from moec.profile.op_rows import Call as StepCall
+from moec.profile.op_rows import op_rows
 from moec.runtime import Model
 from moec.runtime.engine import Call, Engine
 from moec.runtime.library import Library
 from moec.runtime.memory import Memory
 from moec.runtime.plan import Argument, parse_entry
+from moec.targets import Target
+from moec.targets.cost import op_time
 from moec.targets.detect import measure_read_bandwidth
+
+_PRODUCTS = ("linear", "linear.heads", "moe.experts")
 
 
 class NoProfile(InputError):
@@ -32,10 +38,11 @@ class NoProfile(InputError):
 
 @dataclass(frozen=True)
 class OpTime:
-    """One op of a phase over all its layers: microseconds of a step (median over steps), and the least it could take.
+    """One op of a phase over all its layers: microseconds of a step (median over steps), beside two predictions.
 
-    `predicted_us`: the greater of its bytes at the measured read bandwidth and its operations at the target's FP32
-    rate. `calls`: how often it runs in a step.
+    `bound_us`: the greater of its bytes at the measured read bandwidth and its operations at the peak of the units
+    that can do them. `predicted_us`: the target's cost model, for a machine that reads with the measured bandwidth;
+    None where it has no answer. `calls`: how often it runs in a step.
     """
 
     function: str
@@ -44,7 +51,8 @@ class OpTime:
     result: str
     calls: int
     us: float
-    predicted_us: float
+    bound_us: float
+    predicted_us: float | None
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class Profile:
     plain_step_us: float
     bandwidth: float
     peak: float
+    product_peak: float
 
     def as_json(self) -> dict[str, Any]:
         """For `moec bench --profile --json`; the timeline goes into the trace alone."""
@@ -104,9 +113,41 @@ def profile(model: Model, phase: str, context: int, repeat: int = 8) -> Profile:
         for p in points
     )
     bandwidth = measure_read_bandwidth(library.threads)
-    peak = target.device.vector_rate * library.threads / float(target.device.cores)
-    ops = _ops(module, points, np.median([np.diff(s) for s in samples], axis=0) / rate, phase, context, bandwidth, peak)
-    return Profile(phase, tokens, context, ops, spans, median(walls) * 1e6, plain * 1e6, bandwidth, peak)
+    machine = _as_measured(target, library.threads, bandwidth)
+    us = np.median([np.diff(s) for s in samples], axis=0) / rate
+    ops = _ops(module, points, us, call_of(module, phase, tokens, context), machine)
+    return Profile(
+        phase, tokens, context, ops, spans, median(walls) * 1e6, plain * 1e6, bandwidth, machine.device.vector_rate,
+        product_peak(machine, tokens),
+    )  # fmt: skip
+
+
+def call_of(module: Module, phase: str, tokens: int, context: int) -> StepCall:
+    """One call of a phase of `module`."""
+    top_k = next((op.attrs["top_k"] for _, op in module.ops() if op.name == "moe.route"), 1)
+    return StepCall(phase, tokens, context, int(str(top_k)))
+
+
+def _as_measured(target: Target, threads: int, bandwidth: float) -> Target:
+    """The target with as many cores as threads run, and the bandwidth that they were seen to read with."""
+    part = threads / float(target.device.cores)
+    rates = {name: rate * part for name, rate in target.device.matrix_rates.items()}
+    device = replace(
+        target.device, cores=threads, vector_rate=target.device.vector_rate * part, matrix_rates=rates,
+        memory_bandwidth=bandwidth,
+    )  # fmt: skip
+    return replace(target, device=device)
+
+
+def product_peak(target: Target, tokens: int) -> float:
+    """Operations a second of products with `tokens` rows: matrix tiles, where there are some, take BF16 numbers and
+    multiply both halves of an activation."""
+    from moec.codegen.tvm.blocking import MOST_ROWS_BY_VECTORS
+
+    device = target.device
+    if "amx_bf16" not in device.isa or tokens <= MOST_ROWS_BY_VECTORS:
+        return device.vector_rate
+    return max(device.vector_rate, device.matrix_rate("bf16") / 2)
 
 
 def _run(
@@ -125,10 +166,12 @@ def _run(
     samples: list[NDArray[np.int64]] = []
     walls: list[float] = []
     plain: list[float] = []
-    for target, kept in ((call, walls), (engine.call(phase), plain)):
-        arrays, args = target.bind(tokens=tokens, rows=1, sequences=1)
-        length = context if phase == "prefill" else context + 1
-        for i in range(repeat + 2):
+    bound = ((call, walls), (engine.call(phase), plain))
+    length = context if phase == "prefill" else context + 1
+    both = [(c, *c.bind(tokens=tokens, rows=1, sequences=1), kept) for c, kept in bound]
+    # In turns, so that what else the machine does falls on both.
+    for i in range(repeat + 2):
+        for target, arrays, args, kept in both:
             arrays["ids"][:] = ids[:tokens] if phase == "prefill" else ids[(context + i) % len(ids)]
             arrays["seq"][:] = 0
             arrays["pos"][:] = np.arange(length - tokens, length)
@@ -145,22 +188,24 @@ def _run(
     return samples, walls, median(plain)
 
 
-def _ops(
-    module: Module, points: list[dict[str, Any]], us: Any, phase: str, context: int, bandwidth: float, peak: float
-) -> tuple[OpTime, ...]:
+def _ops(module: Module, points: list[dict[str, Any]], us: Any, call: StepCall, target: Target) -> tuple[OpTime, ...]:
     total: dict[tuple[str, int], float] = defaultdict(float)
     calls: dict[tuple[str, int], int] = defaultdict(int)
     for point in points:
         key = (point["function"], point["op"])
         total[key] += float(us[point["word"] - 1])
         calls[key] += 1
-    sizes = phase_sizes(phase, 1, context, context)
+    sizes = phase_sizes(call.phase, 1, call.context, call.context)
+    products = product_peak(target, call.tokens)
     out = []
     for (function, index), microseconds in total.items():
         op = module.functions[function].ops[index]
         cost = op_cost(op, sizes)
-        least = max((cost.bytes_read + cost.bytes_written) / bandwidth, cost.flops / peak) * 1e6
+        peak = products if op.name in _PRODUCTS else target.device.vector_rate
+        least = max((cost.bytes_read + cost.bytes_written) / target.device.memory_bandwidth, cost.flops / peak) * 1e6
         count = calls[function, index]
+        rows = list(op_rows(op, call, surely=False))
+        predicted = sum(op_time(row, target).time_us for row in rows) * count if rows else None
         shown = str(op.results[0].type) if op.results else ""
-        out.append(OpTime(function, index, op.name, shown, count, microseconds, least * count))
+        out.append(OpTime(function, index, op.name, shown, count, microseconds, least * count, predicted))
     return tuple(sorted(out, key=lambda o: -o.us))
