@@ -1,7 +1,7 @@
 """moec beside llama.cpp and transformers on this CPU: prefill and decode rates, start, memory, the machine's bounds.
 
 Run: python benchmarks/cpu_peers.py [--model bench-4b] [--small] [--peers moec,llama-q8] [--prefill 256,1024]
-     [--context 128,4096] [--rounds 3] [--json OUT] [--plot OUT.png]
+     [--context 128,4096] [--batch 4,16] [--rounds 3] [--json OUT] [--plot OUT.png]
 
 Weights are random, made once in the work folder. In every round each peer runs in a process of its own, one after the
 other (A B C A B C), so that each has the whole machine and its memory; medians over rounds count. docs/benchmarks.md
@@ -56,6 +56,7 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--prefill", default=None, help="prompt lengths (default 256; 16 with --small)")
     parser.add_argument("--context", default=None, help="tokens in the cache before decoding (default 128; 16)")
+    parser.add_argument("--batch", default=None, help="sequences that decode together, at the first context (none)")
     parser.add_argument("--new-tokens", type=int, default=64, help="decode steps of a round at most")
     parser.add_argument("--seconds", type=float, default=15.0, help="a slow peer's decode steps end after about this")
     parser.add_argument("--rounds", type=int, default=None, help="rounds (default 3; 2 with --small)")
@@ -108,7 +109,7 @@ def run(job: Job) -> Measured:
         json.dump(asdict(replace(job, started=time.time())), file)
         file.flush()
         found = child(job.peer, ["peers.worker", file.name], job.settings.threads)
-    for phase in ("prefill", "decode"):
+    for phase in ("prefill", "decode", "batched"):
         found[phase] = {int(tokens): rate for tokens, rate in found[phase].items()}
     return Measured(**found)
 
@@ -145,6 +146,7 @@ def compare(o: argparse.Namespace) -> None:
     most = c.max_position_embeddings
     prefill = numbers("prefill", o.prefill or ("16" if o.small else "256"), most)
     context = numbers("context", o.context or ("16" if o.small else "128"), most - 2)
+    batch = numbers("batch", o.batch, 256) if o.batch else ()
     rounds = (2 if o.small else 3) if o.rounds is None else o.rounds
     for option, value in (("rounds", rounds), ("new-tokens", o.new_tokens), ("threads", o.threads)):
         if value < 1:
@@ -154,15 +156,16 @@ def compare(o: argparse.Namespace) -> None:
         raise registry.MissingPackage(name="--plot", packages="matplotlib")
     names = fitting(registry.chosen(o.peers), c, note)
     tokens = -(-max(*prefill, max(context) + max(new, 4) + 1) // 256) * 256
+    widest = max(batch, default=1)
     o.work.mkdir(parents=True, exist_ok=True)
     jobs = {}
     given = registry.artifacts(o.artifact)
     for name in names:
         note(f"{name}: model")
         make = registry.PEERS[name].make
-        file = given.get(name) or (str(make(o.work, o.model, o.small, tokens)) if make else "")
-        settings = Settings(o.model, o.small, file, o.threads, tokens, max(prefill))
-        jobs[name] = Job(name, settings, prefill, context, new, c.vocab_size, o.seconds, 0.0)
+        file = given.get(name) or (str(make(o.work, o.model, o.small, tokens, widest)) if make else "")
+        settings = Settings(o.model, o.small, file, o.threads, tokens, max(prefill), widest)
+        jobs[name] = Job(name, settings, prefill, context, batch, new, c.vocab_size, o.seconds, 0.0)
     measured: dict[str, list[Measured]] = {name: [] for name in names}
     best = Limits(o.threads, 0.0, 0.0)
     for number in range(1, rounds + 1):
@@ -171,7 +174,11 @@ def compare(o: argparse.Namespace) -> None:
         for name, job in jobs.items():
             result = run(job)
             measured[name].append(result)
-            rates = [f"{phase} {v:.1f}" for phase in ("prefill", "decode") for v in getattr(result, phase).values()]
+            rates = [
+                f"{phase} {v:.1f}"
+                for phase in ("prefill", "decode", "batched")
+                for v in getattr(result, phase).values()
+            ]
             note(f"round {number} of {rounds}, {name}: {', '.join(rates)} tokens/s")
     out = rows(c, best, measured)
     print(table(best, out))

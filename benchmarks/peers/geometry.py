@@ -105,9 +105,16 @@ def stored(t: Tensor, bytes_per_weight: float, bytes_per_expert_weight: float | 
     return bytes_per_expert_weight if bytes_per_expert_weight and "_exps" in t.name else bytes_per_weight
 
 
-def step_bytes(c: Config, bytes_per_weight: float, bytes_per_expert_weight: float | None = None) -> float:
-    """Bytes of weights that the decode step of one token reads."""
-    return sum(t.size * t.used * stored(t, bytes_per_weight, bytes_per_expert_weight) for t in tensors(c))
+def step_bytes(
+    c: Config, bytes_per_weight: float, bytes_per_expert_weight: float | None = None, batch: int = 1
+) -> float:
+    """Bytes of weights that a decode step of `batch` tokens reads, when each chooses its experts by chance."""
+
+    def part(t: Tensor) -> float:
+        # Of several tokens' experts some are the same; rows of the embedding are few.
+        return 1 - (1 - t.used) ** batch if t.used < 1 else 1.0
+
+    return sum(t.size * part(t) * stored(t, bytes_per_weight, bytes_per_expert_weight) for t in tensors(c))
 
 
 def attention_step(c: Config, context: int, element: int) -> tuple[float, float]:

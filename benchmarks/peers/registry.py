@@ -18,7 +18,8 @@ from moec.model_defs.deepseek_v3.config import Config
 from peers import geometry, runners
 from peers.runners import Settings
 
-Make = Callable[[Path, str, bool, int], Path]
+Make = Callable[[Path, str, bool, int, int], Path]
+"""(work folder, model, small, tokens of a sequence, sequences) -> file."""
 
 
 class UnknownPeer(InputError):
@@ -56,21 +57,21 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def make_artifact(work: Path, model: str, small: bool, context: int, recipe: str = "weight-only") -> Path:
+def make_artifact(work: Path, model: str, small: bool, context: int, batch: int, recipe: str = "weight-only") -> Path:
     """The artifact of this checkout's compiler: its name holds a hash of the sources, older ones are removed."""
-    stem = f"{_name(model, small)}-{recipe}-{context}-"
-    path = work / f"{stem}{_sources()}.moec"
+    stem = f"{_name(model, small)}-{recipe}-{context}-{batch}-"
+    path = work / f"{stem}{sources()}.moec"
     if not path.exists():
         for old in work.glob(f"{stem}*.moec"):
             shutil.rmtree(old)
         plan = moec.trace(model, geometry.SMALL if small else None).optimize(
-            "cpu", context=context, recipe=recipe, chunk=1024
+            "cpu", context=context, recipe=recipe, chunk=1024, batch=batch
         )
         plan.compile(path, random_weights=0)
     return path
 
 
-def _sources() -> str:
+def sources() -> str:
     """A hash of this package's code."""
     digest = hashlib.sha256()
     # Folders of the package may be links, which Path.rglob does not follow.
@@ -82,7 +83,7 @@ def _sources() -> str:
 
 
 def _gguf(fmt: str) -> Make:
-    def make(work: Path, model: str, small: bool, context: int) -> Path:
+    def make(work: Path, model: str, small: bool, context: int, batch: int) -> Path:
         from peers.gguf_model import write
 
         path = work / f"{_name(model, small)}-{fmt.lower()}.gguf"
@@ -119,6 +120,7 @@ PEERS = {
     "llama-q8": Peer("llama.cpp Q8_0", runners.Llama, 34 / 32, 2, _gguf("Q8_0"), _LLAMA),
     "llama-q4": Peer("llama.cpp Q4_0", runners.Llama, 18 / 32, 2, _gguf("Q4_0"), _LLAMA),
     "transformers": Peer("transformers fp32", runners.Transformers, 4.0, 4, needs=_TORCH),
+    "transformers-compile": Peer("torch.compile fp32", runners.TransformersCompiled, 4.0, 4, needs=_TORCH),
     "transformers-bf16": Peer("transformers bf16", runners.TransformersBf16, 2.0, 2, needs=_TORCH),
 }
 
@@ -139,17 +141,17 @@ def chosen(names: str | None) -> list[str]:
 class NoArtifact(InputError):
     """An --artifact that names no compiled artifact of a peer."""
 
-    template: ClassVar[str] = "--artifact {text}: expected PEER=FOLDER with a peer of {peers} and a compiled artifact"
+    template: ClassVar[str] = "--artifact {text}: expected NAME=FOLDER with a name of {names} and a compiled artifact"
 
 
-def artifacts(given: list[str]) -> dict[str, str]:
-    """Peer -> folder of every `PEER=FOLDER`; raises NoArtifact."""
+def artifacts(given: list[str], names: list[str] | None = None) -> dict[str, str]:
+    """Name -> folder of every `NAME=FOLDER`, a name of this project's peers by default; raises NoArtifact."""
     found = {}
     for text in given:
         name, _, folder = text.partition("=")
-        ours = [n for n, peer in PEERS.items() if peer.runner is runners.Moec]
+        ours = names or [n for n, peer in PEERS.items() if peer.runner is runners.Moec]
         if name not in ours or not Path(folder, "manifest.json").is_file():
-            raise NoArtifact(text=text, peers=", ".join(ours))
+            raise NoArtifact(text=text, names=", ".join(ours))
         found[name] = folder
     return found
 

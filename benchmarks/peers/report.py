@@ -38,6 +38,7 @@ class Row:
     step_weight_bytes: float
     prefill: dict[int, Rate]
     decode: dict[int, Rate]
+    batched: dict[int, Rate]
     load_s: float
     first_token_s: float
     peak_memory: int
@@ -59,11 +60,21 @@ def rows(c: Config, limits: Limits, measured: dict[str, list[Measured]]) -> dict
             decode[tokens] = _rate(
                 [r.decode[tokens] for r in runs], 1 / seconds, first.decode[tokens] if first else None
             )
+        batched = {}
+        for batch in runs[0].batched:
+            tokens = next(iter(runs[0].decode))
+            cache, operations = geometry.attention_step(c, tokens, PEERS[name].cache_element)
+            read = geometry.step_bytes(c, PEERS[name].bytes_per_weight, PEERS[name].bytes_per_expert_weight, batch)
+            seconds = read / limits.bandwidth + batch * max(cache / limits.bandwidth, operations / limits.peak)
+            batched[batch] = _rate(
+                [r.batched[batch] for r in runs], batch / seconds, first.batched[batch] if first else None
+            )
         out[name] = Row(
             title=PEERS[name].title,
             step_weight_bytes=bytes_read,
             prefill=prefill,
             decode=decode,
+            batched=batched,
             load_s=median(r.load_s for r in runs),
             first_token_s=median(r.first_token_s for r in runs),
             peak_memory=max(r.peak_memory for r in runs),
@@ -88,15 +99,16 @@ def table(limits: Limits, found: dict[str, Row]) -> str:
     first = next(iter(found.values()))
     gbps, gflops = limits.bandwidth / 1e9, limits.peak / 1e9
     lines = [f"{limits.threads} threads; read bandwidth {gbps:.1f} GB/s, FMA peak {gflops:.0f} GFLOP/s, both measured"]
-    for phase, sizes in (("prefill", first.prefill), ("decode", first.decode)):
-        for size in sizes:
-            what = f"prefill of {size} tokens" if phase == "prefill" else f"decode at context {size}"
+    titles = {"prefill": "prefill of {} tokens", "decode": "decode at context {}", "batched": "decode, batch of {}"}
+    for phase, title in titles.items():
+        for size in getattr(first, phase):
+            what = title.format(size)
             lines += [
                 "",
                 f"{what:27} {'tokens/s':>9} {'least':>8} {'most':>8} {'bound':>8} {'of bound':>9} {'ratio':>6}",
             ]
             for row in found.values():
-                r = (row.prefill if phase == "prefill" else row.decode)[size]
+                r = getattr(row, phase)[size]
                 lines.append(
                     f"{row.title:27} {r.median:9.2f} {min(r.rounds):8.2f} {max(r.rounds):8.2f} {r.bound:8.1f} "
                     f"{r.share_of_bound:9.0%} {r.first_over_this:6.2f}"
@@ -115,16 +127,16 @@ def plot(path: Path, found: dict[str, Row]) -> None:
     from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
 
     first = next(iter(found.values()))
-    panels = [("prefill", n) for n in first.prefill] + [("decode", n) for n in first.decode]
+    panels = [(phase, n) for phase in ("prefill", "decode", "batched") for n in getattr(first, phase)]
     figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
     for axes, (phase, size) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        rates = [(row.prefill if phase == "prefill" else row.decode)[size] for row in found.values()]
+        rates = [getattr(row, phase)[size] for row in found.values()]
         places = range(len(rates))
         axes.barh(places, [r.median for r in rates], tick_label=[row.title for row in found.values()])
         for i, r in enumerate(rates):
             axes.plot(r.rounds, [i] * len(r.rounds), "k.", markersize=3)
             axes.plot([r.bound] * 2, [i - 0.4, i + 0.4], "r-")
         axes.invert_yaxis()
-        axes.set_title(f"{phase}, {size} tokens")
+        axes.set_title(f"decode, batch of {size}" if phase == "batched" else f"{phase}, {size} tokens")
         axes.set_xlabel("tokens/s (red: bound)")
     figure.savefig(path)

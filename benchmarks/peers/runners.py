@@ -25,13 +25,17 @@ class Runner(Protocol):
     def generate(self, ids: Ids, new: int, emit: Emit) -> None:
         """Feed `ids` to an empty cache and draw `new` tokens greedily; `emit` is called when each is known."""
 
+    def generate_all(self, prompts: Ids, new: int, emit: Emit) -> None:
+        """The same for all rows of `prompts` together; `emit` is called when each of their steps is done."""
+
     def settle(self) -> None:
         """Wait for what still goes on in the background after loading."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a runner is loaded with; `tokens` is the most that a sequence will have, `prompt` the longest prompt."""
+    """What a runner is loaded with; `tokens` is the most that a sequence will have, `prompt` the longest prompt,
+    `batch` the most sequences at a time."""
 
     model: str
     small: bool
@@ -39,6 +43,7 @@ class Settings:
     threads: int
     tokens: int
     prompt: int
+    batch: int = 1
 
 
 class Failed(MoecError):
@@ -59,6 +64,17 @@ class Moec:
     def generate(self, ids: Ids, new: int, emit: Emit) -> None:
         self._model.complete(ids, new, stop=(), stream=lambda prompt, token: emit())
 
+    def generate_all(self, prompts: Ids, new: int, emit: Emit) -> None:
+        drawn = [0] * len(prompts)
+
+        def count(prompt: int, token: int) -> None:
+            drawn[prompt] += 1
+            # Prompts are fed one by one and decode together once all are.
+            if len(set(drawn)) == 1:
+                emit()
+
+        self._model.complete(prompts, new, stop=(), stream=count)
+
 
 class Llama:
     """llama.cpp through llama-cpp-python's bindings of its C interface: nothing of Python within a step."""
@@ -77,7 +93,8 @@ class Llama:
         if not self._model:
             raise Failed(message=f"llama.cpp does not load {s.file}: {self._why()}")
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = s.tokens
+        # A sequence has an equal share of the cache.
+        params.n_ctx, params.n_seq_max = s.tokens * s.batch, s.batch
         # Larger pieces of a prompt give its experts more rows at a time.
         params.n_batch = params.n_ubatch = max(512, min(s.prompt, 2048))
         params.n_threads = params.n_threads_batch = s.threads
@@ -102,9 +119,36 @@ class Llama:
             if i + 1 < new:
                 self._feed(token)
 
-    def logits(self) -> NDArray[np.float32]:
-        """f32[V] after the last token fed; a view that the next one overwrites."""
-        return np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, -1), shape=(self._vocab,))
+    def generate_all(self, prompts: Ids, new: int, emit: Emit) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+        tokens = np.zeros(len(prompts), dtype=np.int64)
+        for sequence, ids in enumerate(prompts):
+            self._feed_at(ids, np.arange(len(ids)), np.full(len(ids), sequence), np.arange(len(ids)) == len(ids) - 1)
+            tokens[sequence] = self.logits().argmax()
+        rows = np.arange(len(prompts))
+        for i in range(new):
+            emit()
+            if i + 1 < new:
+                self._feed_at(tokens, np.full(len(rows), prompts.shape[1] + i), rows, np.ones(len(rows), dtype=bool))
+                tokens = np.array([self.logits(row).argmax() for row in rows])
+
+    def logits(self, row: int = -1) -> NDArray[np.float32]:
+        """f32[V] after a token of the last call, the last one by default; a view that the next call overwrites."""
+        return np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, int(row)), shape=(self._vocab,))
+
+    def _feed_at(self, ids: Ids, positions: Ids, sequences: Ids, wanted: NDArray[np.bool_]) -> None:
+        batch = self._lib.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for i, (token, position, sequence, want) in enumerate(
+                zip(ids.tolist(), positions.tolist(), sequences.tolist(), wanted.tolist(), strict=True)
+            ):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+                batch.seq_id[i][0], batch.logits[i] = sequence, want
+            if self._lib.llama_decode(self._context, batch):
+                raise Failed(message=f"llama_decode failed: {self._why()}")
+        finally:
+            self._lib.llama_batch_free(batch)
 
     def _feed(self, ids: NDArray[np.int32]) -> None:
         tokens = (ctypes.c_int32 * len(ids))(*ids.tolist())
@@ -147,8 +191,11 @@ class Transformers:
         pass
 
     def generate(self, ids: Ids, new: int, emit: Emit) -> None:
+        self.generate_all(ids[None], new, emit)
+
+    def generate_all(self, prompts: Ids, new: int, emit: Emit) -> None:
         with self._torch.inference_mode():
-            tokens, cache = self._torch.from_numpy(ids)[None], None
+            tokens, cache = self._torch.from_numpy(prompts), None
             for _ in range(new):
                 out = self._model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 tokens, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
@@ -159,6 +206,14 @@ class TransformersBf16(Transformers):
     """The same in BF16."""
 
     dtype = "bfloat16"
+
+
+class TransformersCompiled(Transformers):
+    """The same in FP32 through `torch.compile`: one graph for prompts and one for steps, sizes symbolic."""
+
+    def __init__(self, s: Settings) -> None:
+        super().__init__(s)
+        self._model = self._torch.compile(self._model, dynamic=True)
 
 
 def _fill(model: Any) -> None:

@@ -26,6 +26,7 @@ class Job:
     settings: Settings
     prefill: tuple[int, ...]
     context: tuple[int, ...]
+    batch: tuple[int, ...]
     new: int
     vocab: int
     seconds: float
@@ -34,10 +35,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """Tokens a second by prompt length and by context, seconds, bytes."""
+    """Tokens a second by prompt length, by context, and by batch at the first context (all sequences together);
+    seconds; bytes."""
 
     prefill: dict[int, float]
     decode: dict[int, float]
+    batched: dict[int, float]
     load_s: float
     first_token_s: float
     peak_memory: int
@@ -60,7 +63,13 @@ def measure(job: Job) -> Measured:
         runner.generate(ids[:tokens], 1, lambda: None)
         prefill[tokens] = tokens / (time.perf_counter() - start)
     decode = {tokens: 1 / median(steps(runner, ids[:tokens], new)) for tokens in job.context}
-    return Measured(prefill, decode, load_s, first[0], peak_memory())
+    batched = {}
+    for batch in job.batch:
+        prompts = np.random.default_rng(1).integers(0, job.vocab, (batch, job.context[0])).astype(np.int64)
+        stamps: list[float] = []
+        runner.generate_all(prompts, max(4, new // 2) + 1, lambda stamps=stamps: stamps.append(time.perf_counter()))
+        batched[batch] = batch / median(b - a for a, b in pairwise(stamps))
+    return Measured(prefill, decode, batched, load_s, first[0], peak_memory())
 
 
 def steps(runner: Runner, ids: Ids, count: int) -> list[float]:

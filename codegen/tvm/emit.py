@@ -1,7 +1,8 @@
 """Emitting ops: each IR op becomes calls of kernels on places of the arena.
 
-One function an op; a kernel is chosen by the types of the op and built once per distinct spec. What is not here cannot
-run on a CPU: `missing_ops` names it before anything is built.
+One function an op, in `emit_rows`, `emit_moe`, `emit_attention` and `emit_heads`; a kernel is chosen by the types of
+the op and built once per distinct spec. What is not there cannot run on a CPU: `missing_ops` names it before anything
+is built.
 """
 
 from __future__ import annotations
@@ -14,23 +15,10 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.arena import Slot
-from moec.codegen.tvm import (
-    elementwise,
-    embed,
-    grouped,
-    linear,
-    mla_decode,
-    mla_prefill,
-    moe,
-    norm,
-    quantise,
-    rope,
-    router,
-)
-from moec.codegen.tvm.cache import CacheAppendSpec, CacheGatherSpec, CacheLayout, build_cache_append, build_cache_gather
+from moec.codegen.tvm import elementwise
+from moec.codegen.tvm.cache import CacheLayout
 from moec.codegen.tvm.memory import Layout, Place
 from moec.codegen.tvm.tir import Kernel, Machine, call, const
-from moec.codegen.tvm.vector import KernelSpecError
 from moec.ir import CacheType, Dim, Function, Module, Op, TensorType, Value, WeightRef, lane16
 from moec.ir.lane16 import Format
 from moec.ir.module import Operand
@@ -91,7 +79,7 @@ class FunctionEmitter:
         place = self.place(returned)
         if place.base is not argument:
             buffer, offset = self.env[argument]
-            _copy(self, returned, T.address_of(buffer[offset]), self.place(argument).ld)
+            copy(self, returned, T.address_of(buffer[offset]), self.place(argument).ld)
 
     # Addresses.
 
@@ -211,230 +199,12 @@ def glu(op: Op) -> dict[str, Any]:
     return act | {key: number(op, key) for key in ("limit", "alpha", "shift") if key in op.attrs}
 
 
-def _embed(e: FunctionEmitter, op: Op) -> None:
-    ids, table = op.operands
-    y = e.place(op.result)
-    assert isinstance(table.type, TensorType)
-    spec = embed.EmbedSpec(y.shape[1], table.type.dtype, y.shape[0], y.ld)
-    e.run(embed.build_embed, spec, e.at(ids), *e.weight(table), e.at(op.result), e.count(op.result))
-
-
-def _norm(e: FunctionEmitter, op: Op) -> None:
-    x, w = op.operands
-    y = e.place(op.result)
-    if len(y.shape) == 3:
-        emit_heads.norm(e, op)
-        return
-    spec = norm.RmsNormSpec(y.shape[1], number(op, "eps"), y.shape[0], e.place(x).ld, y.ld)
-    e.run(norm.build_rms_norm, spec, e.at(x), *e.weight(w), e.at(op.result), e.count(op.result))
-
-
-def _add_norm(e: FunctionEmitter, op: Op) -> None:
-    x, residual, w = op.operands
-    total, y = op.results
-    p = e.place(y)
-    spec = norm.AddRmsNormSpec(
-        p.shape[1], number(op, "eps"), p.shape[0], e.place(x).ld, e.place(residual).ld, e.place(total).ld, p.ld
-    )
-    e.run(norm.build_add_rms_norm, spec, e.at(x), e.at(residual), *e.weight(w), e.at(total), e.at(y), e.count(y))
-
-
-def _linear_call(
-    e: FunctionEmitter, x: Any, ldx: int, w: Operand, bias: list[Any], y: Any, ldy: int, most: int, count: Any
-) -> None:
-    n, k = matrix(w.type)
-    spec = linear.LinearSpec(n, k, format_of(w.type), ldx, ldy, most, bool(bias))
-    scratch = e.scratch(linear.scratch_size(spec, e.p.machine))
-    e.run(linear.build, spec, x, *e.weight(w), *bias, y, scratch, count)
-
-
-def _linear(e: FunctionEmitter, op: Op) -> None:
-    x, w = op.operands[:2]
-    bias = e.weight(op.operands[2]) if len(op.operands) == 3 else []
-    y = e.place(op.result)
-    _linear_call(e, e.at(x), e.place(x).ld, w, bias, e.at(op.result), y.ld, y.shape[0], e.count(op.result))
-
-
-def _linear_heads(e: FunctionEmitter, op: Op) -> None:
-    x, w = op.operands
-    n, k = matrix(w.type)
-    px, py = e.place(x), e.place(op.result)
-    spec = grouped.HeadwiseSpec(
-        px.shape[1], n, k, format_of(w.type), px.ld, px.strides[1], py.ld, py.strides[1], px.shape[0]
-    )
-    scratch = e.scratch(grouped.scratch_size(spec, e.p.machine))
-    e.run(grouped.build_headwise, spec, e.at(x), *e.weight(w), e.at(op.result), scratch, e.count(op.result))
-
-
-def _add(e: FunctionEmitter, op: Op) -> None:
-    a, b = op.operands
-    y = e.place(op.result)
-    spec = elementwise.AddSpec(y.shape[1], y.shape[0], e.place(a).ld, e.place(b).ld, y.ld)
-    e.run(elementwise.build_add, spec, e.at(a), e.at(b), e.at(op.result), e.count(op.result))
-
-
-def _swiglu(e: FunctionEmitter, op: Op) -> None:
-    y = e.place(op.result)
-    spec = elementwise.SwigluSpec(y.shape[1], y.shape[0], e.place(op.operands[0]).ld, y.ld, **glu(op))
-    e.run(elementwise.build_swiglu, spec, e.at(op.operands[0]), e.at(op.result), e.count(op.result))
-
-
-def _rows_gather(e: FunctionEmitter, op: Op) -> None:
-    x, rows = op.operands
-    y = e.place(op.result)
-    spec = elementwise.GatherRowsSpec(y.shape[1], y.shape[0], e.place(x).ld, y.ld)
-    e.run(elementwise.build_gather_rows, spec, e.at(x), e.at(rows), e.at(op.result), e.count(op.result))
-
-
-def _copy(e: FunctionEmitter, x: Value, y: Any, ldy: int) -> None:
+def copy(e: FunctionEmitter, x: Value, y: Any, ldy: int) -> None:
+    """Copy the rows of `x` to `y`, whose rows are `ldy` elements apart."""
     p = e.place(x)
     width = p.strides[0] if len(p.shape) == 3 else p.shape[1]
     spec = elementwise.ScaleSpec(width, 1.0, p.shape[0], p.ld, ldy)
     e.run(elementwise.build_scale, spec, e.at(x), y, e.count(x))
-
-
-def _rope(e: FunctionEmitter, op: Op) -> None:
-    x, pos, table = op.operands
-    assert isinstance(x, Value)
-    y = e.place(op.result)
-    if (y.base, y.offset) != (e.place(x).base, e.place(x).offset):
-        _copy(e, x, e.at(op.result), y.ld)
-    heads, step = (y.shape[1], y.strides[1]) if len(y.shape) == 3 else (1, 0)
-    offset, dims = integer(op, "offset"), integer(op, "dims")
-    spec = rope.RopeSpec(heads, dims, bool(op.attrs["interleaved"]), y.shape[0], y.ld, step)
-    angles = e.weight(table)[0] if isinstance(table, WeightRef) else e.at(table)
-    e.run(rope.build_rope, spec, e.at(op.result, offset), angles, e.at(pos), e.count(op.result))
-
-
-def _cache_append(e: FunctionEmitter, op: Op) -> None:
-    kv, layer, latent, key_rope, seq, pos, pages = op.operands
-    spec = CacheAppendSpec(e.cache_layout(kv), e.most(latent), e.place(latent).ld, e.place(key_rope).ld)
-    e.run(
-        build_cache_append, spec, e.at(latent), e.at(key_rope), e.at(seq), e.at(pos), e.at(pages), e.cache(kv, layer),
-        e.count(latent),
-    )  # fmt: skip
-
-
-def _cache_read(e: FunctionEmitter, op: Op) -> None:
-    kv, layer, pages, _ = op.operands
-    latent = op.results[0]
-    spec = CacheGatherSpec(e.cache_layout(kv), e.most(latent), e.place(latent).ld)
-    e.run(build_cache_gather, spec, e.at(pages), e.cache(kv, layer), e.at(latent), const(0), e.count(latent))
-
-
-def _mla(e: FunctionEmitter, op: Op) -> None:
-    q, kv, key_rope, _, _, _ = op.operands
-    pq, pkv, out = e.place(q), e.place(kv), e.place(op.result)
-    nope, v, heads = integer(op, "nope"), integer(op, "v"), pq.shape[1]
-    spec = mla_prefill.MlaPrefillSpec(
-        heads, nope, pq.shape[2] - nope, v, number(op, "scale"), pq.shape[0], pq.ld, pq.strides[1], pkv.ld, nope + v,
-        e.place(key_rope).ld, out.ld, out.strides[1],
-    )  # fmt: skip
-    scratch = e.scratch(mla_prefill.scratch_elements(spec, e.p.machine))
-    start = e.p.rows_of["S"] - e.p.rows_of["T"]
-    e.run(
-        mla_prefill.build_mla_prefill, spec, e.at(q), e.at(kv), e.at(key_rope), e.at(op.result), scratch, e.count(q),
-        start,
-    )  # fmt: skip
-
-
-def _mla_absorbed(e: FunctionEmitter, op: Op) -> None:
-    if len(op.operands) == 8:
-        emit_heads.mla_sparse(e, op)
-        return
-    q, q_rope, kv, layer, seq, pos, pages = op.operands
-    pq, pr, out = e.place(q), e.place(q_rope), e.place(op.result)
-    spec = mla_decode.MlaDecodeSpec(
-        pq.shape[1], e.cache_layout(kv), number(op, "scale"), pq.shape[0], pq.ld, pq.strides[1], pr.ld, pr.strides[1],
-        out.ld, out.strides[1],
-    )  # fmt: skip
-    scratch = e.scratch(mla_decode.scratch_elements(spec, e.p.machine))
-    e.run(
-        mla_decode.build_mla_decode, spec, e.at(q), e.at(q_rope), e.cache(kv, layer), e.at(pages), e.at(seq), e.at(pos),
-        e.at(op.result), scratch, e.count(q),
-    )  # fmt: skip
-
-
-def _route(e: FunctionEmitter, op: Op) -> None:
-    x, gate = op.operands[:2]
-    ids, weights = op.results
-    experts, _ = matrix(gate.type)
-    logits = e.temporary(0)
-    a = op.attrs
-    bias = e.weight(op.operands[2]) if len(op.operands) == 3 else []
-    inside, bias = (bias, []) if a.get("bias_to") == "logits" else ([], bias)
-    _linear_call(e, e.at(x), e.place(x).ld, gate, inside, logits, experts, e.most(x), e.count(x))
-    if a["score"] == "sparsemixer":
-        emit_heads.sparsemixer(e, op, logits, experts)
-        return
-    spec = router.RouterSpec(
-        experts=experts, top_k=integer(op, "top_k"), score=str(a["score"]), has_bias=bool(bias),
-        groups=integer(op, "groups"), top_groups=integer(op, "top_groups"),
-        group_score="top2sum" if a["group_score"] == "top2" else "max",
-        normalise=bool(a["normalise"]), scale=number(op, "scale"), max_tokens=e.most(x), ld=experts,
-    )  # fmt: skip
-    scratch = e.scratch(router.scratch_elements(spec, e.p.machine))
-    e.run(router.build_moe_route, spec, logits, *bias, e.at(ids), e.at(weights), scratch, e.count(x))
-
-
-def _quant_cast(e: FunctionEmitter, op: Op) -> None:
-    x, y = op.operands[0], e.place(op.result)
-    assert isinstance(op.result.type, TensorType)
-    spec = _quantise_spec(op.result.type, y.shape[1], y.shape[0], e.place(x).ld, y.ld)
-    e.run(quantise.build_quantise_rows, spec, e.at(x), e.at(op.result), e.count(op.result))
-
-
-def _quantise_spec(t: TensorType, width: int, most: int, ldx: int, ldy: int) -> quantise.QuantiseSpec:
-    """Rounding of `width` columns as type `t` says."""
-    assert t.quant is not None
-    rows, columns = t.quant.block[-2:]
-    if t.dtype != "fp8_e4m3" or rows > 1:
-        raise KernelSpecError(kernel="quantise", problem=f"activations of {t}, can round to fp8_e4m3 by row or whole")
-    return quantise.QuantiseSpec(width, columns, rows == 0, t.quant.scale == "ue8m0", most, ldx, ldy)
-
-
-def _dispatch(e: FunctionEmitter, op: Op) -> None:
-    ids = op.operands[1]
-    _, offsets, order = op.results
-    spec = moe.SortSpec(integer(op, "experts"), e.place(ids).shape[1])
-    e.run(moe.build_sort, spec, e.at(ids), e.at(offsets), e.temporary(0), e.at(order), e.count(ids))
-
-
-def _experts(e: FunctionEmitter, op: Op) -> None:
-    rows, offsets, up, down, *biases = op.operands
-    assert isinstance(rows, Value)
-    source = e.layout.places[rows]
-    # Rows straight from the dispatch are gathered by the product; others lie there already.
-    gather = bool(source.keeps)
-    index = [T.address_of(e.p.workspace[e.base + source.keeps[-1].offset])] if gather else []
-    experts = int(up.type.shape[0])  # type: ignore[union-attr, arg-type]
-    (wide, k), (hidden, inter) = matrix(up.type), matrix(down.type)
-    y = e.place(op.result)
-    # Of rows that other ranks sent one expert may own as many as all ranks have tokens.
-    assert isinstance(rows.type, TensorType)
-    tokens = e.p.limits["G" if str(rows.type.shape[0]) == "D" else "T"]
-    first = grouped.GroupedSpec(experts, wide, k, format_of(up.type), source.ld, wide, y.shape[0], tokens, gather)
-    second = grouped.GroupedSpec(experts, hidden, inter, format_of(down.type), inter, y.ld, y.shape[0], tokens)
-    scratch = e.scratch(max(grouped.scratch_size(s, e.p.machine) for s in (first, second)))
-    e.run(grouped.build_grouped, first, e.at(rows), *index, e.at(offsets), *e.weight(up), e.temporary(0), scratch)
-    if biases:
-        emit_heads.group_bias(e, e.temporary(0), offsets, biases[0], wide)
-    act = elementwise.SwigluSpec(inter, y.shape[0], wide, inter, **glu(op))
-    e.run(elementwise.build_swiglu, act, e.temporary(0), e.temporary(1), e.count(op.result))
-    if isinstance(rows.type, TensorType) and rows.type.quant:
-        rounding = _quantise_spec(rows.type, inter, y.shape[0], inter, inter)
-        e.run(quantise.build_quantise_rows, rounding, e.temporary(1), e.temporary(1), e.count(op.result))
-    e.run(grouped.build_grouped, second, e.temporary(1), e.at(offsets), *e.weight(down), e.at(op.result), scratch)
-    if biases:
-        emit_heads.group_bias(e, e.at(op.result), offsets, biases[1], y.ld)
-
-
-def _combine(e: FunctionEmitter, op: Op) -> None:
-    rows, order, *weights = op.operands
-    y = e.place(op.result)
-    spec = moe.CombineSpec(y.shape[1], e.place(order).shape[1], e.place(rows).ld, y.ld, weighted=bool(weights))
-    given = [e.at(w) for w in weights]
-    e.run(moe.build_combine, spec, e.at(rows), e.at(order), *given, e.at(op.result), e.count(op.result))
 
 
 def _repeat(e: FunctionEmitter, op: Op) -> None:
@@ -447,29 +217,12 @@ def _view(e: FunctionEmitter, op: Op) -> None:
 
 
 EMITTERS: dict[str, Callable[[FunctionEmitter, Op], None]] = {
-    "embed": _embed,
-    "norm.rms": _norm,
-    "norm.add_rms": _add_norm,
-    "quant.cast": _quant_cast,
-    "linear": _linear,
-    "linear.heads": _linear_heads,
-    "add": _add,
-    "swiglu": _swiglu,
-    "rows.gather": _rows_gather,
-    "rope": _rope,
-    "cache.append": _cache_append,
-    "cache.read": _cache_read,
-    "attn.mla": _mla,
-    "attn.mla_absorbed": _mla_absorbed,
-    "moe.route": _route,
-    "moe.dispatch": _dispatch,
-    "moe.experts": _experts,
-    "moe.combine": _combine,
     "repeat": _repeat,
     "split": _view,
     "unflatten": _view,
     "flatten": _view,
 }
+"""What emits an op, by its name; each `emit_` module adds its own."""
 
 
 @cache
@@ -509,5 +262,5 @@ def extra_sizes(ops: Iterable[Op], symbols: Mapping[str, int]) -> dict[Op, list[
     return out
 
 
-# Emitters of further ops register themselves on import.
-from moec.codegen.tvm import emit_heads  # noqa: E402
+# They need the names above, and add themselves to the table.
+from moec.codegen.tvm import emit_attention, emit_heads, emit_moe, emit_rows  # noqa: E402, F401

@@ -124,13 +124,17 @@ def test_llama_cpp_computes_the_model(peer: Any, tmp_path: Path, variant: str, f
     from_gguf(path, model)
     ids = np.random.default_rng(5).integers(0, SIZES["vocab_size"], 12)
     runners = peer("peers.runners")
-    llama = runners.Llama(runners.Settings("", False, str(path), threads=1, tokens=256, prompt=12))
+    llama = runners.Llama(runners.Settings("", False, str(path), threads=1, tokens=256, prompt=12, batch=2))
     heard: list[int] = []
     llama.generate(ids, 1, lambda: heard.append(1))
     with torch.inference_mode():
         wanted = model(torch.from_numpy(ids)[None]).logits[0, -1].double()
     found = torch.from_numpy(llama.logits().copy()).double()
     assert heard == [1]
+    # Two sequences together, the first of them this one: the same logits before the first step.
+    llama.generate_all(np.stack([ids[::-1], ids]), 1, lambda: heard.append(2))
+    assert heard == [1, 2]
+    assert (torch.from_numpy(llama.logits().copy()).double() - found).norm() < 1e-3 * found.norm()
     assert (found - wanted).norm() < 0.08 * wanted.norm()
 
 
@@ -167,12 +171,15 @@ def test_report_takes_medians_and_ratios(peer: Any) -> None:
     c = find_model("bench-4b").config
 
     def runs(rates: list[float]) -> list[Any]:
-        return [worker.Measured({256: 10 * r}, {128: r}, 1.0, 2.0, 1 << 30) for r in rates]
+        return [worker.Measured({256: 10 * r}, {128: r}, {4: 2 * r}, 1.0, 2.0, 1 << 30) for r in rates]
 
     rows = report.rows(c, limits, {"moec": runs([30.0, 10.0, 20.0]), "llama-q8": runs([10.0, 9.0, 11.0])})
     assert [row.decode[128].median for row in rows.values()] == [20.0, 10.0]
     assert rows["moec"].decode[128].first_over_this == 1.0
     assert rows["llama-q8"].prefill[256].first_over_this == pytest.approx(20 / 11)
+    # Four sequences share what all of them read.
+    for row in rows.values():
+        assert row.decode[128].bound < row.batched[4].bound < 4 * row.decode[128].bound
     # One token cannot come faster than its weights.
     for row in rows.values():
         assert row.decode[128].bound < limits.bandwidth / row.step_weight_bytes
@@ -184,7 +191,19 @@ def test_report_takes_medians_and_ratios(peer: Any) -> None:
 def test_small_run_writes_what_it_measured(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = run(
-        "--small", "--peers", "moec", "--rounds", "1", "--threads", "1", "--work", str(tmp_path), "--json", str(out)
+        "--small",
+        "--peers",
+        "moec",
+        "--batch",
+        "3",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "--work",
+        str(tmp_path),
+        "--json",
+        str(out),
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
@@ -192,6 +211,7 @@ def test_small_run_writes_what_it_measured(tmp_path: Path) -> None:
     assert found["limits"]["bandwidth"] > 0 and found["limits"]["peak"] > 0
     assert len(moec["prefill"]["16"]["rounds"]) == len(moec["decode"]["16"]["rounds"]) == 1
     assert moec["decode"]["16"]["median"] > 0
+    assert moec["batched"]["3"]["median"] > 0
     assert "decode at context 16" in done.stdout
 
 

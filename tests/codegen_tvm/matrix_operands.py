@@ -24,7 +24,7 @@ class Weight:
 
 
 def random_weight(fmt: Format, *shape: int, seed: int = 0) -> Weight:
-    """A random matrix [..., N, K] in `fmt`; FP8 with a different scale for each block of 128x128."""
+    """A random matrix [..., N, K] in `fmt`; FP8 with a different scale for each block of 128x128, or 1x128."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(*shape, generator=generator)
     stored: torch.Tensor | Quantised = w
@@ -34,8 +34,9 @@ def random_weight(fmt: Format, *shape: int, seed: int = 0) -> Weight:
         sizes = torch.exp2(torch.randint(-6, 6, (w.shape[-2], 1), generator=generator))
         stored = quantise(w * sizes, fmt.name, (1, 32), "ue8m0")
     elif fmt is not F32:
-        scales = 0.01 + torch.rand(*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128), generator=generator)
-        stored = Quantised((w * 40).to(torch.float8_e4m3fn), scales, fmt.name, (128, 128))
+        rows = 1 if fmt.row_scales else 128
+        scales = 0.01 + torch.rand(*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // 128), generator=generator)
+        stored = Quantised((w * 40).to(torch.float8_e4m3fn), scales, "fp8_e4m3", (rows, 128))
     return packed_weight(Packed(stored))
 
 

@@ -14,16 +14,17 @@ from moec.codegen.tvm.blocking import blocking
 from moec.codegen.tvm.gemm import panel_product
 from moec.codegen.tvm.linear import LinearSpec, build, scratch_size
 from moec.codegen.tvm.tir import Machine, build_module, compile_module
-from moec.ir.lane16 import BF16, F32, FORMATS, FP8_E4M3
+from moec.ir.lane16 import BF16, F32, FORMATS, FP8_E4M3, FP8_E4M3_ROWS
 
 MACHINE = Machine()
 TOLERANCE = 3e-6
 TILE_TOLERANCE = 1e-5
 """Pairs of BF16 numbers keep 16 bits of an activation."""
 ODD_SIZES = ((1, 1), (17, 5), (130, 257), (1000, 129))
+STORED = (*FORMATS.values(), FP8_E4M3_ROWS)
 SPECS = (
-    *(LinearSpec(272, 600, fmt, ldx=600, ldy=272, max_tokens=600) for fmt in FORMATS.values()),
-    *(LinearSpec(n, k, fmt, k + 3, n + 5, max_tokens=20) for fmt in FORMATS.values() for n, k in ODD_SIZES),
+    *(LinearSpec(272, 600, fmt, ldx=600, ldy=272, max_tokens=600) for fmt in STORED),
+    *(LinearSpec(n, k, fmt, k + 3, n + 5, max_tokens=20) for fmt in STORED for n, k in ODD_SIZES),
     *(LinearSpec(100, 77, BF16, 77, 101, 20, b, a) for b, a in ((True, False), (False, True), (True, True))),
 )
 
@@ -56,7 +57,7 @@ def test_every_path_and_sizes_that_fill_no_tile(spec: LinearSpec, machine: Machi
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.name)
-@pytest.mark.parametrize("spec", SPECS[:4], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", SPECS[: len(STORED)], ids=lambda s: s.name)
 def test_more_rows_than_a_block(spec: LinearSpec, machine: Machine) -> None:
     for tokens in (269, 271, 600):
         check(spec, SPECS, tokens, machine)

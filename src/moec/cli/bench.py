@@ -144,9 +144,9 @@ def _profile_table(p: Profile) -> str:
     predicted = sum(o.predicted_us or 0.0 for o in known)
     lines = [
         f"{p.phase} of {p.tokens} tokens at context {p.context}: {p.plain_step_us:,.0f} us ({p.step_us:,.0f} profiled)"
-        f"; bound {sum(o.bound_us for o in p.ops):,.0f} us at {p.bandwidth / 1e9:.1f} GB/s, {p.product_peak / 1e9:,.0f} "
-        f"GFLOP/s in products and {p.peak / 1e9:,.0f} elsewhere; cost model {predicted:,.0f} us for ops that took "
-        f"{sum(o.us for o in known):,.0f}",
+        f"; bound {sum(o.bound_us for o in p.ops):,.0f} us at {p.bandwidth / 1e9:.1f} GB/s, "
+        f"{p.product_peak / 1e9:,.0f} GFLOP/s in products and {p.peak / 1e9:,.0f} elsewhere; "
+        f"cost model {predicted:,.0f} us for ops that took {sum(o.us for o in known):,.0f}",
         f"{'op':18} {'function':24} {'calls':>5} {'us':>9} {'share':>6} {'bound us':>9} {'of bound':>8} "
         f"{'model us':>9} {'model/us':>8}  result",
     ]
