@@ -1,7 +1,7 @@
 """What every precision recipe costs in perplexity and brings in speed, on this CPU, in one table.
 
 Run: python benchmarks/cpu_recipes.py [--recipes fp32,weight-only] [--model bench-4b] [--small] [--json OUT]
-     [--artifact RECIPE=FOLDER] [--work DIR]
+     [--layers 3] [--artifact RECIPE=FOLDER] [--work DIR]
 
 Perplexity is that of tiny-deepseek-v3 on its held-out text (windows of 512 tokens, stride 256). Speed is that of
 `--model` with random weights at the same recipe. With --json the rows of an earlier run of that file are kept, and the
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peers import registry
+from peers import geometry, registry
 
 import moec
 from moec.errors import InputError, MoecError, near
@@ -48,6 +48,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--recipes", default=",".join(NAMES), help="names, with commas between them")
     parser.add_argument("--model", default="bench-4b", help="preset, or folder with a config.json, that is timed")
     parser.add_argument("--small", action="store_true", help="the model's variant with tiny sizes")
+    parser.add_argument("--layers", type=int, help="the model with so many layers, where FP32 weights would not fit")
     parser.add_argument("--artifact", action="append", default=[], metavar="RECIPE=FOLDER", help="a compiled artifact")
     parser.add_argument("--work", type=Path, default=Path("out/cpu-recipes"), help="folder for artifacts")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows to a file, beside those it has")
@@ -73,11 +74,23 @@ def tiny(work: Path, recipe: str) -> Path:
     return path
 
 
+def timed(recipe: str, o: argparse.Namespace) -> Path:
+    """An artifact of the timed model with random weights at a recipe."""
+    fields = dict(geometry.SMALL) if o.small else {}
+    if o.layers is not None:
+        fields["num_hidden_layers"] = str(o.layers)
+    path = o.work / f"{Path(o.model).name}{'-small' if o.small else ''}-{o.layers}-{recipe}-{registry.sources()}.moec"
+    if not path.exists():
+        plan = moec.trace(o.model, fields or None).optimize("cpu", recipe=recipe, context=1024, chunk=1024)
+        plan.compile(path, random_weights=0)
+    return Path(path)
+
+
 def measure(recipe: str, o: argparse.Namespace, given: dict[str, str]) -> dict[str, Any]:
     """One row."""
     quality = command("eval", str(tiny(o.work, recipe)), "--text", str(HELD_OUT), "--stride", str(WINDOW // 2))
     prompt, new = (16, 8) if o.small else (256, 48)
-    artifact = given.get(recipe) or str(registry.make_artifact(o.work, o.model, o.small, 1024, 1, recipe=recipe))
+    artifact = given.get(recipe) or str(timed(recipe, o))
     speed = command("bench", artifact, "--prompt-tokens", str(prompt), "--new-tokens", str(new))
     kept = ("prefill_tokens_per_s", "decode_tokens_per_s", "step_weight_bytes", "weight_bytes", "load_s",
             "peak_memory_bytes", "read_bandwidth", "share_of_bound", "prompt_tokens")  # fmt: skip
@@ -114,7 +127,7 @@ def main() -> None:
             raise UnknownRecipe(name=name, hint=near(name, known))
     given = registry.artifacts(o.artifact, known)
     o.work.mkdir(parents=True, exist_ok=True)
-    model = f"{o.model} (small)" if o.small else o.model
+    model = o.model + (" (small)" if o.small else "") + (f" with {o.layers} layers" if o.layers is not None else "")
     rows = {}
     if o.json and o.json.exists():
         earlier = json.loads(o.json.read_text())

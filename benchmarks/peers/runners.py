@@ -130,11 +130,11 @@ class Llama:
             emit()
             if i + 1 < new:
                 self._feed_at(tokens, np.full(len(rows), prompts.shape[1] + i), rows, np.ones(len(rows), dtype=bool))
-                tokens = np.array([self.logits(row).argmax() for row in rows])
+                tokens = np.array([self.logits(int(row)).argmax() for row in rows])
 
     def logits(self, row: int = -1) -> NDArray[np.float32]:
         """f32[V] after a token of the last call, the last one by default; a view that the next call overwrites."""
-        return np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, int(row)), shape=(self._vocab,))
+        return np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, row), shape=(self._vocab,))
 
     def _feed_at(self, ids: Ids, positions: Ids, sequences: Ids, wanted: NDArray[np.bool_]) -> None:
         batch = self._lib.llama_batch_init(len(ids), 0, 1)

@@ -66,9 +66,7 @@ def measure(job: Job) -> Measured:
     batched = {}
     for batch in job.batch:
         prompts = np.random.default_rng(1).integers(0, job.vocab, (batch, job.context[0])).astype(np.int64)
-        stamps: list[float] = []
-        runner.generate_all(prompts, max(4, new // 2) + 1, lambda stamps=stamps: stamps.append(time.perf_counter()))
-        batched[batch] = batch / median(b - a for a, b in pairwise(stamps))
+        batched[batch] = batch / median(steps_together(runner, prompts, max(4, new // 2)))
     return Measured(prefill, decode, batched, load_s, first[0], peak_memory())
 
 
@@ -76,6 +74,13 @@ def steps(runner: Runner, ids: Ids, count: int) -> list[float]:
     """Seconds of `count` decode steps after the prompt `ids`."""
     stamps: list[float] = []
     runner.generate(ids, count + 1, lambda: stamps.append(time.perf_counter()))
+    return [b - a for a, b in pairwise(stamps)]
+
+
+def steps_together(runner: Runner, prompts: Ids, count: int) -> list[float]:
+    """Seconds of `count` steps that decode a token after each row of `prompts`."""
+    stamps: list[float] = []
+    runner.generate_all(prompts, count + 1, lambda: stamps.append(time.perf_counter()))
     return [b - a for a, b in pairwise(stamps)]
 
 
