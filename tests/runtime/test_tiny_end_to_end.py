@@ -120,7 +120,8 @@ def test_a_profile_accounts_for_the_whole_step(
         assert {"moe.experts", "moe.route", "linear", "embed"} <= names
         assert all(op["us"] >= 0 and op["bound_us"] >= 0 for op in phase["ops"])
         predicted = {op["name"] for op in phase["ops"] if op["predicted_us"] is not None}
-        assert {"moe.experts", "linear", "norm.rms"} <= predicted
+        # The cost model has no FP32 weights.
+        assert {"norm.rms", "swiglu"} <= predicted and not {"moe.experts", "linear"} & predicted
         # Ticks cover the call but for the work around it.
         assert 0.2 * phase["step_us"] < sum(op["us"] for op in phase["ops"]) < 1.5 * phase["step_us"]
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
