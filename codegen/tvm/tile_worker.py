@@ -18,7 +18,7 @@ _COLUMNS = 2 * ROWS
 
 class TileWorker(Worker):
     """Groups of one chunk go row by row through vectors, at the speed of memory; groups with up to `tiles.FEW` rows
-    pass their weights once, from memory through one tile; larger ones in panels.
+    pass their weights once, from memory through one or two tiles; larger ones in panels.
 
     Rows of x are split into BF16 pairs once per block of x.
     """
@@ -59,8 +59,11 @@ class TileWorker(Worker):
             with T.Then():
                 self._chunk(g, count, first, last)
             with T.Else(), T.If(count <= tiles.FEW):
-                with T.Then():
-                    self._few(g, count, first, last)
+                with T.Then(), T.If(count <= tiles.NARROW):
+                    with T.Then():
+                        self._few(g, count, first, last, wide=False)
+                    with T.Else():
+                        self._few(g, count, first, last, wide=True)
                 with T.Else():
                     self._many(g, count, first, last)
 
@@ -69,9 +72,9 @@ class TileWorker(Worker):
         """Factor of x, and of results: together they undo the shift of the weights' exponents."""
         return float(amx.post_scale(self.fmt) ** 0.5)
 
-    def _few(self, g: Any, count: Any, first: Any, last: Any) -> None:
-        """Every weight tile with all rows at once."""
-        amx.configure(count * 2)
+    def _few(self, g: Any, count: Any, first: Any, last: Any, wide: bool) -> None:
+        """Every weight tile with all rows at once; `wide`: their two parts in tiles of their own."""
+        amx.configure(count if wide else count * 2)
         step = T.Bind(count * (2 * ROWS))
         with T.serial(0, count) as r:
             source = T.address_of(self.args["x"][self._at(g, r, "x")])
@@ -83,7 +86,9 @@ class TileWorker(Worker):
         with T.serial(0, stop - start) as i:
             tile = T.Bind(start + i)
             operands = [*self._weight(g, tile, const(0)), self._x(const(0)), self._result(const(0))]
-            self._call(tiles.few_rows(self.fmt, self.machine), *operands, self._panel(const(0)), count, self.padded)
+            self._call(
+                tiles.few_rows(self.fmt, wide, self.machine), *operands, self._panel(const(0)), count, self.padded
+            )
             self._finish(const(0), g, const(0), count, tile * ROWS, ROWS, self._half)
         amx.release()
 

@@ -18,8 +18,10 @@ from moec.codegen.tvm.gemv import PREFETCH_BYTES, prefetch
 from moec.codegen.tvm.tir import Kernel, Machine, Param, const, kernel_body, splat
 from moec.ir.lane16 import ROWS, Format
 
-FEW = 8
+NARROW = 8
 """Most rows of x whose two parts fit one tile."""
+FEW = 16
+"""Most rows that fit two tiles, one for each part."""
 
 _AHEAD = 3  # tiles that are widened before one is loaded: by then its rows have left the store buffer
 _RING = 4  # tiles of widened weights; rows that are 4 KiB apart would look alike to the processor's load unit
@@ -50,13 +52,14 @@ def _widen(fmt: Format, w: Any, tile: Any, target: Any, at: Any) -> None:
 
 
 @cache
-def few_rows(fmt: Format, machine: Machine) -> Kernel:
-    """out[m, 16] = x[m, k'] . (one packed tile)^T for m <= FEW, tiles configured for 2m rows.
+def few_rows(fmt: Format, wide: bool, machine: Machine) -> Kernel:
+    """out[m, 16] = x[m, k'] . (one packed tile)^T for m <= NARROW, tiles configured for 2m rows; `wide`: for m <= FEW,
+    tiles configured for m rows.
 
     Parameters: w int32[k'/q * 16], scale (scaled formats only), x (split rows: for each 32 k, m high and m
     low rows of a tile), out f32[m, 16], scratch f32[FEW_FLOATS], m, k' (i32).
     """
-    name = f"few_rows_{fmt.name}"
+    name = f"few_rows_{fmt.name}{'_wide' if wide else ''}"
     kernel = Kernel(name, tvm.ir.GlobalVar(name))
     params: list[Param] = [("w", "int32", (1 << 30,))]
     params += [("scale", fmt.scale_dtype, (1 << 20,))] if fmt.scale_block else []
@@ -64,6 +67,14 @@ def few_rows(fmt: Format, machine: Machine) -> Kernel:
     with kernel_body(kernel, params) as (w, *scales, x, out, scratch, m, k):
         step = T.Bind(m * (2 * LANES))
         parts = BLOCK // (fmt.scale_block or BLOCK)
+
+        def multiply(j: Any, x_tile: int, sums: int, weights: int) -> None:
+            """sums += both parts of the 32 k of step j times a tile of weights."""
+            amx.load(x_tile, T.address_of(x[j * step]))
+            amx.dot(sums, x_tile, weights)
+            if wide:
+                amx.load(x_tile, T.address_of(x[j * step + m * LANES]))
+                amx.dot(sums, x_tile, weights)
 
         def widen(tile: Any, slot: int) -> None:
             with T.If(tile < k // STEP), T.Then():
@@ -75,9 +86,8 @@ def few_rows(fmt: Format, machine: Machine) -> Kernel:
                 amx.zero(part)
             for j in range(_STEPS):
                 widen(b * _STEPS + j + _AHEAD, (j + _AHEAD) % _RING)
-                amx.load(4 + j % 2, T.address_of(x[(b * _STEPS + j) * step]))
                 amx.load(6 + j % 2, T.address_of(scratch[j % _RING * TILE]))
-                amx.dot(j * parts // _STEPS, 4 + j % 2, 6 + j % 2)
+                multiply(b * _STEPS + j, 4 + j % 2, j * parts // _STEPS, 6 + j % 2)
 
         def add(factors: list[Any]) -> None:
             """out += the sums of both parts of x, each tile of sums times its factor."""
@@ -86,9 +96,10 @@ def few_rows(fmt: Format, machine: Machine) -> Kernel:
             with T.serial(0, m) as r:
                 total = out.vload([r * LANES], "float32x16")
                 for part, factor in enumerate(factors):
-                    high = scratch.vload([_SUMS + part * TILE + r * LANES], "float32x16")
-                    low = scratch.vload([_SUMS + part * TILE + (m + r) * LANES], "float32x16")
-                    total = total + (high + low) * factor
+                    value = scratch.vload([_SUMS + part * TILE + r * LANES], "float32x16")
+                    if not wide:
+                        value = value + scratch.vload([_SUMS + part * TILE + (m + r) * LANES], "float32x16")
+                    total = total + value * factor
                 T.buffer_store(out, total, [T.ramp(r * LANES, 1, LANES)])
 
         with T.serial(0, m) as r:
@@ -96,9 +107,8 @@ def few_rows(fmt: Format, machine: Machine) -> Kernel:
         if not fmt.scale_block:
             amx.zero(0)
             with T.serial(0, k // STEP) as j:
-                amx.load(4, T.address_of(x[j * step]))
                 amx.load(6, T.address_of(w[j * TILE]))
-                amx.dot(0, 4, 6)
+                multiply(j, 4, 0, 6)
             add([splat(1.0, LANES)])
         else:
             for tile in range(_AHEAD):

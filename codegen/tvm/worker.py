@@ -7,6 +7,7 @@ from typing import Any, Literal
 import tvm
 from tvm.script.ir_builder import tirx as T
 
+from moec.codegen.tvm import vnni
 from moec.codegen.tvm.blocking import PAD, blocking
 from moec.codegen.tvm.decode import decoder
 from moec.codegen.tvm.gemm import copy_row, panel_product, unpack_tile
@@ -152,9 +153,17 @@ class Worker:
             self._call(copy_row(self.machine), source, self._x(r * ldx), self.args["k"], self.padded, pre)
         return ldx
 
+    def _digit_rows(self, g: Any, count: Any) -> Any:
+        """Rows of x to scratch memory as integers; returns their stride."""
+        with T.serial(0, count) as r:
+            source = T.address_of(self.args["x"][self._at(g, r, "x")])
+            self._call(vnni.digit_row(self.machine), source, self._x(r * self.padded), self.args["k"], self.padded)
+        return self.padded
+
     def _chunk(self, g: Any, count: Any, first: Any, last: Any) -> None:
         """Up to a chunk of rows, in batches of tiles."""
-        ldx = self._copy_rows(g, count)
+        integers = vnni.multiplies(self.fmt, self.machine)
+        ldx = self._digit_rows(g, count) if integers else self._copy_rows(g, count)
         start = T.Bind(first * self.sizes.tiles)
         stop = T.Bind(T.min(last * self.sizes.tiles, self.tiles))
         with T.serial(0, (stop - start + BATCH - 1) // BATCH) as batch:
@@ -163,7 +172,8 @@ class Worker:
             operands = [*self._weight(g, tile, const(0)), self._x(const(0)), self._result(const(0))]
             for m in range(1, (self.variant.reach or self.sizes.chunk) + 1):
                 with T.If(count == m), T.Then():
-                    self._call(row_tiles(self.fmt, m, self.machine), *operands, ldx, self.padded, tiles)
+                    product = vnni.row_tiles(m, self.machine) if integers else row_tiles(self.fmt, m, self.machine)
+                    self._call(product, *operands, ldx, self.padded, tiles)
             post = decoder(self.fmt, self.machine).post
             with T.serial(0, tiles) as i:
                 self._finish(i * count * ROWS, g, const(0), count, (tile + i) * ROWS, ROWS, post)

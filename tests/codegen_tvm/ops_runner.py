@@ -17,8 +17,12 @@ from moec.runtime.machine import allow_tiles, cpu_features
 MACHINE = Machine()
 SERIAL = Machine(cores=1)
 AVX512 = Machine(lanes=16, registers=32, mcpu="x86-64-v4")
-AMX = replace(AVX512, l2_bytes=1 << 20, features=("avx512fp16", "amx-tile", "amx-bf16"))
-_NEEDS = {MACHINE: {"avx2", "fma"}, AVX512: {"avx512f", "avx512bw", "avx512vl"}, AMX: {"amx_tile", "avx512_fp16"}}
+AMX = replace(AVX512, l2_bytes=1 << 20, features=("avx512fp16", "avx512vnni", "amx-tile", "amx-bf16"))
+_NEEDS = {
+    MACHINE: {"avx2", "fma"},
+    AVX512: {"avx512f", "avx512bw", "avx512vl"},
+    AMX: {"amx_tile", "avx512_fp16", "avx512_vnni"},
+}
 MACHINES = [m for m in _NEEDS if cpu_features() >= _NEEDS[m]]
 """Instruction sets that can run here."""
 allow_tiles()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix_operands import packed_weight
+from matrix_operands import packed_weight, random_weight
 from ops_runner import MACHINES, normal, run
 
 from moec.codegen.tvm.linear import LinearSpec, build, scratch_size
@@ -101,3 +101,32 @@ def test_every_mxfp4_value_and_scale_is_exact(tokens: int, machine: Machine) -> 
         y = normal(tokens, n)
         run(build, spec, x, *weight.operands, y, scratch, tokens, machine=machine)
         assert torch.equal(y.double(), weight.values[:, column].expand(tokens, n))
+
+
+@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.name)
+def test_what_is_no_number_shows_in_the_result(odd: float, machine: Machine) -> None:
+    """Integers would hide it."""
+    n, k = 48, 96
+    weight = random_weight(MXFP4, n, k)
+    spec = LinearSpec(n, k, MXFP4, k, n, max_tokens=9)
+    scratch = torch.zeros(scratch_size(spec, machine))
+    for tokens in (1, 4):
+        x, y = normal(tokens, k), normal(tokens, n)
+        x[0, 70] = odd
+        run(build, spec, x, *weight.operands, y, scratch, tokens, machine=machine)
+        weighed = weight.values[:, 70] != 0
+        assert not y[0, weighed].isfinite().any()
+        assert y[1:].isfinite().all()
+
+
+def test_a_large_number_costs_its_block_at_most_a_millionth() -> None:
+    n, k = 32, 256
+    weight = random_weight(MXFP4, n, k)
+    spec = LinearSpec(n, k, MXFP4, k, n, max_tokens=9)
+    x, y = normal(1, k), normal(1, n)
+    x[0, 40] = 1e4
+    run(build, spec, x, *weight.operands, y, torch.zeros(scratch_size(spec, MACHINES[-1])), 1, machine=MACHINES[-1])
+    largest = weight.values[:, 32:64].abs().amax(1)
+    error = (y.double() - x.double() @ weight.values.T).abs()[0]
+    assert (error <= 32 * 1e4 * 2.0**-20 * largest + 1e-6 * (x.double().abs() @ weight.values.abs().T)[0]).all()
