@@ -155,8 +155,8 @@ def compare(o: argparse.Namespace) -> None:
     if o.plot and not registry.installed("matplotlib"):
         raise registry.MissingPackage(name="--plot", packages="matplotlib")
     names = fitting(registry.chosen(o.peers), c, note)
-    tokens = -(-max(*prefill, max(context) + max(new, 4) + 1) // 256) * 256
     widest = max(batch, default=1)
+    tokens = -(-max(*prefill, max(context) + max(new, 4) + widest) // 256) * 256
     o.work.mkdir(parents=True, exist_ok=True)
     jobs = {}
     given = registry.artifacts(o.artifact)

@@ -65,15 +65,17 @@ class Moec:
         self._model.complete(ids, new, stop=(), stream=lambda prompt, token: emit())
 
     def generate_all(self, prompts: Ids, new: int, emit: Emit) -> None:
-        drawn = [0] * len(prompts)
+        last, drawn = len(prompts) - 1, 0
 
         def count(prompt: int, token: int) -> None:
-            drawn[prompt] += 1
-            # Prompts are fed one by one and decode together once all are.
-            if len(set(drawn)) == 1:
+            nonlocal drawn
+            if prompt == last and drawn < new:
+                drawn += 1
                 emit()
 
-        self._model.complete(prompts, new, stop=(), stream=count)
+        # The first ones decode while the last are still being fed: they get as many more tokens, so that all are
+        # there in every step of the last.
+        self._model.complete(prompts, new + last, stop=(), stream=count)
 
 
 class Llama:
