@@ -113,13 +113,13 @@ def detected_leaves(measure: bool = False) -> dict[str, Leaf]:
 
 
 def measure_read_bandwidth(threads: int, size: int = 256 << 20, rounds: int = 3) -> float:
-    """Bytes/s that `threads` threads read together: libc's memchr over `size` bytes each, in huge pages where the
-    system gives them."""
+    """Bytes/s that `threads` threads read together: libc's memcmp of the halves of `size` bytes each, in huge pages
+    where the system gives them. Two streams keep more reads under way than one."""
     import ctypes
 
     libc = ctypes.CDLL(None)
-    libc.memchr.restype = ctypes.c_void_p
-    libc.memchr.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
+    libc.memcmp.restype = ctypes.c_int
+    libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
     memory = [_private_memory(size) for _ in range(threads)]
     for part in memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -133,7 +133,8 @@ def measure_read_bandwidth(threads: int, size: int = 256 << 20, rounds: int = 3)
 
         def scan(buffer: ctypes.Array[ctypes.c_char], start: threading.Barrier = start) -> None:
             start.wait()
-            libc.memchr(ctypes.addressof(buffer), 2, size)
+            first = ctypes.addressof(buffer)
+            libc.memcmp(first, first + size // 2, size // 2)
 
         workers = [threading.Thread(target=scan, args=(buffer,)) for buffer in buffers]
         for worker in workers:

@@ -20,7 +20,7 @@ class Limits:
 
 
 def measure(threads: int) -> Limits:
-    """The best of several: memchr and a kernel over memory far larger than the caches; register tiles in level 1."""
+    """The best of several: memcmp and a kernel over memory far larger than the caches; register tiles in level 1."""
     from dataclasses import replace
 
     from cpu_kernels import fma_peak, read_bandwidth
