@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moec.ir.module import Module
+from moec.ir.module import Function, Module
 from moec.ir.optable import INT, STR, Attrs, OpDef, TypeRuleError, index, require
 from moec.ir.types import IndexType, Type
 
@@ -36,16 +36,10 @@ class Repeat(OpDef):
     effect = "write"
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        name = str(a["func"])
-        if module is None or name not in module.functions:
-            raise TypeRuleError(f"no function @{name} above this line")
-        function = module.functions[name]
+        function = _callee(t, a, module)
         require(int(a["first"]) <= int(a["last"]), f"empty layer range {a['first']}..{a['last']}")
-        wanted = [v.type for v in function.args]
-        require(wanted[:1] == [IndexType()], f"@{name} must take the layer index first")
-        require(list(t) == wanted[1:], f"arguments of @{name} differ: want {_list(wanted[1:])}, got {_list(t)}")
         results = [v.type for v in function.returns]
-        require(list(t[: len(results)]) == results, f"@{name} must return the types of its leading arguments")
+        require(list(t[: len(results)]) == results, f"@{function.name} must return the types of its leading arguments")
         return results
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
@@ -67,17 +61,22 @@ class Call(OpDef):
     effect = "write"
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        name = str(a["func"])
-        if module is None or name not in module.functions:
-            raise TypeRuleError(f"no function @{name} above this line")
-        wanted = [v.type for v in module.functions[name].args]
-        require(wanted[:1] == [IndexType()], f"@{name} must take the layer index first")
-        require(list(t) == wanted[1:], f"arguments of @{name} differ: want {_list(wanted[1:])}, got {_list(t)}")
-        return [v.type for v in module.functions[name].returns]
+        return [v.type for v in _callee(t, a, module).returns]
 
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
         results: list[Any] = ctx.call(ctx.module.functions[str(a["func"])], [a["layer"], *x])
         return results
+
+
+def _callee(t: Sequence[Type], a: Attrs, module: Module | None) -> Function:
+    """The layer function that is called; raises TypeRuleError unless it takes the layer's index and then `t`."""
+    name = str(a["func"])
+    if module is None or name not in module.functions:
+        raise TypeRuleError(f"no function @{name} above this line")
+    wanted = [v.type for v in module.functions[name].args]
+    require(wanted[:1] == [IndexType()], f"@{name} must take the layer index first")
+    require(list(t) == wanted[1:], f"arguments of @{name} differ: want {_list(wanted[1:])}, got {_list(t)}")
+    return module.functions[name]
 
 
 def _list(types: Sequence[Type]) -> str:
