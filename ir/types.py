@@ -113,6 +113,10 @@ class CacheType:
     quant: Quant | None = None
     exact: int = 0
 
+    def __post_init__(self) -> None:
+        if self.kind not in CACHE_KINDS:
+            raise ValueError(f"unknown cache {self.kind}: the parser knows {', '.join(CACHE_KINDS)}")
+
     def __str__(self) -> str:
         stored = f"{self.dtype} {self.quant}, bf16 {self.exact}" if self.quant else self.dtype
         return f"{self.kind}[{', '.join(map(str, self.shape))}] of({stored})"
@@ -149,4 +153,4 @@ class IndexType:
 
 
 Type = TensorType | CacheType | IndexType
-CACHE_KINDS = ("kv.latent", "kv.heads")
+CACHE_KINDS = ("kv.latent", "kv.heads", "kv.indexed")

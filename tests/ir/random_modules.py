@@ -25,7 +25,7 @@ from moec.ir.dims import DimError, Size, ceildiv, symbol
 from moec.ir.module import Attribute, Function, Operand, Weight
 from moec.ir.optable import Attr
 from moec.ir.rewrite import append_to_program
-from moec.ir.types import BITS, QUANTISED
+from moec.ir.types import BITS, CACHE_KINDS, QUANTISED
 
 PLAIN = tuple(b for b in BITS if b not in QUANTISED)
 ODD_TEXT = st.text(max_size=8) | st.sampled_from(["true", "inf", "nan-x", "loc", "1x128", "-", 'q"', "\\", "\n"])
@@ -49,7 +49,7 @@ def types(draw: st.DrawFn) -> Type:
         return IndexType()
     if kind == "cache":
         shape = (draw(sizes()), draw(sizes()), 64, draw(st.sampled_from([4, 576])))
-        return CacheType("kv.latent", shape, draw(st.sampled_from(["bf16", "f32", "fp8_e4m3"])))
+        return CacheType(draw(st.sampled_from(CACHE_KINDS)), shape, draw(st.sampled_from(["bf16", "f32", "fp8_e4m3"])))
     tokens = symbol("T")
     if kind == "ids":
         return TensorType("i32", draw(st.sampled_from([(tokens,), (tokens, 2), (9,)])))
