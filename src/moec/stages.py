@@ -55,8 +55,14 @@ class DraftsOnGpu(InputError):
 
 MOST_DRAFTS = 8
 PHASES = ("both", "prefill", "decode")
-_DEFAULTS = {"cpu": (1, 256), "gpu": (128, 4096)}
-"""Sequences and tokens of a prefill chunk that an artifact is compiled for when the user names none."""
+
+
+def default_limits(target: Target) -> tuple[int, int]:
+    """Sequences and tokens of a prefill chunk that an artifact is compiled for when the user names none."""
+    if target.kind != "cpu":
+        return 128, 4096
+    # Weights are widened for matrix tiles once a chunk: the more rows an expert has, the less that counts.
+    return 1, 1024 if "amx_bf16" in target.device.isa else 256
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Traced:
         """Run the target's pipeline on a copy of the IR.
 
         `phase` keeps one of the two entry points. `context` defaults to the model's own, at most 4096; `batch` and
-        `chunk` to 1 and 256 on a CPU, 128 and 4096 elsewhere. `drafts`, of a model traced with its
+        `chunk` as `default_limits` says. `drafts`, of a model traced with its
         multi-token-prediction module, are the most tokens that it drafts a step (default 1). `layout` asks for degrees
         of parallelism; None takes the target's. Raises UnknownTarget, WrongPhase, WrongDrafts, DraftsOfRanks,
         WrongLayout, WrongRedundancy, CutBlock, WrongRanks, PassSpecError, PassError, PassFailure or StrictError.
@@ -103,7 +109,7 @@ class Traced:
         from moec.passes.sharding.memory import check_memory
 
         found = targets.load(target) if isinstance(target, str) else target
-        few, short = _DEFAULTS["cpu" if found.kind == "cpu" else "gpu"]
+        few, short = default_limits(found)
         context = min(4096, self.source.config.max_position_embeddings) if context is None else context
         # A device with many cores prefills several prompts in a step.
         most = context if found.kind == "cpu" else context * (batch or few)

@@ -24,7 +24,9 @@ def compile_model(
     context: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of a sequence (default: the model's, at most 4096).")
     ] = None,
-    chunk: Annotated[int | None, typer.Option(min=1, help="Tokens of a prefill chunk [CPU: 256, else 4096].")] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a prefill chunk [CPU: 256, AMX: 1024, else 4096].")
+    ] = None,
     mtp: Annotated[
         int,
         typer.Option(
