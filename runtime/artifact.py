@@ -82,6 +82,18 @@ def open_artifact(path: str | Path, check: bool = False, rank: int = 0, ranks: i
     return Artifact(root, manifest, plan, root / sorted(files)[rank], rank)
 
 
+def read_program(path: str | Path) -> tuple[Path, str]:
+    """The file with the final IR of the artifact at `path`, and its text; raises as `open_artifact`.
+
+    For what can be read of an artifact on any machine, and of one that is a plan only.
+    """
+    manifest = read_manifest(path)
+    root, shown = Path(path).resolve(), str(path)
+    file = _inside(root, "program.ir", shown)
+    _compare(_hash(file, "program.ir", shown), manifest.files["program.ir"], "program.ir", shown)
+    return file, file.read_text(encoding="utf-8")
+
+
 def rank_count(path: str | Path) -> int:
     """Processes that run the artifact at `path`; 1 when it has no weights. Raises as `open_artifact`."""
     return max(1, len(_weight_files(read_manifest(path))))

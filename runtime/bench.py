@@ -17,6 +17,7 @@ import numpy as np
 
 from moec.runtime.engine import Ids
 from moec.runtime.errors import WrongOption
+from moec.runtime.launch import TIMEOUT, loaded
 from moec.runtime.model import Model, load
 from moec.runtime.scheduler import Rates
 from moec.runtime.touched import bytes_read
@@ -30,8 +31,9 @@ _NEW: Final = 64
 class Result:
     """What was measured. Rates are medians in tokens a second over all sequences; bytes, seconds, bytes a second.
 
-    `step_weight_bytes` are the bytes of weights that one decode step read (None where the system does not tell), and
-    `decode_bound` is the rate at which `read_bandwidth` would deliver them.
+    Of several ranks, load time, memory and bytes are those of the first. `step_weight_bytes` are the bytes of weights
+    that one decode step read (None where the system does not tell, and over several ranks), and `decode_bound` is the
+    rate at which `read_bandwidth` would deliver them.
     """
 
     artifact: str
@@ -39,6 +41,7 @@ class Result:
     target: str
     recipe: str
     threads: int
+    ranks: int
     batch: int
     prompt_tokens: int
     new_tokens: int
@@ -69,29 +72,30 @@ def bench(
 
     Each run feeds `batch` prompts of `prompt_tokens` random ids (default 256, or half the context) and generates
     `new_tokens` (default 64, or what fits) for each. Raises WrongOption, PromptTooLong or NoRoom for sizes beyond the
-    artifact's limits.
+    artifact's limits. Under torchrun every rank calls this alike.
     """
     began = perf_counter()
-    model = load(path, threads=threads)
-    load_s = perf_counter() - began
-    prompt = prompt_tokens if prompt_tokens is not None else max(1, min(_PROMPT, model.context // 2))
-    new = new_tokens if new_tokens is not None else min(_NEW, model.context - prompt + 1)
-    _check(model, prompt, new, repeat, batch)
-    model.engine.weights.settle()
-    ids = np.random.default_rng(0).integers(0, model.vocab, (batch, prompt))
-    runs = []
-    for run in range(repeat + 1):
-        rates = model.complete(ids, new, stop=()).rates
-        progress(f"{'warm-up' if run == 0 else f'run {run} of {repeat}'}: {_shown(rates)}")
-        runs.append(rates)
+    with loaded(path, False, threads, TIMEOUT) as model:
+        load_s = perf_counter() - began
+        prompt = prompt_tokens if prompt_tokens is not None else max(1, min(_PROMPT, model.context // 2))
+        new = new_tokens if new_tokens is not None else min(_NEW, model.context - prompt + 1)
+        _check(model, prompt, new, repeat, batch)
+        model.engine.weights.settle()
+        ids = np.random.default_rng(0).integers(0, model.vocab, (batch, prompt))
+        runs = []
+        for run in range(repeat + 1):
+            rates = model.complete(ids, new, stop=()).rates
+            progress(f"{'warm-up' if run == 0 else f'run {run} of {repeat}'}: {_shown(rates)}")
+            runs.append(rates)
+        peak = peak_memory()  # before the bandwidth test takes its own buffers
+        used, weight_bytes, manifest = model.engine.threads, model.engine.weights.nbytes, model.artifact.manifest
+        ranks = model.ranks
     prefill = [rates.prefill or 0.0 for rates in runs[1:]]
     decode = [rates.decode or 0.0 for rates in runs[1:]]
-    peak = peak_memory()  # before the bandwidth test takes its own buffers
-    used, weight_bytes, manifest = model.engine.threads, model.engine.weights.nbytes, model.artifact.manifest
     # Where both do not fit, the system would take back pages of the second model before they are counted.
     del model
     gc.collect()
-    touched = _step_bytes(load(path, threads=threads, huge_pages=False), ids)
+    touched = _step_bytes(load(path, threads=threads, huge_pages=False), ids) if ranks == 1 else None
     bandwidth = measure_read_bandwidth(used)
     bound = batch * bandwidth / touched if touched else None
     return Result(
@@ -100,6 +104,7 @@ def bench(
         target=manifest.target,
         recipe=manifest.recipe,
         threads=used,
+        ranks=ranks,
         batch=batch,
         prompt_tokens=prompt,
         new_tokens=new,

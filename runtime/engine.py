@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from moec.runtime.artifact import Artifact
 from moec.runtime.cache import PagePool, Sequence
+from moec.runtime.errors import NoRouting
 from moec.runtime.library import Library
+from moec.runtime.loads import LoadRecorder
 from moec.runtime.memory import Memory, aligned_zeros
-from moec.runtime.plan import Argument, Entry, Plan
+from moec.runtime.plan import Argument, Entry, Plan, Routing
 from moec.runtime.weights import Weights
 
 Logits = NDArray[np.float32]
@@ -95,6 +97,8 @@ class Engine:
         self._prefill = self._entry(plan.prefill, sequences=1)
         self._decode = self._entry(plan.decode, sequences=self.batch)
         self._draft = self._entry(plan.draft, sequences=self.batch) if plan.draft else None
+        self.recorder: LoadRecorder | None = None
+        """Set: takes the experts that every token is sent to."""
 
     @property
     def threads(self) -> int:
@@ -111,6 +115,23 @@ class Engine:
 
     def _entry(self, entry: Entry, sequences: int) -> Call:
         return Call(entry, sequences, self.pool.table_width, self.library, self.fixed)
+
+    def record_loads(self, path: str) -> None:
+        """Count from here on which experts tokens are sent to, in `recorder`; raises NoRouting."""
+        routing = self._decode.routing
+        if routing is None:
+            why = "it has no routers, or was compiled by a version of moec that did not tell them"
+            raise NoRouting(path=path, why=why)
+        self.recorder = LoadRecorder(routing.layers, routing.experts)
+
+    def record(self, call: Call, arrays: dict[str, NDArray[Any]], tokens: int) -> None:
+        """Count what a call of so many tokens left."""
+        if self.recorder is not None and call.routing is not None:
+            self.recorder.add(arrays["routed"][:, : self._routed_rows(call.routing, tokens)])
+
+    def _routed_rows(self, routing: Routing, tokens: int) -> int:
+        """Tokens of a call whose choices this process counts."""
+        return tokens
 
     def call(self, phase: str) -> Call:
         """The call of an entry: "prefill", "decode" or, where there is one, "draft"."""
@@ -135,6 +156,7 @@ class Engine:
         arrays["starts"][:] = (0, sequence.length + count)
         arrays["rows"][:] = count - 1 if last_only else np.arange(count)
         call.function(*args)
+        self.record(call, arrays, count)
         sequence.length += count
         return self._results(arrays)
 
@@ -142,6 +164,7 @@ class Engine:
         """Append one token to each of B <= batch sequences; returns f32[B, V], a view that the next call overwrites."""
         arrays, args = self.place(self._decode, sequences, tokens)
         self._decode.function(*args)
+        self.record(self._decode, arrays, len(arrays["ids"]))
         return self._results(arrays)
 
     def verify(self, sequences: List[Sequence], tokens: List[List[int]]) -> Logits:
@@ -155,6 +178,7 @@ class Engine:
         firsts = [s.length for s in sequences]
         arrays, args = self._several(self._decode, sequences, firsts, tokens, last_only=False)
         self._decode.function(*args)
+        self.record(self._decode, arrays, len(arrays["ids"]))
         for sequence, few in zip(sequences, tokens, strict=True):
             sequence.length += len(few)
         return self._results(arrays)
@@ -250,6 +274,11 @@ class Call:
             if a.kind in ("input", "output")
         }
         self._bound: dict[tuple[int, int, int], tuple[dict[str, Any], list[Any]]] = {}
+
+    @property
+    def routing(self) -> Routing | None:
+        """What the output `routed` holds, where there is one."""
+        return self._entry.routing
 
     def _load(self, entry: Entry) -> Callable[..., Any]:
         return self._library.function(entry.symbol)

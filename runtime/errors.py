@@ -184,3 +184,15 @@ class ChatTemplateFails(InputError):
     """The chat template raises an error."""
 
     template = "the chat template of {path} fails: {why}"
+
+
+class NoRouting(InputError):
+    """Recording loads of an artifact that does not tell them."""
+
+    template = "{path}: cannot record loads: {why}"
+
+
+class LoadsNotWritten(MoecError):
+    """Recorded loads that cannot be written."""
+
+    template = "cannot write {path}: {why}"

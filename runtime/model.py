@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from moec.runtime.artifact import Artifact, open_artifact
 from moec.runtime.cache import Sequence
 from moec.runtime.engine import DraftingSteps, Engine, Ids, Logits, Piece, Steps
-from moec.runtime.errors import WrongOption
+from moec.runtime.errors import NoRouting, WrongOption
 from moec.runtime.generate import Completions, Stream, complete
+from moec.runtime.loads import Loads
 from moec.runtime.sampling import Sampling
 from moec.runtime.scheduler import Rates, Request
 from moec.runtime.speculate import scheduler_of
@@ -67,6 +68,11 @@ class Model:
     def context(self) -> int:
         """The most tokens of one sequence."""
         return self.artifact.manifest.context
+
+    @property
+    def ranks(self) -> int:
+        """Processes that run the model together."""
+        return 1
 
     @property
     def has_tokenizer(self) -> bool:
@@ -180,6 +186,17 @@ class Model:
         if not 0 <= drafts <= most:
             expected = f"0 to {most}, as compiled" if most else "0: compile with --mtp 1 for a module that drafts"
             raise WrongOption(option="speculate", expected=expected, value=drafts)
+
+    def record_loads(self) -> None:
+        """Count from here on which experts tokens are sent to; see `recorded_loads`. Raises NoRouting."""
+        if not isinstance(self.engine, Engine):
+            raise NoRouting(path=self.artifact.path, why="the engine of this device does not tell them")
+        self.engine.record_loads(str(self.artifact.path))
+
+    def recorded_loads(self) -> Loads:
+        """Counts by layer and expert, and by pair of experts, since `record_loads`."""
+        assert isinstance(self.engine, Engine) and self.engine.recorder is not None
+        return self.engine.recorder.loads()
 
     def as_module(self) -> torch.nn.Module:
         """A torch.nn.Module whose forward maps int64[B, T] to logits f32[B, T, V]; it has no gradients."""

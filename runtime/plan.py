@@ -42,6 +42,18 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """What the output `routed` of an entry holds: the layer of each router, the experts that it chooses from.
+
+    `rows` is T where a call routes all its tokens, U where ranks of a tensor-parallel group divide them.
+    """
+
+    layers: tuple[int, ...]
+    experts: int
+    rows: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """An exported function of the kernel library: at most `max_tokens` tokens and `max_rows` rows of logits a call."""
 
@@ -55,6 +67,7 @@ class Entry:
     """With a schedule: the same steps as micro-batches take them in turns."""
     parts: int = 1
     """Micro-batches of the turns."""
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True)
@@ -147,9 +160,19 @@ def _entry(fields: Fields) -> Entry:
         raise fields.problem("args", "has no output logits")
     sizes = (fields.integer("max_tokens", 1), fields.integer("max_rows", 1))
     steps = parse_steps(fields.tables("steps")) if "steps" in fields.data else ()
+    routing = _routing(fields.table("routing"), args) if "routing" in fields.data else None
     parts = fields.integer("parts", 1) if "parts" in fields.data else 1
     turns = parse_turns(fields, steps, parts) if "turns" in fields.data else ()
-    return Entry(fields.text("symbol"), *sizes, args, steps, turns, parts)
+    return Entry(fields.text("symbol"), *sizes, args, steps, turns, parts, routing)
+
+
+def _routing(fields: Fields, args: tuple[Argument, ...]) -> Routing:
+    layers, experts, rows = fields.dims("layers"), fields.integer("experts", 1), fields.text("rows")
+    numbers = tuple(n for n in layers if isinstance(n, int))
+    outputs = [arg.shape for arg in args if arg.name == "routed" and arg.kind == "output"]
+    if len(numbers) != len(layers) or not outputs or outputs[0][0] != len(layers) or rows not in ("T", "U"):
+        raise fields.problem("layers", "does not describe the output routed")
+    return Routing(numbers, experts, rows)
 
 
 def _argument(fields: Fields) -> Argument:

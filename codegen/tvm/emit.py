@@ -18,6 +18,7 @@ from moec.codegen.arena import Slot
 from moec.codegen.tvm import elementwise
 from moec.codegen.tvm.cache import CacheLayout
 from moec.codegen.tvm.memory import Layout, Place
+from moec.codegen.tvm.recording import Record
 from moec.codegen.tvm.tir import Kernel, Machine, call, const
 from moec.ir import CacheType, Dim, Function, Module, Op, TensorType, Value, WeightRef, lane16
 from moec.ir.lane16 import Format
@@ -67,6 +68,7 @@ class FunctionEmitter:
         self.op: Op
         self.function = function
         self.repeat: Callable[[Op, FunctionEmitter], None] | None = None
+        self.record: Record | None = None
 
     def emit(self) -> None:
         """Emit all ops in order."""

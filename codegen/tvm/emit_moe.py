@@ -21,6 +21,7 @@ def _route(e: FunctionEmitter, op: Op) -> None:
     linear_call(e, e.at(x), e.place(x).ld, gate, inside, logits, experts, e.most(x), e.count(x))
     if a["score"] == "sparsemixer":
         emit_heads.sparsemixer(e, op, logits, experts)
+        _keep_choices(e, op)
         return
     spec = router.RouterSpec(
         experts=experts, top_k=integer(op, "top_k"), score=str(a["score"]), has_bias=bool(bias),
@@ -30,6 +31,12 @@ def _route(e: FunctionEmitter, op: Op) -> None:
     )  # fmt: skip
     scratch = e.scratch(router.scratch_elements(spec, e.p.machine))
     e.run(router.build_moe_route, spec, logits, *bias, e.at(ids), e.at(weights), scratch, e.count(x))
+    _keep_choices(e, op)
+
+
+def _keep_choices(e: FunctionEmitter, op: Op) -> None:
+    if e.record is not None:
+        e.record.keep(op, *e.buffer_of(op.results[0]), e.count(op.results[0]))
 
 
 def _dispatch(e: FunctionEmitter, op: Op) -> None:

@@ -14,6 +14,7 @@ from moec.codegen.storage import stored_arrays
 from moec.codegen.tvm.emit import FunctionEmitter, Program, WeightBuffer, extra_sizes
 from moec.codegen.tvm.memory import Layout, loop_result, plan_function, symbol_bounds
 from moec.codegen.tvm.profiling import ProfilePoint, Profiler
+from moec.codegen.tvm.recording import Record, Routers
 from moec.codegen.tvm.tir import Kernel, Machine, const
 from moec.codegen.tvm.tracing import TracePoint, Tracer
 from moec.ir import CacheType, Function, Module, Op, TensorType, Value, WeightRef
@@ -30,6 +31,7 @@ class Entry:
     max_tokens: int
     max_rows: int
     args: list[dict[str, Any]] = field(default_factory=list)
+    routers: Routers | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The entry as it stands in plan.json."""
@@ -38,6 +40,7 @@ class Entry:
             "max_tokens": self.max_tokens,
             "max_rows": self.max_rows,
             "args": self.args,
+            **({"routing": self.routers.as_json()} if self.routers else {}),
         }
 
 
@@ -92,7 +95,9 @@ def build_phase(
     watcher: Tracer | Profiler | None = None
     if watch:
         watcher = Tracer(module, function, symbols) if watch == "trace" else Profiler(module, function)
-    entry = Entry(name, sizes.max_tokens, sizes.max_rows)
+    # What a watched program routes is in its trace already.
+    routers = None if watch else Routers.of(module, function)
+    entry = Entry(name, sizes.max_tokens, sizes.max_rows, routers=routers)
     # Scratch stands last, and how much of it there is shows only once everything is emitted: build twice.
     scratch = 0
     for _ in range(2):
@@ -105,12 +110,13 @@ def build_phase(
             workspace = _array(entry, "workspace", "workspace", "float32", (arena + scratch,))
             results = {v: _output(entry, v, env.sizes) for v in outputs.values()}
             words = _array(entry, watcher.output, "output", watcher.dtype, (watcher.words,)) if watcher else None
+            routed = routed_output(entry, routers, sizes) if routers else None
             arrays = {w: _weight_arrays(entry, module, w) for w in _used_weights(module, function)}
             # Every argument is declared: from here on views of them may be.
             weights = {w: _weight(module, w, a) for w, a in arrays.items()}
             counts, shared = env.counts(), {} if kernels is None else kernels
             program = Program(machine, limits, sizes.page, workspace, weights, counts, shared, scratch_at=arena)
-            loops = _Loops(program, module, layers, layout.size)
+            loops = _Loops(program, module, layers, layout.size, routers, routed, sizes.max_tokens)
             if watcher is None:
                 emitter = FunctionEmitter(program, module, function, layout, 0)
             else:
@@ -154,11 +160,15 @@ def _layer_layouts(module: Module, function: Function, symbols: Mapping[str, int
 class _Loops:
     """Emits a `repeat`: a serial loop over layers around the body of the layer function, state in place."""
 
-    def __init__(self, program: Program, module: Module, layouts: Mapping[str, Layout], base: int) -> None:
+    def __init__(
+        self, program: Program, module: Module, layouts: Mapping[str, Layout], base: int,
+        routers: Routers | None = None, routed: Any = None, most: int = 0,
+    ) -> None:  # fmt: skip
         self.program = program
         self.module = module
         self.layouts = layouts
         self.base = base
+        self.routers, self.routed, self.most = routers, routed, most
 
     def __call__(self, op: Op, outer: FunctionEmitter) -> None:
         callee = self.module.functions[str(op.attrs["func"])]
@@ -166,6 +176,8 @@ class _Loops:
         with T.serial(int(op.attrs["first"]), int(op.attrs["last"]) + 1) as layer:  # type: ignore[arg-type]
             inner = self._emitter(op, callee, layout, layer)
             inner.env[callee.args[0]] = layer
+            if self.routers is not None and self.routed is not None:
+                inner.record = Record.of_layer(self.routers, _flat(self.routed), self.most, self.module, op, layer)
             for arg, operand in zip(callee.args[1:], op.operands, strict=True):
                 inner.env[arg] = self._argument(outer, operand)
             inner.emit()
@@ -260,6 +272,11 @@ def _matched(entry: Entry, name: str, kind: str, dtype: str, shape: Sequence[Any
 
 def _array(entry: Entry, name: str, kind: str, dtype: str, shape: tuple[int, ...]) -> Any:
     return _matched(entry, name, kind, dtype, shape, {})
+
+
+def routed_output(entry: Entry, routers: Routers, sizes: Sizes) -> Any:
+    """Declare the output that takes the routers' choices."""
+    return _array(entry, "routed", "output", "int32", (len(routers.layers), sizes.max_tokens, routers.top_k))
 
 
 def _used_weights(module: Module, function: Function) -> list[str]:

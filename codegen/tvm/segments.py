@@ -27,11 +27,15 @@ from moec.codegen.tvm.program import (
     _flat,
     _index_key,
     _inputs,
+    _layer_layouts,
+    _Loops,
     _matched,
     _rank,
     _weight,
     _weight_arrays,
+    routed_output,
 )
+from moec.codegen.tvm.recording import Record, Routers
 from moec.codegen.tvm.tir import Kernel, Machine
 from moec.ir import CacheType, Function, Module, Op, TensorType, Value, WeightRef
 from moec.ir.mesh import mesh_of
@@ -119,6 +123,7 @@ def build_segmented(
             kept = crossing(module, callee) if CUTS in callee.attrs else set()
             planned = plan_function(callee, symbols, extra_sizes(callee.ops, symbols), loop_result(callee), kept)
             frames[op] = Frame(callee, planned, layout.size, entry, op)
+    routers = Routers.of(module, function)
     found = Steps()
     found.steps = _steps(module, entry, frames, found, name)
     arena = layout.size + max((f.layout.size for f in frames.values()), default=0)
@@ -127,13 +132,15 @@ def build_segmented(
     phases: list[Phase] = []
     # Scratch stands last and how much there is shows only once everything is emitted: build twice.
     for _ in range(2):
-        emit = _Emission(module, function, sizes, machine, limits, arena, arena + scratch, logits, kernels)
+        emit = _Emission(module, function, sizes, machine, limits, arena, arena + scratch, logits, kernels, routers)
         phases = [emit.segment(s) for s in found.segments]
         scratch = max([scratch, *emit.scratch])
     args: dict[str, dict[str, Any]] = {}
     for phase in phases:
         args.update({a["name"]: a for a in phase.entry.args})
-    described = {"symbol": name, "max_tokens": sizes.max_tokens, "max_rows": sizes.max_rows}
+    described: dict[str, Any] = {"symbol": name, "max_tokens": sizes.max_tokens, "max_rows": sizes.max_rows}
+    if routers:
+        described["routing"] = routers.as_json()
     by_symbol = {p.entry.symbol: [a["name"] for a in p.entry.args] for p in phases}
     return phases, {**described, "args": list(args.values()), "steps": _with_args(found.steps, by_symbol)}
 
@@ -202,7 +209,7 @@ class _Emission:
 
     def __init__(
         self, module: Module, function: Function, sizes: Sizes, machine: Machine, limits: Mapping[str, int], arena: int,
-        workspace: int, logits: Value, kernels: dict[str, Kernel],
+        workspace: int, logits: Value, kernels: dict[str, Kernel], routers: Routers | None,
     ) -> None:  # fmt: skip
         self.module = module
         self.function = function
@@ -213,6 +220,7 @@ class _Emission:
         self.workspace = workspace
         self.logits = logits
         self.kernels = kernels
+        self.routers = routers
         self.scratch: list[int] = []
 
     def segment(self, segment: Segment) -> Phase:
@@ -228,6 +236,8 @@ class _Emission:
             assert isinstance(self.logits.type, TensorType)
             vocab = int(self.logits.type.shape[1])  # type: ignore[arg-type]
             out = _matched(entry, "logits", "output", "float32", ("R", vocab), env.sizes)
+            routes = self.routers is not None and self._routes(segment)
+            routed = routed_output(entry, self.routers, self.sizes) if self.routers and routes else None
             arrays = {w: _weight_arrays(entry, self.module, w) for w in self._weights(segment)}
             weights = {w: _weight(self.module, w, a) for w, a in arrays.items()}
             rows = {**env.counts(), **{s: T.Bind(step[i]) for i, s in enumerate(STEP) if s != "layer"}}
@@ -247,9 +257,13 @@ class _Emission:
             emitter.env = env.views()
             emitter.env[self.logits] = (_flat(out), 0)
             if frame.outer is not None:
-                emitter = self._layer(program, frame, emitter, T.Bind(step[0]))
+                layer = T.Bind(step[0])
+                emitter = self._layer(program, frame, emitter, layer)
+                if self.routers is not None and routed is not None and frame.call is not None:
+                    most = self.sizes.max_tokens
+                    emitter.record = Record.of_layer(self.routers, _flat(routed), most, self.module, frame.call, layer)
             else:
-                emitter.repeat = _loops(program, self.module, self.limits, frame, segment.ops)
+                emitter.repeat = self._loops(program, frame, segment.ops, routed)
             for op in segment.ops:
                 emitter.op = op
                 emitter_of(op.name)(emitter, op)
@@ -273,6 +287,17 @@ class _Emission:
                 inner.env[arg] = outer.buffer_of(operand)
         return inner
 
+    def _routes(self, segment: Segment) -> bool:
+        """Whether the segment has a router, or calls a layer function that has one."""
+        called = [self.module.functions[str(op.attrs["func"])].ops for op in segment.ops if op.name == "repeat"]
+        return any(op.name == "moe.route" for ops in (segment.ops, *called) for op in ops)
+
+    def _loops(self, program: Program, frame: Frame, ops: Sequence[Op], routed: Any) -> _Loops:
+        """Native loops over the layers of functions without collectives."""
+        function = Function(frame.function.name, frame.function.args, list(ops), [])
+        layouts = _layer_layouts(self.module, function, self.limits)
+        return _Loops(program, self.module, layouts, frame.layout.size, self.routers, routed, self.sizes.max_tokens)
+
     def _weights(self, segment: Segment) -> list[str]:
         """The weights that the segment's ops read, in the module's order."""
         given: dict[Value, str] = {}
@@ -291,11 +316,3 @@ def _read(module: Module, ops: Sequence[Op], given: Mapping[Value, str]) -> list
         if op.name == "repeat":
             names += _read(module, module.functions[str(op.attrs["func"])].ops, {})
     return names
-
-
-def _loops(program: Program, module: Module, limits: Mapping[str, int], frame: Frame, ops: Sequence[Op]) -> Any:
-    """Native loops over the layers of functions without collectives."""
-    from moec.codegen.tvm.program import _layer_layouts, _Loops
-
-    function = Function(frame.function.name, frame.function.args, list(ops), [])
-    return _Loops(program, module, _layer_layouts(module, function, limits), frame.layout.size)

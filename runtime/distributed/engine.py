@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moec.ir.mesh import part
 from moec.runtime.artifact import Artifact
 from moec.runtime.cache import Sequence
 from moec.runtime.distributed.collectives import Collectives
@@ -18,7 +19,7 @@ from moec.runtime.distributed.overlapped import Overlapped
 from moec.runtime.distributed.world import World
 from moec.runtime.engine import Call, Engine, Ids, Logits
 from moec.runtime.memory import Memory
-from moec.runtime.plan import Argument, Entry, Plan
+from moec.runtime.plan import Argument, Entry, Plan, Routing
 from moec.runtime.steps import Collective, Loop, Segment, Step, View
 
 NOTHING, DECODE, PREFILL = range(3)
@@ -41,7 +42,22 @@ class DistributedEngine(Engine):
         if isinstance(artifact.plan, Plan) and artifact.plan.decode.turns:
             self.overlapped = Overlapped(self, artifact.plan.decode.parts, turns=artifact.plan.decode.turns)
 
+    def record_loads(self, path: str) -> None:
+        """As `Engine.record_loads`, on all ranks; those of a stage without experts count nothing."""
+        if self.world.agree(int(self._decode.routing is not None)) == 0 or self._decode.routing is not None:
+            super().record_loads(path)
+
+    def _routed_rows(self, routing: Routing, tokens: int) -> int:
+        """A tensor-parallel group's ranks route all tokens alike, or each its part."""
+        index = self.world.mesh.index(self.world.rank, "tp")
+        if routing.rows == "T":
+            return tokens if index == 0 else 0
+        first, stop = part(tokens, self.world.mesh.tp, index)
+        return stop - first
+
     def _entry(self, entry: Entry, sequences: int) -> Call:
+        if not entry.steps:  # nothing between ranks: every one runs the whole model
+            return super()._entry(entry, sequences)
         return SteppedCall(self, entry, sequences, self.collectives, self.fixed)
 
     def another(self, sequences: int) -> SteppedCall:

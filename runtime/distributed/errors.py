@@ -42,3 +42,9 @@ class RanksMissing(MoecError):
     """Ranks that never joined."""
 
     template = "not all of {size} ranks joined within {seconds:g} s ({why})"
+
+
+class NoBackend(InputError):
+    """A GPU artifact where its ranks cannot exchange tensors."""
+
+    template = "{path} is for {kind} devices, whose ranks exchange tensors over NCCL: {why}"

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moec.errors import InputError, MoecError
 from moec.ir.mesh import Mesh
 from moec.ir.replicas import Replicas, default_slots
-from moec.runtime.artifact import Artifact, open_artifact
+from moec.runtime.artifact import Artifact, open_artifact, read_manifest
 from moec.runtime.distributed.collectives import Collectives
 from moec.runtime.distributed.engine import DistributedEngine
 from moec.runtime.distributed.errors import OtherArtifact, RankFailed, RankInputFailed
 from moec.runtime.distributed.monitor import Monitor
-from moec.runtime.distributed.world import World, join
+from moec.runtime.distributed.world import World, backend, join
 from moec.runtime.engine import Logits
 from moec.runtime.errors import NotForCpu
 from moec.runtime.generate import Completions, Stream
 from moec.runtime.launch import TIMEOUT
+from moec.runtime.loads import Loads
 from moec.runtime.model import Model
 from moec.runtime.plan import Plan
 from moec.runtime.sampling import Sampling
@@ -37,7 +40,11 @@ def load_distributed(
 
     Raises an InputError or MoecError on every rank when one cannot open its part, naming that rank.
     """
-    world, store = join(timeout)
+    # Read before the ranks meet, to know how; a manifest that cannot be read is told to all once they have.
+    kind = "cpu"
+    with suppress(InputError):
+        kind = read_manifest(path).kind
+    world, store = join(timeout, backend(kind, str(path)))
     monitor = Monitor(world.rank, world.size, store, timeout)
     artifact, failure = None, None
     try:
@@ -89,6 +96,11 @@ class DistributedModel(Model):
         super().__init__(artifact, threads, engine)
 
     @property
+    def ranks(self) -> int:
+        """Processes that run the model together."""
+        return self.world.size
+
+    @property
     def replica(self) -> tuple[int, int]:
         """This rank's data-parallel replica, and how many there are."""
         return self.world.mesh.index(self.world.rank, "dp"), self.world.mesh.dp
@@ -104,6 +116,17 @@ class DistributedModel(Model):
         for rank, rows in enumerate(self._gather(part)):
             result[self.world.mesh.index(rank, "dp") :: replicas] = rows
         return result
+
+    def recorded_loads(self) -> Loads:
+        """As `Model.recorded_loads`, of all ranks together."""
+        mine = self.engine.recorder
+        return Loads.joined(part for part in self._gather(mine and mine.loads()) if part is not None)
+
+    def losses(self, ids: Any) -> NDArray[np.float64]:
+        """As `Model.losses`; replica 0 computes them, every rank gets them."""
+        mine = super().losses(ids) if self.replica[0] == 0 else np.zeros(len(ids) - 1)
+        self._drain()
+        return np.asarray(self._gather(mine)[0])
 
     def close(self) -> None:
         """Every rank is done: end the watch over the others."""

@@ -50,6 +50,8 @@ class Monitor:
         self._place = (0, "at the start", False)
         self._since = time.monotonic()
         self._number = 0
+        self._steps = 0
+        self._last = ""
         self._stop = threading.Event()
         self._broken = threading.Event()
         self._asked = threading.Event()
@@ -66,12 +68,16 @@ class Monitor:
     def begin(self, entry: str) -> None:
         """A call of an entry begins."""
         self._number += 1
-        self._place = (self._number, f"at the start of a {entry} step", False)
+        self._steps += 1
+        behind = f" behind {self._last}" if self._last else ""
+        self._place = (self._number, f"at the start of {entry} (step {self._steps}){behind}", False)
 
     @contextmanager
     def communication(self, what: str, layer: int | None) -> Iterator[None]:
         """Inside, this rank waits for others; an error of the connection ends the run with its cause."""
         where = what if layer is None else f"layer {layer} ({what})"
+        if layer is None and self._last:
+            where += f" behind {self._last}"
         self._number += 1
         self._place = (self._number, f"in {where}", True)
         self._since = time.monotonic()
@@ -82,6 +88,8 @@ class Monitor:
             # The watcher finds out who is gone; should nobody be, the error itself is the cause.
             self._thread.join(self.timeout + SILENCE)
             self._end(f"rank {self.rank} lost its peers in {where}: {_first_line(error)}")
+        if layer is not None:
+            self._last = f"layer {layer} of step {self._steps}"
         self._number += 1
         self._place = (self._number, f"after {where}", False)
 

@@ -76,14 +76,15 @@ class Overlapped:
                 arrays, args = self.engine.place(call, [sequences[i] for i in mine], [tokens[i] for i in mine])
             else:
                 arrays, args = call.idle()
-            placed.append((mine, arrays))
+            placed.append((call, mine, arrays))
             begun.append((call, call.begin(args[0]), args[0]))
         if self.turns:
             self._follow(begun)
         else:
             self._take_turns([self._turns(*b, -1, k) for k, b in enumerate(begun)])
-        logits = np.empty((len(sequences), placed[0][1]["logits"].shape[1]), dtype=np.float32)
-        for mine, arrays in placed:
+        logits = np.empty((len(sequences), placed[0][2]["logits"].shape[1]), dtype=np.float32)
+        for call, mine, arrays in placed:
+            self.engine.record(call, arrays, len(mine))
             logits[mine] = arrays["logits"][: len(mine)]
         return logits
 

@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from moec.ir.mesh import AXES, Mesh
-from moec.runtime.distributed.errors import RanksMissing, WrongRankCount
+from moec.runtime.distributed.errors import NoBackend, RanksMissing, WrongRankCount
 
 
 @dataclass
@@ -112,7 +112,21 @@ class World:
         return {name: axis.sent.tolist() for name, axis in self.axes.items() if axis.size > 1}
 
 
-def join(timeout: float) -> tuple[World, Any]:
+def backend(kind: str, path: str) -> str:
+    """torch.distributed's backends for the tensors of an artifact's kind of device; raises NoBackend.
+
+    What ranks agree on stays on the host in either case: gloo.
+    """
+    if kind == "cpu":
+        return "gloo"
+    if not dist.is_nccl_available():
+        raise NoBackend(path=path, kind=kind, why="this torch was built without it")
+    if not torch.cuda.is_available():
+        raise NoBackend(path=path, kind=kind, why="no GPU is visible to this process")
+    return "cpu:gloo,cuda:nccl"
+
+
+def join(timeout: float, backends: str = "gloo") -> tuple[World, Any]:
     """Meet the other processes; returns the world and the store that they share. Raises RanksMissing.
 
     A rank that waits longer than twice the `timeout` in a collective gives up by itself, should nobody find the cause.
@@ -123,7 +137,7 @@ def join(timeout: float) -> tuple[World, Any]:
         store.set_timeout(timedelta(seconds=timeout))
         limit = timedelta(seconds=2 * timeout + 5)
         dist.init_process_group(
-            "gloo", store=distributed_c10d.PrefixStore("moec", store), rank=rank, world_size=size, timeout=limit
+            backends, store=distributed_c10d.PrefixStore("moec", store), rank=rank, world_size=size, timeout=limit
         )
     except (RuntimeError, ValueError) as error:
         raise RanksMissing(size=size, seconds=timeout, why=str(error).strip().partition("\n")[0]) from None

@@ -36,6 +36,12 @@ class TraceWithoutProfile(InputError):
     template = "--trace writes what --profile measures: give both"
 
 
+class OneProcess(InputError):
+    """What only one process measures, under torchrun."""
+
+    template = "--profile, --calibration-rows and --speculate measure one process: compile without --ranks, leave torchrun away"
+
+
 def register(app: typer.Typer) -> None:
     """Add `moec bench`."""
     app.command("bench")(bench)
@@ -70,6 +76,10 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure prefill and decode rates, load time and memory; where the time of a step goes, or what drafts bring."""
+    from moec.runtime.launch import first, launched
+
+    if launched() and (profile or calibration_rows is not None or speculate):
+        raise OneProcess()
     if speculate and (profile or calibration_rows is not None):
         raise SpeculationAlone()
     if calibration_rows is not None:
@@ -84,7 +94,8 @@ def bench(
         raise TextWithoutSpeculation()
 
     def note(text: str) -> None:
-        print(text, file=sys.stderr)
+        if first():
+            print(text, file=sys.stderr)
 
     if speculate:
         from moec.cli.eval import read_text
@@ -97,6 +108,8 @@ def bench(
     from moec.runtime import bench as measuring
 
     result = measuring.bench(artifact, prompt_tokens, new_tokens, repeat, batch, threads, note)
+    if not first():
+        return
     print(json.dumps(asdict(result)) if as_json else _table(result))
 
 
@@ -178,11 +191,14 @@ def _speculated_table(s: Speculated) -> str:
 
 def _table(r: Result) -> str:
     bound = "not known: this system does not tell which pages were read"
+    ranks = f", {r.ranks} ranks" if r.ranks > 1 else ""
+    if ranks:
+        bound = "not measured over several ranks"
     if r.step_weight_bytes and r.decode_bound_tokens_per_s and r.share_of_bound:
         read = f"{r.step_weight_bytes / 1e6:,.1f} MB of weights a step at {r.read_bandwidth / 1e9:.1f} GB/s measured"
         bound = f"{r.decode_bound_tokens_per_s:,.1f} tokens/s ({read}); reached {r.share_of_bound:.0%}"
     rows = [
-        ("model", f"{r.model}, {r.recipe}, target {r.target}, {r.threads} threads, batch {r.batch}"),
+        ("model", f"{r.model}, {r.recipe}, target {r.target}, {r.threads} threads, batch {r.batch}{ranks}"),
         ("prefill", f"{r.prefill_tokens_per_s:,.1f} tokens/s, median of {r.repeat} x {r.prompt_tokens} tokens"),
         ("decode", f"{r.decode_tokens_per_s:,.1f} tokens/s, median of {r.repeat} x {r.new_tokens} tokens"),
         ("decode bound", bound),

@@ -30,14 +30,23 @@ def evaluate(
         int | None, typer.Option(help="Tokens between the windows (default: half the compiled context).")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels (default: all usable CPUs).")] = None,
+    record_loads: Annotated[
+        Path | None, typer.Option(metavar="OUT.npz", help="Count which experts tokens go to, for `moec place`.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure perplexity in sliding windows of the compiled context."""
-    from moec.runtime import load
+    from moec.cli.recording import check_place, recorded
+    from moec.runtime.launch import TIMEOUT, first, loaded
     from moec.runtime.perplexity import score_text
 
     content = read_text(text)
-    score = score_text(load(artifact, threads=threads), content, stride, _progress if sys.stderr.isatty() else _quiet)
+    check_place(record_loads)
+    progress = _progress if first() and sys.stderr.isatty() else _quiet
+    with loaded(artifact, False, threads, TIMEOUT) as model, recorded(model, record_loads):
+        score = score_text(model, content, stride, progress)
+    if not first():
+        return
     if as_json:
         fields = {
             "perplexity": score.perplexity,

@@ -9,7 +9,7 @@ import typer
 
 from moec.errors import InputError, near
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "placement")
 
 
 class UnknownFormat(InputError):
@@ -24,6 +24,18 @@ class NoOnnx(InputError):
     template: ClassVar[str] = "exporting ONNX needs the package onnx: pip install 'moec[onnx]'"
 
 
+class OnlyOfPlacements(InputError):
+    """--sglang with another format."""
+
+    template: ClassVar[str] = "--sglang is a form of placements: moec export ARTIFACT placement --sglang"
+
+
+class NoPlacement(InputError):
+    """An artifact whose experts lie on one rank."""
+
+    template: ClassVar[str] = "{path}: its experts are not spread over ranks (--ep): there is no placement to export"
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("export")(export_artifact)
@@ -31,12 +43,20 @@ def register(app: typer.Typer) -> None:
 
 def export_artifact(
     artifact: Annotated[str, typer.Argument(help="Folder that `moec compile` wrote.")],
-    form: Annotated[str, typer.Argument(metavar="FORMAT", help="onnx.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help="onnx, or placement.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; of a placement the file, .json or .npz.")],
+    sglang: Annotated[
+        bool, typer.Option("--sglang", help="A placement as SGLang's --init-expert-location reads it.")
+    ] = False,
 ) -> None:
-    """Write an artifact's program and weights as ONNX models, one a phase."""
+    """Write an artifact's program and weights as ONNX models, one a phase; or the experts of every slot."""
     if form not in FORMATS:
         raise UnknownFormat(name=form, hint=near(form, list(FORMATS)))
+    if sglang and form != "placement":
+        raise OnlyOfPlacements()
+    if form == "placement":
+        _export_placement(artifact, out, sglang)
+        return
     from moec.cli.output import Progress, note
 
     try:
@@ -58,3 +78,25 @@ def export_artifact(
     with artifact_folder(out) as work, Progress("writing") as progress:
         export(module, Weights(opened.weights), work, progress)
     note(f"wrote {out}: prefill.onnx, decode.onnx, weights.bin")
+
+
+def _export_placement(artifact: str, out: Path, sglang: bool) -> None:
+    """Write the placement that the artifact was compiled with, or the even one that it runs by without."""
+    from moec.cli.output import note
+    from moec.ir import parse_module
+    from moec.passes.placement import formats
+    from moec.passes.sharding.placed import placement_of
+    from moec.runtime.artifact import read_program
+
+    path, text = read_program(artifact)
+    found = placement_of(parse_module(text, str(path)))
+    if found is None:
+        raise NoPlacement(path=artifact)
+    placement, dense_layers = found
+    if sglang:
+        if not placement.has_even_shares:
+            note("SGLang shares tokens evenly among replicas; the artifact's shares do not reach it")
+        formats.write_sglang(placement, out, dense_layers=dense_layers)
+    else:
+        formats.write_placement(placement, out)
+    note(f"wrote {out}: {placement.layers} layers, {placement.experts} experts in {placement.slots} slots")

@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from moec.passes.placement import Problem
     from moec.passes.placement.problem import Floats
+    from moec.passes.placement.recordings import Recording
     from moec.passes.placement.summary import Routing
 
 
@@ -21,7 +22,9 @@ def register(app: typer.Typer) -> None:
 
 
 def place(
-    loads: Annotated[Path, typer.Argument(help="Loads [layers, experts]: .npy, .npz or .json.")],
+    loads: Annotated[
+        list[Path], typer.Argument(help="Loads [layers, experts]: .npy, .npz or .json; several are added.")
+    ],
     target: Annotated[str | None, typer.Option(help="Target: number of devices, and devices a node.")] = None,
     devices: Annotated[
         int | None, typer.Option("--devices", "--ranks", help="Devices (default: the target's).")
@@ -31,8 +34,14 @@ def place(
     redundant: Annotated[int, typer.Option(help="Without --slots-per-device: at least so many redundant slots.")] = 0,
     groups: Annotated[int, typer.Option(help="Bind this many groups of experts to nodes (1: no groups).")] = 1,
     shares: Annotated[str, typer.Option(help="How replicas share tokens: even or free.")] = "even",
+    weights: Annotated[
+        str, typer.Option(help="How several recordings count: tokens (by their tokens), equal, or factors W1,W2,...")
+    ] = "tokens",
     coactivation: Annotated[
-        Path | None, typer.Option(help="Tokens per pair of experts [layers, experts, experts].")
+        str | None,
+        typer.Option(
+            metavar="FILE|none", help="Tokens per pair of experts [layers, experts, experts] (default: as recorded)."
+        ),
     ] = None,
     previous: Annotated[Path | None, typer.Option(help="Placement now in use: move as little as possible.")] = None,
     slack: Annotated[
@@ -45,6 +54,7 @@ def place(
     out: Annotated[Path | None, typer.Option(help="Write the placement: .json or .npz.")] = None,
     sglang: Annotated[Path | None, typer.Option(help="Write the file for SGLang's --init-expert-location.")] = None,
     dense_layers: Annotated[int, typer.Option(help="Leading dense layers of the model (rows of SGLang's file).")] = 0,
+    merged: Annotated[Path | None, typer.Option(metavar="OUT.npz", help="Write the loads that were placed.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a page with pictures of balance and traffic.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -67,11 +77,10 @@ def place(
         if not 0 <= number < float("inf"):
             raise errors.NotPositive(name=name, expected="a number of at least 0", value=number)
     how = cast(Literal["even", "free"], shares)
-    problem = _problem(
-        formats.read_loads(loads), target, devices, devices_per_node, slots_per_device, redundant, groups
-    )
+    recording = _recording(loads, weights)
+    problem = _problem(recording.loads, target, devices, devices_per_node, slots_per_device, redundant, groups)
     routing = _routing(problem, top_k, top_groups)
-    pairs = None if coactivation is None else formats.read_coactivation(coactivation, problem.layers, problem.experts)
+    pairs = _pairs(coactivation, recording, problem)
     before = None
     if previous is not None:
         before = formats.read_placement(
@@ -97,6 +106,8 @@ def place(
         result = prove(result, shares=how, seconds=exact)
     traffic = estimate_traffic(problem, result.placement, routing, pairs) if problem.nodes > 1 else None
     figures = summarise(result, traffic=traffic, coactivation=pairs, previous=before)
+    if merged is not None:
+        recording.save(merged)
     if out is not None:
         formats.write_placement(result.placement, out)
     if sglang is not None:
@@ -112,7 +123,38 @@ def place(
     if as_json:
         print(json.dumps(formats.as_dict(result.placement) | figures))
     else:
-        _print(figures, [path for path in (out, sglang, report) if path is not None])
+        _print(figures, [path for path in (merged, out, sglang, report) if path is not None])
+
+
+def _recording(files: list[Path], weights: str) -> Recording:
+    """The recordings of all files as one; says what each counted for."""
+    from moec.passes.placement.recordings import merge, read_recording
+
+    recordings = [read_recording(path) for path in files]
+    merged, factors = merge(recordings, weights)
+    for recording, factor in zip(recordings, factors, strict=True):
+        if len(files) > 1:
+            tokens = f"{recording.loads.sum(axis=1).mean():,.0f} choices a layer"
+            print(f"moec: note: {recording.name}: {tokens}, times {factor:g}", file=sys.stderr)
+    return merged
+
+
+def _pairs(given: str | None, recording: Recording, problem: Problem) -> Floats | None:
+    """Co-activation of a file, or of the recordings where all have it and it can matter."""
+    from moec.passes.placement import formats
+
+    if given == "none" or problem.nodes == 1:
+        if given not in (None, "none"):
+            print("moec: note: one node: --coactivation has no effect", file=sys.stderr)
+        return None
+    if given is not None:
+        return formats.read_coactivation(Path(given), problem.layers, problem.experts)
+    if recording.coactivation is not None:
+        print(
+            "moec: note: the recorded co-activation gathers partners on nodes (--coactivation none: balance alone)",
+            file=sys.stderr,
+        )
+    return recording.coactivation
 
 
 def _problem(

@@ -54,7 +54,7 @@ def plan(
         int | None, typer.Option(help="Devices that share the routed experts [all of a stage; train: 64].")
     ] = None,
     redundant: Annotated[
-        int | None, typer.Option(help="Extra expert slots [fewest that divide and can even out the loads].")
+        int | None, typer.Option(help="Expert slots beyond one for each expert [the fewest that divide].")
     ] = None,
     balance: Annotated[
         float | None, typer.Option(help="Mean over maximum of the devices' expert rows [expected of the step].")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,7 +36,8 @@ class NothingGenerated(InputError):
     """--compare with options of generation."""
 
     template = (
-        "--compare runs the prompt only: leave --max-new-tokens, --temperature, --top-p, --seed and --speculate away"
+        "--compare runs the prompt only: leave --max-new-tokens, --temperature, --top-p, --seed, --speculate and "
+        "--record-loads away"
     )
 
 
@@ -71,6 +73,9 @@ def run(
         str | None,
         typer.Option(metavar="HF_FOLDER", help="Generate nothing: compare every op with these weights' reference."),
     ] = None,
+    record_loads: Annotated[
+        Path | None, typer.Option(metavar="OUT.npz", help="Count which experts tokens go to, for `moec place`.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare the hashes of weights, too.")] = False,
     timeout: Annotated[
         float | None,
@@ -82,10 +87,13 @@ def run(
     if sum(given is not None for given in (prompt, chat, prompt_ids)) != 1:
         raise OnePrompt()
     if compare is not None and (
-        max_new_tokens is not None or (temperature, top_p, seed, speculate) != (0.0, 1.0, 0, 0)
+        max_new_tokens is not None
+        or record_loads is not None
+        or (temperature, top_p, seed, speculate) != (0.0, 1.0, 0, 0)
     ):
         raise NothingGenerated()
     from moec.cli.options import UsageError
+    from moec.cli.recording import check_place, recorded
     from moec.runtime import Sampling
     from moec.runtime.launch import TIMEOUT, first, launched, loaded
 
@@ -93,6 +101,7 @@ def run(
         raise OneProcess()
     if timeout is not None and not launched():
         raise UsageError(message="--timeout is for several processes: start them with torchrun")
+    check_place(record_loads)
     sampling = Sampling(temperature, top_p, seed)
     ids = _parse_ids(prompt_ids) if prompt_ids is not None else None
     with loaded(artifact, check, threads, timeout or TIMEOUT) as model:
@@ -102,13 +111,14 @@ def run(
             _compare(model, compare, ids, as_json)
             return
         new = max_new_tokens if max_new_tokens is not None else _default_new(model, len(ids))
-        if not first():
-            model.complete(ids, new, sampling, speculate=speculate)
-        elif as_json:
-            done = model.complete(ids, new, sampling, speculate=speculate)
-            print(json.dumps(_fields(model, done, artifact)))
-        else:
-            print(_summary(_stream(model, ids, new, sampling, speculate)), file=sys.stderr)
+        with recorded(model, record_loads):
+            if not first():
+                model.complete(ids, new, sampling, speculate=speculate)
+            elif as_json:
+                done = model.complete(ids, new, sampling, speculate=speculate)
+                print(json.dumps(_fields(model, done, artifact)))
+            else:
+                print(_summary(_stream(model, ids, new, sampling, speculate)), file=sys.stderr)
 
 
 def _compare(model: Model, folder: str, ids: list[int], as_json: bool) -> None:
