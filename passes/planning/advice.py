@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from moec.errors import MoecError
 from moec.ir import Module
-from moec.passes.planning.layout import Layout, LayoutRequest, resolve
+from moec.passes.planning.layout import Layout, LayoutRequest, levelling_slots, resolve
 from moec.passes.planning.plan import Plan
 from moec.passes.planning.search import Bench, batch_of
 
@@ -53,10 +53,11 @@ def _neighbours(module: Module, plan: Plan) -> Iterator[tuple[str, Layout]]:
         if tp:
             asked.append((f"TP {tp}", _request(own, tp=tp)))
         if ep and own.experts:
-            asked.append((f"EP {ep}", _request(own, ep=ep, redundant=None)))
+            asked.append((f"EP {ep}", _request(own, ep=ep, redundant=_redundant(own, ep))))
         if pp:
             stage = own.ranks // pp
-            asked.append((f"PP {pp}", _request(own, pp=pp, ep=min(own.ep, stage), redundant=None)))
+            ep = min(own.ep, stage)
+            asked.append((f"PP {pp}", _request(own, pp=pp, ep=ep, redundant=_redundant(own, ep))))
     if own.experts and own.ep > 1:
         more, less = extra + own.ep, extra - own.ep
         asked.append((f"{more} redundant experts", _request(own, redundant=more)))
@@ -64,9 +65,14 @@ def _neighbours(module: Module, plan: Plan) -> Iterator[tuple[str, Layout]]:
             asked.append((f"{less} redundant experts", _request(own, redundant=less)))
     for change, request in asked:
         try:
-            yield change, resolve(module, plan.target, plan.recipe, request, even=True)[0]
+            yield change, resolve(module, plan.target, plan.recipe, request)[0]
         except MoecError:
             continue
+
+
+def _redundant(own: Layout, ep: int) -> int | None:
+    """Redundant experts that even out the loads over another group."""
+    return levelling_slots(own.experts, ep) - own.experts if own.experts else None
 
 
 def _request(own: Layout, **other: int | None) -> LayoutRequest:

@@ -61,14 +61,11 @@ class LayoutRequest:
     """Fill up the widths of feed-forwards with zeros where scale blocks would be cut."""
 
 
-def resolve(
-    module: Module, target: Target, recipe: Recipe, asked: LayoutRequest, even: bool = False
-) -> tuple[Layout, Target]:
+def resolve(module: Module, target: Target, recipe: Recipe, asked: LayoutRequest) -> tuple[Layout, Target]:
     """The layout, and the target at its size.
 
     Ranks default to the target's, or to as many as the degrees need; `ep` to all ranks of a stage; redundant experts to
-    the fewest that divide, with `even` to one more a device where those cannot even out the loads (not on a CPU, whose
-    ranks share its cores). Raises WrongLayout, WrongRedundancy, CutBlock, WrongRanks or NoLink.
+    the fewest that divide. Raises WrongLayout, WrongRedundancy, CutBlock, WrongRanks or NoLink.
     """
     for name in ("ranks", "tp", "dp", "ep", "pp"):
         value = getattr(asked, name)
@@ -98,7 +95,7 @@ def resolve(
         raise WrongLayout(message=f"{of} do not divide by EP {ep}; try EP {_divisor(stage, ep)}")
     if ep > 1 and not experts:
         raise WrongLayout(message=f"EP {ep}, but the model has no routed experts")
-    slots = _slots(experts, ep, asked.redundant, even and target.kind != "cpu")
+    slots = _slots(experts, ep, asked.redundant)
     _check_tp(module, tp, recipe, asked.pad)
     if tp > sized.node.devices:
         raise WrongLayout(message=f"TP {tp} exceeds the {sized.node.devices} devices of a {target.name} node")
@@ -125,19 +122,24 @@ def expert_count(module: Module) -> int:
     return next((int(op.attrs["experts"]) for _, op in module.ops() if op.name == "moe.dispatch"), 0)  # type: ignore[arg-type]
 
 
-def default_slots(experts: int, ep: int) -> int:
-    """The fewest slots that divide over `ep` devices, or one more a device where those cannot even out the loads."""
-    fewest = experts + -experts % ep
+def fewest_slots(experts: int, ep: int) -> int:
+    """The fewest slots that divide over `ep` devices: what a layout takes that is not told otherwise."""
+    return experts + -experts % ep
+
+
+def levelling_slots(experts: int, ep: int) -> int:
+    """The fewest slots, or one more a device where those cannot even out the loads that are expected of a router."""
+    fewest = fewest_slots(experts, ep)
     return fewest + ep if placement_limit(experts, fewest, ep) > _UNEVEN else fewest
 
 
-def _slots(experts: int, ep: int, redundant: int | None, even: bool) -> int:
+def _slots(experts: int, ep: int, redundant: int | None) -> int:
     if not experts:
         if redundant:
             raise WrongLayout(message=f"--redundant {redundant}, but the model has no routed experts")
         return 0
     if redundant is None:
-        return default_slots(experts, ep) if even else experts + -experts % ep
+        return fewest_slots(experts, ep)
     if (experts + redundant) % ep:
         proposal = redundant + -(experts + redundant) % ep
         slots = experts + proposal
@@ -156,11 +158,15 @@ def _check_tp(module: Module, tp: int, recipe: Recipe, pad: bool) -> None:
         width = int(weight.type.shape[cut.axis])  # type: ignore[arg-type]
         if cut.heads and cut.heads % tp:
             raise WrongLayout(message=f"TP {tp} does not divide {cut.heads} heads; try TP {_divisor(cut.heads, tp)}")
+        if cut.groups % tp and tp % max(cut.groups, 1):
+            fits = next(n for n in range(tp, 0, -1) if not ((cut.groups % n and n % cut.groups) or cut.heads % n))
+            message = f"TP {tp} neither divides {cut.groups} heads of keys and values nor is a multiple of them"
+            raise WrongLayout(message=f"{message}; try TP {fits}")
         # Gate and up projection lie one after the other in one weight; each is cut on its own.
         parts = 2 if cut.joined else 1
         block = BLOCK if recipe.blocks else 1
         if not (pad and not cut.heads):
-            check_blocks(cut.name, width // parts, tp, block, can_pad=not cut.heads)
+            check_blocks(cut.name, width // parts, cut.parts(tp), block, can_pad=not cut.heads)
 
 
 def check_blocks(weight: str, width: int, tp: int, block: int, can_pad: bool = True) -> None:

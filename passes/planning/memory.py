@@ -54,7 +54,7 @@ def stage_bytes(
 
     `tables`: with what is computed rather than learned.
     """
-    roles, cut = weight_roles(module), {c.name for c in sharded_weights(module)}
+    roles, cut = weight_roles(module), {c.name: c.parts(layout.tp) for c in sharded_weights(module)}
     heads = set(_head_weights(module))
     outside: dict[object, tuple[str, float]] = {}
     layers: dict[int, float] = {}
@@ -70,7 +70,7 @@ def stage_bytes(
         ranges = {name: (start, stop) for name, start, stop in weight.indices}
         if "e" in ranges:
             size *= layout.slots_per_device
-        size /= layout.tp if weight.name in cut else 1
+        size /= cut.get(weight.name, 1)
         if "l" in ranges:
             for layer in range(*ranges["l"]):
                 layers[layer] = layers.get(layer, 0.0) + size

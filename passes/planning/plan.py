@@ -11,7 +11,7 @@ from moec.passes.planning import memory as sizes
 from moec.passes.planning.balance import placement_limit
 from moec.passes.planning.errors import WrongPlan
 from moec.passes.planning.forms import Choice, Variants, choose, variants
-from moec.passes.planning.layout import Layout, LayoutRequest, expert_count, resolve
+from moec.passes.planning.layout import Layout, LayoutRequest, expert_count, levelling_slots, resolve
 from moec.passes.planning.memory import Memory
 from moec.passes.planning.pipelining import layer_times, pipelined_us, send_us, split_layers
 from moec.passes.planning.precision import Recipe, candidates, substitution
@@ -160,7 +160,7 @@ def make_plan(module: Module, target: Target, options: Options) -> Plan:
 
 
 def _with_recipe(module: Module, target: Target, recipe: Recipe, options: Options, limit: int) -> Plan:
-    layout, sized = resolve(module, target, recipe, options.layout, even=True)
+    layout, sized = resolve(module, target, recipe, options.layout)
     setting = Setting(layout, recipe, sized, options.balance)
     built = variants(module, setting)
     phases = {phase: _phase(module, built, phase, options, limit, setting) for phase in PHASES}
@@ -306,14 +306,15 @@ def hidden_size(module: Module) -> int:
 
 
 def _slots_note(layout: Layout, options: Options) -> str:
-    if options.layout.redundant is not None or layout.slots == layout.experts:
+    """How many redundant experts were taken, and how many would even out the loads better."""
+    if options.layout.redundant is not None or layout.ep == 1:
         return ""
-    extra = layout.slots - layout.experts
-    fewest = -layout.experts % layout.ep
-    if extra == fewest:
-        return f"{extra} redundant experts, the fewest that give each of {layout.ep} devices as many slots"
-    limit = placement_limit(layout.experts, layout.experts + fewest, layout.ep)
-    return f"{extra} redundant experts: with {fewest} the busiest device would receive {limit:.2f} times the mean"
+    extra, more = layout.slots - layout.experts, levelling_slots(layout.experts, layout.ep) - layout.experts
+    fewest = f"{extra} redundant experts, the fewest that give each of {layout.ep} devices as many slots"
+    if more > extra:
+        limit, other = (placement_limit(layout.experts, layout.experts + n, layout.ep) for n in (extra, more))
+        return f"{fewest}: the busiest device receives {limit:.2f} times the mean, with --redundant {more} {other:.2f}"
+    return fewest if extra else ""
 
 
 def _gain(
@@ -358,7 +359,7 @@ def _what_fits(module: Module, target: Target, recipe: Recipe, options: Options,
             continue
         asked = LayoutRequest(ranks=ranks, tp=plan.layout.tp)
         try:
-            layout, _ = resolve(module, target, recipe, asked, even=True)
+            layout, _ = resolve(module, target, recipe, asked)
         except MoecError:
             continue
         if sizes.weight_bytes(module, layout, recipe) < m.capacity:

@@ -15,7 +15,7 @@ from moec.errors import MoecError
 from moec.ir import Module
 from moec.passes.planning.errors import NothingFits
 from moec.passes.planning.forms import Variants, variants
-from moec.passes.planning.layout import Layout, LayoutRequest, default_slots, expert_count, layer_count, resolve
+from moec.passes.planning.layout import Layout, LayoutRequest, expert_count, layer_count, levelling_slots, resolve
 from moec.passes.planning.memory import Memory, weight_bytes
 from moec.passes.planning.pipelining import split_layers
 from moec.passes.planning.plan import Options, step_memory, time_step
@@ -74,7 +74,7 @@ def search(module: Module, target: Target, options: Options, phase: str, limit_u
     the others, at its best batch; `asked` has it at the options' batch.
     """
     recipe = candidates(options.recipe, target)[0]
-    own, sized = resolve(module, target, recipe, options.layout, even=True)
+    own, sized = resolve(module, target, recipe, options.layout)
     bench = Bench(module, sized, recipe, options, phase, limit_us)
     ranking: list[Candidate] = []
     points: list[Candidate] = []
@@ -125,7 +125,7 @@ def _layouts(module: Module, target: Target, recipe: Recipe, own: Layout) -> Ite
             groups = [e for e in range(1, stage + 1) if stage % e == 0 and (e % node == 0 or node % e == 0)]
             for ep in groups if experts else [1]:
                 fewest = -experts % ep
-                least = max(fewest, default_slots(experts, ep) - experts) if experts else 0
+                least = max(fewest, levelling_slots(experts, ep) - experts) if experts else 0
                 for extra in sorted({fewest, *(least + k * ep for k in range(_EXTRA_SLOTS))} if ep > 1 else {0}):
                     asked = LayoutRequest(ranks=ranks, tp=tp, ep=ep, pp=pp, redundant=extra if experts else None)
                     try:

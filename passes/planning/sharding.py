@@ -19,16 +19,27 @@ _AFTER_HEADS = ("flatten", "linear.heads")
 
 @dataclass(frozen=True)
 class Cut:
-    """A weight that tensor parallelism divides along `axis`; `heads` when head by head; `joined`: two parts in one."""
+    """A weight that tensor parallelism divides along `axis`; `heads` when head by head; `joined`: two parts in one.
+
+    `groups` are the heads of keys and values in it: where they are fewer than the devices, several hold the same one.
+    """
 
     name: str
     axis: int
     heads: int = 0
     joined: bool = False
+    groups: int = 0
+
+    def parts(self, tp: int) -> int:
+        """Parts that `tp` devices make of it."""
+        return min(tp, self.groups) if self.groups else tp
 
 
 def roles(function: Function) -> dict[int, Role]:
-    """The role of every op, by `id(op)`."""
+    """The role of every op, by `id(op)`.
+
+    Attention with a norm over the widths of all heads is whole: no device has all that the norm sums.
+    """
     found: dict[int, Role] = {id(op): "whole" for op in function.ops}
     made = function.producer()
     users: dict[Value, list[Op]] = {}
@@ -36,7 +47,7 @@ def roles(function: Function) -> dict[int, Role]:
         for operand in op.operands:
             if isinstance(operand, Value):
                 users.setdefault(operand, []).append(op)
-    for op in function.ops:
+    for op in [] if wide_norm(function) else function.ops:
         if op.name == "cache.append_heads":
             found[id(op)] = "heads"
             for operand in op.operands[2:4]:
@@ -53,6 +64,36 @@ def roles(function: Function) -> dict[int, Role]:
                 _feed_forward(op, made, users, found)
     else:
         _downstream(routed.operands[0], users, found)
+    return found
+
+
+def wide_norm(function: Function) -> bool:
+    """Whether queries or keys pass a norm over all heads together before they are divided into heads."""
+    made = function.producer()
+    for op in function.ops:
+        if op.name == "cache.append_heads" or op.name in ATTENTION:
+            ahead: dict[int, Role] = {}
+            for operand in op.operands[:4]:
+                _before(operand, made, ahead)
+            for norm in (o for o in function.ops if id(o) in ahead and o.name == "norm.rms"):
+                t = norm.result.type
+                assert isinstance(t, TensorType)
+                if len(t.shape) == 2:
+                    return True
+    return False
+
+
+def key_heads(function: Function) -> dict[int, int]:
+    """Ops that make keys and values of attention with grouped heads, by `id(op)`, and how many heads of them."""
+    made = function.producer()
+    found: dict[int, int] = {}
+    for op in (o for o in function.ops if o.name == "cache.append_heads"):
+        keys = op.operands[2].type
+        assert isinstance(keys, TensorType)
+        ahead: dict[int, Role] = {}
+        for operand in op.operands[2:4]:
+            _before(operand, made, ahead)
+        found.update(dict.fromkeys(ahead, int(keys.shape[1])))  # type: ignore[arg-type]
     return found
 
 
@@ -117,7 +158,8 @@ def sharded_weights(module: Module) -> Iterator[Cut]:
             if role in ("column", "row") and isinstance(weight, WeightRef) and weight.name not in seen:
                 seen.add(weight.name)
                 heads, joined = _divided(function, op, role)
-                yield Cut(weight.name, 0 if role == "column" else 1, heads, joined)
+                groups = key_heads(function).get(id(op), 0)
+                yield Cut(weight.name, 0 if role == "column" else 1, heads, joined, groups)
 
 
 def _divided(function: Function, op: Op, role: Role) -> tuple[int, bool]:

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from moec.passes.planning.balance import DRIFT, expected_balance, expected_maximum, placement_limit
-from moec.passes.planning.layout import Layout, default_slots
+from moec.passes.planning.layout import Layout, levelling_slots
 
 
 def layout(ep: int, slots: int, experts: int = 256) -> Layout:
@@ -49,6 +49,6 @@ def test_directions() -> None:
     ("ep", "experts", "redundant"),
     [(32, 256, 32), (144, 256, 32), (72, 256, 32), (96, 384, 96), (16, 256, 0), (1, 256, 0)],
 )
-def test_default_redundancy_is_what_the_published_deployments_chose(ep: int, experts: int, redundant: int) -> None:
+def test_levelling_redundancy_is_what_the_published_deployments_chose(ep: int, experts: int, redundant: int) -> None:
     # DeepSeek's prefill and decode units (open-infra-index, day 6), SGLang's decode, Kimi K2 on 96 H200.
-    assert default_slots(experts, ep) - experts == redundant
+    assert levelling_slots(experts, ep) - experts == redundant
