@@ -9,6 +9,10 @@ class UnreadableFile(InputError):
     template = "cannot read {path}: {reason}"
 
 
+class NoSuchArray(UnreadableFile):
+    """A file of several arrays without the wanted one."""
+
+
 class WrongRank(InputError):
     template = "{name}: expected {expected}, got an array of shape {shape}"
 
@@ -73,3 +77,7 @@ class UnwritableFile(MoecError):
 
 class ExactWithGroups(InputError):
     template = "the exact solver does not take groups: leave --exact or --groups out"
+
+
+class RecordingsDiffer(InputError):
+    template = "{first} and {other} are not of the same model: {what}"

@@ -49,18 +49,28 @@ def read_coactivation(path: Path, layers: int, experts: int) -> Floats:
     return array
 
 
-def _read(path: Path, names: tuple[str, ...]) -> Any:
-    """The wanted array of a file, as numpy or nested lists."""
+def read_optional(path: Path, name: str) -> Any:
+    """The array of that name in a file of several, as numpy or nested lists; None when there is none."""
+    if path.suffix == ".npy":
+        return None
+    try:
+        return _read(path, (name,), or_only=False)
+    except errors.NoSuchArray:
+        return None
+
+
+def _read(path: Path, names: tuple[str, ...], or_only: bool = True) -> Any:
+    """The wanted array of a file, as numpy or nested lists; a file's only one may have any name with `or_only`."""
     try:
         if path.suffix == ".json":
-            return _named(path, json.loads(path.read_text(encoding="utf-8")), names)
+            return _named(path, json.loads(path.read_text(encoding="utf-8")), names, or_only)
         if path.suffix not in (".npy", ".npz"):
             raise errors.UnreadableFile(path=path, reason="expected a file named .npy, .npz or .json")
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return loaded
         with loaded:
-            return _named(path, loaded, names)
+            return _named(path, loaded, names, or_only)
     except OSError as error:
         raise errors.UnreadableFile(path=path, reason=error.strerror or error) from None
     except ValueError as error:
@@ -72,20 +82,20 @@ def _read(path: Path, names: tuple[str, ...]) -> Any:
         raise errors.UnreadableFile(path=path, reason=f"not valid {path.suffix[1:]}") from None
 
 
-def _named(path: Path, content: Any, names: tuple[str, ...]) -> Any:
-    if isinstance(content, list):
+def _named(path: Path, content: Any, names: tuple[str, ...], or_only: bool) -> Any:
+    if isinstance(content, list) and or_only:
         return content
+    if isinstance(content, list):
+        raise errors.NoSuchArray(path=path, reason="no names in it")
     if not hasattr(content, "keys"):
         raise errors.UnreadableFile(path=path, reason="expected nested lists or an object of arrays")
     keys = list(content.keys())
     for name in names:
         if name in keys:
             return content[name]
-    if len(keys) == 1 and not isinstance(content, dict):
+    if len(keys) == 1 and not isinstance(content, dict) and or_only:
         return content[keys[0]]
-    raise errors.UnreadableFile(
-        path=path, reason=f"no {' or '.join(names)} in it (it has {', '.join(keys) or 'nothing'})"
-    )
+    raise errors.NoSuchArray(path=path, reason=f"no {' or '.join(names)} in it (it has {', '.join(keys) or 'nothing'})")
 
 
 def as_dict(placement: Placement) -> dict[str, Any]:
@@ -105,8 +115,7 @@ def write_placement(placement: Placement, path: Path) -> None:
     """Write a placement as JSON, or as npz when `path` ends so."""
     fields = as_dict(placement)
     if path.suffix == ".npz":
-        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in fields.items()}
-        _replace(path, lambda file: np.savez_compressed(file, **arrays))
+        write_npz(path, fields)
     else:
         write_text(path, json.dumps(fields) + "\n")
 
@@ -186,6 +195,12 @@ def _whole(path: Path, fields: dict[str, Any], name: str, fallback: int | None) 
     if number < 1:
         raise errors.BadPlacement(path=path, reason=f"{name} must be a whole number above 0")
     return number
+
+
+def write_npz(path: Path, fields: dict[str, Any]) -> None:
+    """Write arrays whole or not at all."""
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in fields.items()}
+    _replace(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,16 +12,21 @@ from itertools import combinations
 from math import factorial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moec.passes.placement.bounds import lower_bound
+from moec.passes.placement.crowding import crowded_bound
 from moec.passes.placement.packing import Packing, improve, pack
 from moec.passes.placement.problem import Floats, Ints, Problem
 
 _MOST_PARTITIONS = 3000
-_TRIED_PARTITIONS = 4
+_TRIED_PARTITIONS = 2
 
 # Effort for each way to spread the groups: layers that need more than one way take more than one share.
-_EFFORT_A_WAY = 0.4
+_EFFORT_A_WAY = 0.2
+# Effort for all sets of groups of the layers that are still further than this above their bound.
+_EFFORT_OF_SETS = 0.6
+_NEAR = 1 + 1e-3
 
 # Places sub-problems: (loads [rows, experts], devices, slots, target [rows], effort) -> packing.
 Solver = Callable[[Floats, int, int, Floats, float], Packing]
@@ -42,27 +47,63 @@ def node_bound(problem: Problem, *, even: bool = True) -> Floats:
         lightest_mates = sums[:, : groups // problem.nodes - 1].sum(axis=1)
         return np.asarray(np.maximum(whole, (sums[:, -1] + lightest_mates) / devices))
     # Nodes repeat between partitions: each set of groups is bounded once.
-    sets = list(combinations(range(groups), groups // problem.nodes))
-    index = {members: i for i, members in enumerate(sets)}
+    sets, ways = _sets_and_ways(groups, problem.nodes)
     bounds = np.stack(
-        [lower_bound(grouped[:, members].reshape(layers, -1), devices, slots, even=even) for members in sets], axis=1
+        [lower_bound(grouped[:, list(s)].reshape(layers, -1), devices, slots, even=even) for s in sets.tolist()], axis=1
     )
-    ways = np.array([[index[node] for node in way] for way in _partitions(groups, problem.nodes)])
     return np.asarray(np.maximum(whole, bounds[:, ways].max(axis=2).min(axis=1)))
+
+
+def crowded_node_bound(problem: Problem, rows: Ints, bound: Floats, greatest: Floats) -> Floats:
+    """`bound` of the layers `rows` with what heavy experts leave room for on a node; float64[rows], even shares.
+
+    `greatest` is what a placement reaches: sets whose simple bounds are above it need no closer look.
+    """
+    groups, nodes = problem.groups, problem.nodes
+    if _number_of_partitions(groups, nodes) > _MOST_PARTITIONS:
+        return bound
+    devices, slots = problem.devices // nodes, problem.slots // nodes
+    sets, ways = _sets_and_ways(groups, nodes)
+    loads = _loads_of_sets(problem, rows, sets)
+    flat = loads.reshape(-1, loads.shape[2])
+    values = lower_bound(flat, devices, slots).reshape(len(rows), -1)
+    # A set far below the bound cannot decide it.
+    close = (values > bound[:, None] / 2) & (values < greatest[:, None])
+    values[close] = np.maximum(values[close], crowded_bound(loads[close], devices, slots))
+    return np.asarray(np.maximum(bound, values[:, ways].max(axis=2).min(axis=1)))
+
+
+def _sets_and_ways(groups: int, nodes: int) -> tuple[Ints, Ints]:
+    """All sets of groups that could share a node [sets, groups per node], and all ways as such sets [ways, nodes]."""
+    sets = np.array(list(combinations(range(groups), groups // nodes)))
+    index = {tuple(members): i for i, members in enumerate(sets.tolist())}
+    return sets, np.array([[index[node] for node in way] for way in _partitions(groups, nodes)])
+
+
+def _experts_of_sets(problem: Problem, sets: Ints) -> Ints:
+    """The experts of each set of groups: int64[sets, experts]."""
+    size = problem.experts // problem.groups
+    return np.asarray((sets[:, :, None] * size + np.arange(size)).reshape(len(sets), -1))
+
+
+def _loads_of_sets(problem: Problem, rows: Ints, sets: Ints) -> Floats:
+    """Loads of the experts of each set, in some layers: float64[rows, sets, experts]."""
+    return problem.loads[rows[:, None, None], _experts_of_sets(problem, sets)[None]]
 
 
 def place_groups(problem: Problem, bound: Floats, solve: Solver) -> Packing:
     """Place every layer with its groups bound to nodes.
 
     Spreads the groups over the nodes (the most even way first, and the way of largest-first packing, which is what
-    the greedy does), solves every node as a problem of its own with the layer's `bound` as the target, and tries
-    further ways for the layers that stay above it.
+    the greedy does) and solves every node as a problem of its own with the layer's `bound` as the target. For layers
+    that stay above it, every set of groups that could share a node is solved: nodes do not meet, so the best of all
+    ways to spread the groups follows from what each set needs.
     """
     shape = (problem.layers, problem.devices, problem.slots_per_device)
     best = Packing(np.zeros(shape, np.int64), np.full(shape, np.inf))
     greatest = np.full(problem.layers, np.inf)
     for homes, heaviest in _ways(problem):
-        rows = np.flatnonzero((greatest > bound * (1 + 1e-3)) & (heaviest < greatest))
+        rows = np.flatnonzero((greatest > bound * _NEAR) & (heaviest < greatest))
         if not len(rows):
             continue
         packing = _solve_nodes(problem, rows, homes[rows], bound[rows], solve)
@@ -70,7 +111,47 @@ def place_groups(problem: Problem, bound: Floats, solve: Solver) -> Packing:
         better = np.flatnonzero(now < greatest[rows])
         best.replace(rows[better], packing.take(better))
         greatest[rows[better]] = now[better]
+    rows = np.flatnonzero(greatest > bound * _NEAR)
+    if len(rows) and _number_of_partitions(problem.groups, problem.nodes) <= _MOST_PARTITIONS:
+        packing = _best_sets(problem, rows, bound[rows], greatest[rows], solve)
+        better = np.flatnonzero(packing.greatest < greatest[rows])
+        best.replace(rows[better], packing.take(better))
     return best
+
+
+def _best_sets(problem: Problem, rows: Ints, bound: Floats, greatest: Floats, solve: Solver) -> Packing:
+    """The best of all ways to spread the groups of the layers `rows`, from solutions of all sets of groups.
+
+    Sets that no way better than `greatest` can use, by their bounds, are left as they are: infinitely bad.
+    """
+    layers, nodes, groups = len(rows), problem.nodes, problem.groups
+    devices, slots = problem.devices // nodes, problem.slots // nodes
+    sets, ways = _sets_and_ways(groups, nodes)
+    experts, loads = _experts_of_sets(problem, sets), _loads_of_sets(problem, rows, sets)
+    least = lower_bound(loads.reshape(layers * len(sets), -1), devices, slots).reshape(layers, -1)
+    hopeful = least[:, ways].max(axis=2) < greatest[:, None]
+    layer, which = np.nonzero(_used(hopeful, ways, len(sets)))
+    solved = solve(loads[layer, which], devices, slots, bound[layer], _EFFORT_OF_SETS)
+    value = np.full((layers, len(sets)), np.inf)
+    value[layer, which] = solved.greatest
+    chosen = ways[value[:, ways].max(axis=2).argmin(axis=1)]
+    at = np.full((layers, len(sets)), -1)
+    at[layer, which] = np.arange(len(layer))
+    found = at[np.arange(layers)[:, None], chosen]
+    # A layer without a hopeful way keeps what it has: infinitely bad here.
+    sizes = np.where((found >= 0)[..., None, None], solved.sizes[found], np.inf)
+    flat = solved.experts[found].reshape(layers * nodes, -1)
+    named = np.take_along_axis(experts[chosen.ravel()], flat, axis=1)
+    shape = (layers, problem.devices, problem.slots_per_device)
+    return Packing(named.reshape(shape), sizes.reshape(shape))
+
+
+def _used(hopeful: NDArray[np.bool_], ways: Ints, sets: int) -> NDArray[np.bool_]:
+    """Which sets occur in the hopeful ways of each layer: [layers, sets]."""
+    used = np.zeros((len(hopeful), sets), dtype=bool)
+    layer, way = np.nonzero(hopeful)
+    used[layer[:, None], ways[way]] = True
+    return used
 
 
 def _solve_nodes(problem: Problem, rows: Ints, homes: Ints, bound: Floats, solve: Solver) -> Packing:

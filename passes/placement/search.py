@@ -14,6 +14,7 @@ from moec.passes.placement.counts import mutate, spread_widest, starting_counts
 from moec.passes.placement.packing import PARTNERS, Packing, improve, pack
 from moec.passes.placement.pairs import anneal
 from moec.passes.placement.problem import Floats, Ints
+from moec.passes.placement.resplit import resplit
 
 # Swaps go on until the greatest device load is this near the target (cheap); other replica counts are tried only for
 # rows that are further away than the second figure (dear).
@@ -23,10 +24,10 @@ _QUICK_SWAPS = 10
 _POLISH_SWAPS = 300
 _LIMITS = 9
 _FEWEST_COPIES, _MOST_COPIES = 8, 256
-# Numbers that the rounds of random changes may look at in all: about a second on one core.
-_EFFORT = 60_000_000
+# Numbers that the rounds of random changes may look at in all: about two seconds on one core.
+_EFFORT = 150_000_000
 # Small batches cost more a number than large ones: they stop after so many rounds.
-_MOST_ROUNDS = 40
+_MOST_ROUNDS = 100
 
 
 def search(loads: Floats, devices: int, slots: int, target: Floats, *, effort: float = 1.0, seed: int = 0) -> Packing:
@@ -40,6 +41,7 @@ def search(loads: Floats, devices: int, slots: int, target: Floats, *, effort: f
     if slots == devices:
         return best
     improve(best, target * _POLISHED, _POLISH_SWAPS)
+    resplit(best, target * _POLISHED, _POLISH_SWAPS)
     state = _State(loads, devices, target, counts, best)
     state.try_starts(slots)
     rng = np.random.default_rng(seed)
@@ -105,6 +107,7 @@ class _State:
     def _accept(self, rows: Ints, counts: Ints) -> None:
         packing = pack(self.loads[rows], counts, self.devices)
         improve(packing, self.target[rows] * _POLISHED, _POLISH_SWAPS)
+        resplit(packing, self.target[rows] * _POLISHED, _POLISH_SWAPS)
         greatest = packing.greatest
         better = np.flatnonzero(greatest < self.greatest[rows])
         self.counts[rows[better]] = counts[better]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moec.passes.placement.bounds import lower_bound
-from moec.passes.placement.groups import node_bound, place_groups
+from moec.passes.placement.crowding import crowded_bound
+from moec.passes.placement.groups import crowded_node_bound, node_bound, place_groups
 from moec.passes.placement.movement import keep_previous
 from moec.passes.placement.packing import Packing
 from moec.passes.placement.partners import gather_partners
@@ -17,6 +18,8 @@ from moec.passes.placement.search import search
 from moec.passes.placement.shares import free_shares, one_component
 
 DEFAULT_SLACK = 2e-3
+# A layer this near to its bound needs no sharper one.
+_NEAR = 1 + 7e-4
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,28 @@ def place(
     else:
         packing = solve(problem.loads, problem.devices, problem.slots, bound, 1.0)
     placement = Placement.of_packing(problem, packing, even=even)
+    bound, free_bound = _sharpened(problem, bound, free_bound, placement.greatest_loads(problem.loads), even)
     ceiling = np.maximum(placement.greatest_loads(problem.loads), bound * (1 + slack))
     if coactivation is not None and problem.nodes > 1:
         placement = gather_partners(problem, placement, coactivation, ceiling)
     if previous is not None:
         placement = keep_previous(problem, placement, previous, ceiling, movable_nodes=coactivation is None)
     return Result(problem, placement, placement.greatest_loads(problem.loads), bound, free_bound)
+
+
+def _sharpened(
+    problem: Problem, bound: Floats, free_bound: Floats, greatest: Floats, even: bool
+) -> tuple[Floats, Floats]:
+    """Both bounds, with a closer look at the layers that a placement does not bring near to them."""
+    if not even or problem.slots_per_device == 1:
+        return bound, free_bound
+    rows = np.flatnonzero(greatest > bound * _NEAR)
+    if not len(rows):
+        return bound, free_bound
+    bound, free_bound = bound.copy(), free_bound.copy()
+    crowded = crowded_bound(problem.loads[rows], problem.devices, problem.slots)
+    free_bound[rows] = np.maximum(free_bound[rows], crowded)
+    bound[rows] = np.maximum(bound[rows], crowded)
+    if problem.bound_to_nodes:
+        bound[rows] = crowded_node_bound(problem, rows, bound[rows], greatest[rows])
+    return bound, free_bound

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
 from moec.passes.placement import Problem, place
 from moec.passes.placement.bounds import lower_bound
+from moec.passes.placement.crowding import crowded_bound
 from moec.passes.placement.exact import exact_even, exact_free, exact_layer, exact_pairs, prove
+from moec.passes.placement.packing import Packing
+from moec.passes.placement.resplit import resplit
 
 
 @pytest.mark.parametrize("devices, slots, experts", [(3, 3, 7), (4, 3, 10), (3, 4, 9), (2, 6, 9)])
@@ -70,3 +75,30 @@ def test_large_problems_are_refused_in_one_line() -> None:
 
     with pytest.raises(SearchTooLarge, match="at most 4000"):
         exact_layer(np.ones(256), 32, 288, even=True, seconds=1)
+
+
+def test_the_crowded_bound_holds_and_sees_more() -> None:
+    """Few heavy experts and few spare slots: never above the optimum, and above the simple bounds for some."""
+    rng, sharper = np.random.default_rng(3), 0
+    for _ in range(12):
+        loads = 1.0 / np.arange(1, 9) ** rng.uniform(1, 3) * rng.gamma(5, 0.2, 8)
+        bound, simple = crowded_bound(loads[None], 4, 12)[0], lower_bound(loads[None], 4, 12)[0]
+        found = exact_even(loads, 4, 12, seconds=20)
+        assert bound <= found.greatest * (1 + 1e-6)
+        sharper += bound > simple * (1 + 1e-3)
+    assert sharper > 1
+
+
+@pytest.mark.parametrize("per_device", [3, 5, 6])
+def test_two_devices_are_split_optimally(per_device: int) -> None:
+    rng = np.random.default_rng(per_device)
+    sizes = rng.random((6, 2, per_device))
+    packing = Packing(np.arange(2 * per_device).reshape(1, 2, -1).repeat(6, axis=0), sizes.copy())
+    resplit(packing, np.zeros(6), 9)
+    flat = sizes.reshape(6, -1)
+    assert np.array_equal(
+        np.take_along_axis(flat, packing.experts.reshape(6, -1), axis=1), packing.sizes.reshape(6, -1)
+    )
+    for row, values in enumerate(flat):
+        halves = [sum(part) for part in combinations(values, per_device)]
+        assert packing.greatest[row] == pytest.approx(min(max(h, values.sum() - h) for h in halves))
