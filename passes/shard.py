@@ -14,7 +14,7 @@ from moec.passes.base import Context, Outcome, Pass, PassError
 from moec.passes.sharding.experts import Dispatching, shard_experts
 from moec.passes.sharding.placed import place_experts
 from moec.passes.sharding.stages import split_stages
-from moec.passes.sharding.tensor import Widths, cut_head, cut_layers
+from moec.passes.sharding.tensor import Widths, cut_head, cut_layers, heads_of_keys, narrow_cache
 
 VIA = ("auto", "direct", "node")
 
@@ -25,8 +25,9 @@ class Shard(Pass):
 
     Consumes a module before precision recipes, with `moe.dispatch` and `moe.combine` inside one rank. Produces the
     program of every rank: attention and dense feed-forwards cut by heads and widths over `tp` with an all-reduce behind
-    each (Shoeybi et al. 2019, arXiv 1909.08053), the head by vocabulary, routed experts over `ep` between
-    `comm.dispatch` and `comm.combine`, where tokens of one tensor-parallel group are divided first, layers over `pp`;
+    each (Shoeybi et al. 2019, arXiv 1909.08053; ranks share a head of keys and values where those are fewer), the head
+    by vocabulary, routed experts over `ep` between `comm.dispatch` and `comm.combine`, where tokens of one
+    tensor-parallel group are divided first, layers over `pp`;
     weights whose programs make the rank's part. Shared experts are whole where experts are dispatched, else cut like
     dense ones. `via` and `per_node` choose the way between nodes (`auto`: prefill forwards inside nodes, decode does
     not). Results change by the order of sums: tolerance 0.
@@ -67,8 +68,10 @@ class Shard(Pass):
             raise PassError(name=self.name, message=message)
         set_mesh(module, mesh)
         widths = Widths(layout.block, layout.pad)
+        heads = heads_of_keys(module)
         for function in module.functions.values():
             out.matched += cut_layers(module, function, mesh, widths, out)
+        narrow_cache(module, mesh, heads)
         # Both phases share their weights: types follow once all are cut.
         retype(module)
         for function in module.functions.values():

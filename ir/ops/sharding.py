@@ -15,16 +15,19 @@ from moec.ir.types import IndexType, Type
 class WeightShard(OpDef):
     """This rank's part of dim `dim`, one of `ranks` equal ones; of `parts` joined tensors (gate | up) a part of each.
 
-    Scale blocks of quantised tensors must not be cut.
+    With `copies` there are `ranks / copies` parts, and so many consecutive ranks have the same one. Scale blocks of
+    quantised tensors must not be cut.
     """
 
     name = "weight.shard"
     operands = "x"
-    attrs = {**GROUP, "dim": INT, "parts": Attr("int", optional=True)}
+    attrs = {**GROUP, "dim": INT, "parts": Attr("int", optional=True), "copies": Attr("int", optional=True)}
 
     def infer(self, t: Sequence[Type], a: Attrs, module: Module | None) -> list[Type]:
-        x, at, n = tensor(t[0], "x"), int(a["dim"]), int(a["ranks"])
-        parts = int(a.get("parts", 1))
+        x, at, ranks = tensor(t[0], "x"), int(a["dim"]), int(a["ranks"])
+        parts, copies = int(a.get("parts", 1)), int(a.get("copies", 1))
+        require(copies >= 1 and ranks % copies == 0, f"{copies} copies do not divide {ranks} ranks")
+        n = ranks // copies
         require(x.layout is None, f"x must be unpacked, got {x}")
         require(0 <= at < len(x.shape), f"dim {at} is out of range for {x}")
         require(n >= 1 and parts >= 1, f"ranks and parts must be at least 1, got {n} and {parts}")
@@ -41,7 +44,9 @@ class WeightShard(OpDef):
     def evaluate(self, x: Sequence[Any], a: Attrs, ctx: Any) -> list[Any]:
         from moec.ir.numeric import shard
 
-        return [shard(x[0], int(a["dim"]), int(a["ranks"]), int(a.get("parts", 1)), ctx.coordinate(str(a["axis"])))]
+        copies = int(a.get("copies", 1))
+        index = ctx.coordinate(str(a["axis"])) // copies
+        return [shard(x[0], int(a["dim"]), int(a["ranks"]) // copies, int(a.get("parts", 1)), index)]
 
 
 class WeightOnce(OpDef):

@@ -142,7 +142,11 @@ def _assemble(mesh: Mesh, ranks: list[Run]) -> Run:
     firsts = [rank for rank in range(mesh.ranks) if mesh.index(rank, "tp") == 0]
     for key, one in ranks[0].results.items():
         if key not in ranks[0].rows:
-            out.results[key] = torch.stack([ranks[rank].results[key] for rank in firsts]).sum(0)
+            parts = [
+                torch.stack([ranks[r].results[key] for r in range(mesh.ranks) if mesh.index(r, "tp") == i]).sum(0)
+                for i in range(mesh.tp)
+            ]
+            out.results[key] = _whole_cache(parts)
             continue
         total = sum(len(ranks[r].rows[key]) for r in firsts if mesh.index(r, "pp") == 0)
         whole = torch.full((total, *one.shape[1:]), float("nan"), dtype=one.dtype)
@@ -155,6 +159,14 @@ def _assemble(mesh: Mesh, ranks: list[Run]) -> Run:
                 raise EvaluationError(function=key[0], op=where, reason="its results differ from its group's")
         out.results[key] = whole
     return out
+
+
+def _whole_cache(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The cache of a tensor-parallel group: the same on all ranks, or heads of each, keys before values in a row."""
+    different = [part for i, part in enumerate(parts) if i == 0 or not torch.equal(part, parts[i - 1])]
+    if len(different) == 1:
+        return parts[0]
+    return torch.cat([torch.cat(halves, -1) for halves in zip(*(p.chunk(2, -1) for p in different), strict=True)], -1)
 
 
 class _Routed(Evaluator):

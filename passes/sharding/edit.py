@@ -43,12 +43,16 @@ def use_instead(function: Function, old: Value, new: Value, except_for: Op) -> N
     function.returns = [new if v is old else v for v in function.returns]
 
 
-def cut_weight(weight: Weight, mesh: Mesh, axis: str, dim: int, parts: int = 1) -> None:
-    """Make the weight's program end in this rank's part; once, however often the weight is used."""
+def cut_weight(weight: Weight, mesh: Mesh, axis: str, dim: int, parts: int = 1, copies: int = 1) -> None:
+    """Make the weight's program end in this rank's part; once, however often the weight is used.
+
+    `copies` consecutive ranks get the same part.
+    """
     if any(op.name == "weight.shard" for op in weight.program.ops):
         return
     attrs: dict[str, object] = {"axis": axis, "ranks": mesh.size(axis), "dim": dim}
-    append_to_program(weight, "weight.shard", **attrs, **({"parts": parts} if parts > 1 else {}))
+    options = {name: n for name, n in (("parts", parts), ("copies", copies)) if n > 1}
+    append_to_program(weight, "weight.shard", **attrs, **options)
 
 
 def weight_at(module: Module, op: Op, position: int) -> Weight | None:

@@ -103,7 +103,11 @@ def hold_slots(weight: Weight, mesh: Mesh, route: Dispatching, first: int) -> No
         "axis": "ep", "ranks": mesh.ep, "slots": route.slots, "experts": route.experts, "first": first,
     }  # fmt: skip
     (type_,) = infer(OPS["weight.slot"], program.args, attrs, None)
-    program.ops.insert(0, Op("weight.slot", list(program.args), dict(attrs), [Value("slot", type_)]))
+    slot = Op("weight.slot", list(program.args), dict(attrs), [Value("slot", type_)])
+    # Checkpoints that stack their experts select one by the index itself.
+    for op in program.ops:
+        op.operands = [slot.result if o is program.args[1] else o for o in op.operands]
+    program.ops.insert(0, slot)
 
 
 def node_limit(router: Op, mesh: Mesh, route: Dispatching) -> int:

@@ -1,13 +1,20 @@
-"""A placement from a file, as attributes of the module."""
+"""Placements and modules: from a file into attributes of the module, and back."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from moec.ir import Module
 from moec.ir.mesh import Mesh
+from moec.ir.replicas import default_slots
 from moec.passes.base import PassError
 from moec.passes.sharding.edit import PASS
+
+if TYPE_CHECKING:
+    from moec.passes.placement import Placement
 
 
 def place_experts(module: Module, path: Path, experts: int, mesh: Mesh) -> int:
@@ -30,6 +37,26 @@ def place_experts(module: Module, path: Path, experts: int, mesh: Mesh) -> int:
     if not found.has_even_shares:
         module.attrs["replica_shares"] = tuple(tuple(map(float, row)) for row in found.replica_shares)
     return found.slots
+
+
+def placement_of(module: Module) -> tuple[Placement, int] | None:
+    """The placement that a sharded module runs by and the number of layers before it; None without dispatches."""
+    from moec.passes.placement import Placement
+    from moec.passes.placement.placement import normalised_shares
+
+    sent = next((op for _, op in module.ops() if op.name == "comm.dispatch"), None)
+    if sent is None:
+        return None
+    experts, slots, ranks, per_node, first = (
+        int(sent.attrs[name])  # type: ignore[arg-type]
+        for name in ("experts", "slots", "ranks", "per_node", "first")
+    )
+    rows = module.attrs.get("placement") or (tuple(default_slots(experts, slots)),) * routed_layers(module)
+    mapping = np.array(rows, dtype=np.int64)
+    given = module.attrs.get("replica_shares")
+    weight = np.array(given, dtype=np.float64) if given else np.ones(mapping.shape)
+    shares = normalised_shares(mapping, weight, experts)
+    return Placement(mapping, shares, experts, ranks, ranks // per_node), first
 
 
 def routed_layers(module: Module) -> int:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from moec.ir import Function, Module, Op, TensorType, Value, Weight
+from moec.ir import CacheType, Function, Module, Op, TensorType, Value, Weight
 from moec.ir.mesh import Mesh
 from moec.ir.module import Attribute
 from moec.ir.patterns import Pattern, match, matches
 from moec.ir.rewrite import append_to_program
 from moec.passes.base import Outcome, PassError
 from moec.passes.planning.layout import check_blocks, padded_width
-from moec.passes.planning.sharding import ATTENTION, roles
+from moec.passes.planning.sharding import key_heads, roles
 from moec.passes.sharding.edit import PASS, behind, cut_weight, insert, use_instead, weight_at
 
 FEED_FORWARD = Pattern("linear", (Pattern("swiglu", (Pattern("linear", bind="up"),), alone=True),))
@@ -47,6 +48,7 @@ def cut_layers(module: Module, function: Function, mesh: Mesh, widths: Widths, o
     if mesh.tp == 1:
         return 0
     found: dict[int, str] = dict(roles(function))
+    keys = key_heads(function)
     routed = any(op.name == "moe.dispatch" for op in function.ops)
     if routed and mesh.ep == 1:
         _feed_forwards(function, found)
@@ -54,19 +56,26 @@ def cut_layers(module: Module, function: Function, mesh: Mesh, widths: Widths, o
     for op in list(function.ops):
         match found[id(op)]:
             case "column" if op.name == "linear":
-                count += _column(module, function, op, mesh, widths, out)
+                copies = mesh.tp // min(mesh.tp, keys.get(id(op), mesh.tp))
+                count += _column(module, function, op, mesh, widths, out, copies)
             case "row" if op.name == "linear":
                 count += _row(module, function, op, mesh, widths, out)
             case "heads" if op.name == "unflatten":
                 sizes = op.attrs["sizes"]
                 assert isinstance(sizes, tuple) and isinstance(sizes[0], int)
-                op.attrs["sizes"] = (sizes[0] // mesh.tp, *sizes[1:])
+                op.attrs["sizes"] = (max(1, sizes[0] // mesh.tp), *sizes[1:])
+            case "heads" if op.name == "attn.heads":
+                op.attrs["kv_heads"] = max(1, int(op.attrs["kv_heads"]) // mesh.tp)  # type: ignore[arg-type]
+                sinks = weight_at(module, op, 6)
+                if sinks is not None:
+                    cut_weight(sinks, mesh, "tp", 0)
             case "heads" if op.name == "linear.heads":
                 weight = weight_at(module, op, 1)
                 if weight is not None:
                     cut_weight(weight, mesh, "tp", 0)
                     count += 1
-    if any(op.name.startswith("attn.") and op.name not in ATTENTION for op in function.ops):
+    attention = [op for op in function.ops if op.name.startswith("attn.")]
+    if attention and any(found[id(op)] != "heads" for op in attention):
         out.notes.append(f"@{function.name}: attention is whole on every rank of a tensor-parallel group")
     if routed:
         if mesh.ep == 1:
@@ -77,26 +86,58 @@ def cut_layers(module: Module, function: Function, mesh: Mesh, widths: Widths, o
     return count
 
 
+def narrow_cache(module: Module, mesh: Mesh, before: Mapping[str, int]) -> None:
+    """Make the cache of grouped heads as wide as a rank's heads; `before` has the heads of each function until now."""
+    if mesh.tp == 1:
+        return
+    heads = heads_of_keys(module)
+    widths = {(before[name], heads[name]) for name in before}
+    if not widths or all(old == new for old, new in widths):
+        return
+    if len({new / old for old, new in widths}) > 1:
+        raise PassError(name=PASS, message="layers cut their heads of keys and values differently; choose --tp 1")
+    ((old, new), *_) = sorted(widths)
+    for function in module.functions.values():
+        for arg in function.args:
+            if isinstance(arg.type, CacheType) and arg.type.kind == "kv.heads":
+                width = int(arg.type.shape[-1]) * new // old  # type: ignore[arg-type]
+                arg.type = replace(arg.type, shape=(*arg.type.shape[:-1], width))
+
+
+def heads_of_keys(module: Module) -> dict[str, int]:
+    """Heads of keys and values of each layer function with grouped heads."""
+    return {
+        f.name: int(op.attrs["kv_heads"])  # type: ignore[arg-type]
+        for f, op in module.ops()
+        if op.name == "attn.heads"
+    }
+
+
 def _feed_forwards(function: Function, found: dict[int, str]) -> None:
     """Roles of shared experts, as those of dense feed-forwards."""
     for down, bound in matches(function, FEED_FORWARD):
         found[id(bound["up"])], found[id(down)] = "column", "row"
 
 
-def _column(module: Module, function: Function, op: Op, mesh: Mesh, widths: Widths, out: Outcome) -> bool:
-    """Cut the output columns of a product; of gate and up, which lie in one weight, each."""
+def _column(
+    module: Module, function: Function, op: Op, mesh: Mesh, widths: Widths, out: Outcome, copies: int = 1
+) -> bool:
+    """Cut the output columns of a product; of gate and up, which lie in one weight, each.
+
+    `copies` ranks have the same columns: fewer heads of keys and values than ranks.
+    """
     weight = weight_at(module, op, 1)
     if weight is None:
         return False
     joined = any(user.name == "swiglu" for user in function.uses().get(op.result, []))
     if joined:
         widths.fit(weight, 0, 2, mesh.tp, out)
-    cut_weight(weight, mesh, "tp", 0, 2 if joined else 1)
+    cut_weight(weight, mesh, "tp", 0, 2 if joined else 1, copies)
     bias = weight_at(module, op, 2)
     if bias is not None:
         if joined:
             widths.fit(bias, 0, 2, mesh.tp, out)
-        cut_weight(bias, mesh, "tp", 0, 2 if joined else 1)
+        cut_weight(bias, mesh, "tp", 0, 2 if joined else 1, copies)
     return True
 
 

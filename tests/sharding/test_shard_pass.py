@@ -200,3 +200,44 @@ def test_v3_sends_eight_rows_a_token_or_four_with_forwarding() -> None:
             assert op.attrs["node_limit"] == 4
     assert plans["direct"] == 8 * 63 / 64
     assert plans["node"] == 4 * 7 / 8 + 8 * 7 / 8
+
+
+GROUPED = {
+    "mixtral-8x7b": {"num_local_experts": "4"},
+    "qwen3-30b-a3b": {"head_dim": "8", "num_experts": "8", "num_experts_per_tok": "2", "moe_intermediate_size": "16"},
+    "gpt-oss-20b": {"head_dim": "8", "num_local_experts": "4", "num_experts_per_tok": "2"},
+    "llama-3.2-1b": {"head_dim": "8"},
+}
+GROUPED_SIZES = {
+    "num_hidden_layers": "2", "hidden_size": "64", "num_attention_heads": "8", "num_key_value_heads": "2",
+    "intermediate_size": "32", "vocab_size": "64",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("model", GROUPED)
+def test_grouped_heads_are_cut_or_shared(model: str, tp: int) -> None:
+    """Two heads of keys and values: one a rank, or one for two ranks; sinks and biases follow their heads."""
+    module = moec.trace(model, {**GROUPED_SIZES, **GROUPED[model]}).ir
+    experts = int(GROUPED[model].get("num_local_experts", GROUPED[model].get("num_experts", 0)))
+    before, ep = Numerics(module, 1024), tp if experts else 1
+    outcome = Shard().run(module, Context(load("cpu"), Limits(), Layout(tp, 1, ep, experts, experts)))
+    assert before.check(module, 0.0) is None
+    heads = {op.attrs["kv_heads"] for _, op in module.ops() if op.name == "attn.heads"}
+    assert heads == {1} and not any("attention is whole" in line for line in outcome.notes)
+    widths = {a.type.shape[-1] for f in module.functions.values() for a in f.args if str(a.type).startswith("kv.")}
+    assert widths == {16}
+
+
+def test_a_norm_over_all_heads_keeps_attention_whole() -> None:
+    sizes = {**GROUPED_SIZES, "num_experts": "8", "num_experts_per_tok": "2"}
+    module = moec.trace("olmoe-1b-7b", sizes).ir
+    before = Numerics(module, 1024)
+    outcome = Shard().run(module, Context(load("cpu"), Limits(), Layout(2, 1, 2, 8, 8)))
+    assert before.check(module, 0.0) is None and any("attention is whole" in line for line in outcome.notes)
+
+
+def test_heads_of_keys_that_do_not_fit_are_refused_with_a_proposal() -> None:
+    sizes = {**GROUPED_SIZES, "head_dim": "8", "num_attention_heads": "12", "num_key_value_heads": "6"}
+    with pytest.raises(WrongLayout, match=r"TP 4 neither divides 6 heads of keys and values .*; try TP 3"):
+        moec.trace("llama-3.2-1b", sizes).optimize("cpu", layout=LayoutRequest(ranks=4, tp=4), recipe="fp32")
