@@ -1,6 +1,9 @@
 """Quality and speed of `moec.passes.placement` beside DeepSeek's greedy balancer and beside lower bounds.
 
-    python benchmarks/placement.py [--small] [--out placement.json]
+    python benchmarks/placement.py [--small] [--seed N] [--artifact tiny.moec --text FILE] [--out placement.json]
+
+With `--artifact` the loads of a model are recorded too: it is placed by the first half of the text and judged on the
+second.
 
 The baseline is written from the description of the published balancer (open-infra "EPLB", 2025): give replicas one by
 one to the expert whose replicas are largest; put replicas, largest first, on the least loaded device with a free slot;
@@ -20,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.passes.placement import Placement, Problem, Shares, place
+from moec.runtime.engine import Engine
+from moec.runtime.loads import LoadRecorder
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -131,10 +136,10 @@ def ratio(greatest: Floats, bound: Floats) -> Floats:
 
 
 def measure(problem: Problem, shares: Shares) -> dict[str, Any]:
-    """Greatest device load over the lower bound, for the baseline and for moec, and moec's seconds."""
-    start = time.perf_counter()
+    """Greatest device load over the lower bound, for the baseline and for moec, and moec's seconds of CPU."""
+    start = time.process_time()
     result = place(problem, shares=shares)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     baseline = greedy(problem).greatest_loads(problem.loads)
     ours, theirs = ratio(result.greatest, result.bound), ratio(baseline, result.bound)
     return {
@@ -221,20 +226,87 @@ def run_traffic(small: bool, seed: int, show: Callable[[str], None]) -> list[dic
     return rows
 
 
+def recorded_choices(artifact: Path, text: Path) -> Ints:
+    """Experts that a compiled model's routers choose for the tokens of a text: int64[layers, tokens, top_k]."""
+    import moec
+
+    class Keeping(LoadRecorder):
+        """Keeps the choices themselves."""
+
+        def add(self, ids: NDArray[Any]) -> None:
+            kept.append(ids.copy())
+
+    kept: list[NDArray[Any]] = []
+    model = moec.load(artifact, threads=1)
+    model.record_loads()
+    assert isinstance(model.engine, Engine) and model.engine.recorder is not None
+    model.engine.recorder = Keeping(model.engine.recorder.layers, model.engine.recorder.experts)
+    tokens = np.asarray(model.tokenizer.encode(text.read_text(encoding="utf-8")))
+    for begin in range(0, len(tokens), model.context):
+        model.logits(tokens[None, begin : begin + model.context])
+    return np.asarray(np.concatenate(kept, axis=1), dtype=np.int64)
+
+
+def counted(choices: Ints, experts: int) -> tuple[Floats, Floats]:
+    """Loads [layers, experts] and co-activation [layers, experts, experts] of choices."""
+    chosen = np.zeros((*choices.shape[:2], experts), np.float32)
+    np.put_along_axis(chosen, choices, 1.0, axis=2)
+    return chosen.sum(axis=1, dtype=np.float64), np.einsum("lte,ltf->lef", chosen, chosen).astype(np.float64)
+
+
+def run_recorded(artifact: Path, text: Path, show: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Balance and traffic of placements made for half of a text: on that half, and on the other."""
+    from moec.passes.placement.traffic import routed_traffic
+
+    choices = recorded_choices(artifact, text)
+    experts, half = int(choices.max()) + 1, choices.shape[1] // 2
+    loads, pairs = counted(choices[:, :half], experts)
+    fresh = counted(choices[:, half:], experts)[0]
+    show(f"loads of {artifact.name}: {len(loads)} layers, {experts} experts, {half} tokens to place by, as many unseen")
+    rows = []
+    for devices, slots, nodes in ((4, 5, 2), (8, 3, 2), (8, 3, 4), (8, 4, 4), (12, 2, 4)):
+        problem = Problem.of(loads, devices=devices, slots_per_device=slots, devices_per_node=devices // nodes)
+        published = greedy(problem)
+        for name, slack in (("greedy", None), ("balance", None), ("pairs", 0.002), ("pairs", 0.02), ("pairs", 0.1)):
+            result = place(problem, coactivation=pairs if slack is not None else None, slack=slack or 0.0)
+            placement = published if name == "greedy" else result.placement
+            traffic = routed_traffic(np.random.default_rng(0), placement, choices[:, half:])
+            now, then = (ratio(placement.greatest_loads(x), x.sum(axis=1) / devices).mean() for x in (loads, fresh))
+            bound = ratio(placement.greatest_loads(loads), result.bound)
+            label = name if slack is None else f"{name}, slack {slack:g}"
+            show(
+                f"{devices} x {slots} on {nodes} nodes  {label:17} over bound {bound.mean():.4f} ({bound.max():.4f}); "
+                f"over the mean {now:.4f}, unseen {then:.4f}; copies between nodes {traffic.copies_direct:.3f}, "
+                f"forwarded {traffic.copies_forwarded:.3f}"
+            )
+            rows.append(
+                {"shape": [devices, slots, nodes], "placement": label, "bound": bound.mean(), "over_mean": now,
+                 "unseen": then, "direct": traffic.copies_direct, "forwarded": traffic.copies_forwarded}
+            )  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Placement beside the published greedy balancer and lower bounds.")
     parser.add_argument("--small", action="store_true", help="a few layers and experts, for a quick check")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--artifact", type=Path, help="a CPU artifact whose loads are recorded")
+    parser.add_argument("--text", type=Path, help="with --artifact: the text it reads")
+    parser.add_argument("--only-recorded", action="store_true", help="with --artifact: nothing else")
     parser.add_argument("--out", type=Path, default=Path("placement-benchmark.json"), help="where the figures go")
     options = parser.parse_args()
 
     def show(line: str) -> None:
         print(line, flush=True)
 
-    figures = {
-        "balance": run_balance(options.small, options.seed, show),
-        "traffic": run_traffic(options.small, options.seed, show),
-    }
+    if (options.artifact is None) != (options.text is None):
+        parser.error("give --artifact and --text together")
+    figures: dict[str, Any] = {}
+    if options.artifact is not None:
+        figures["recorded"] = run_recorded(options.artifact, options.text, show)
+    if not options.only_recorded:
+        figures["balance"] = run_balance(options.small, options.seed, show)
+        figures["traffic"] = run_traffic(options.small, options.seed, show)
     options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     show(f"wrote {options.out}")
 
