@@ -275,10 +275,10 @@ FAMILIES: dict[str, tuple[str, Draw]] = {
 """Model type -> the classes' name in transformers, and how a configuration is drawn."""
 
 
-def make_model(family: str, seed: int) -> Any:
+def make_model(family: str, seed: int, **sizes: int) -> Any:
     """A transformers model of a configuration drawn from `seed`, FP32, with weights of sensible size."""
     name, draw = FAMILIES[family]
-    settings = draw(random.Random(f"{family} {seed}"))
+    settings = draw(random.Random(f"{family} {seed}")) | sizes
     config_class = getattr(transformers, f"{name}{'TextConfig' if family == 'llama4_text' else 'Config'}")
     config = config_class(**settings)
     config._experts_implementation = "eager"

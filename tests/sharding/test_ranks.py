@@ -79,6 +79,22 @@ def test_small_models_on_every_mesh(name: str, variant: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["tp2", "tp2-ep2", "tp4"])
+@pytest.mark.parametrize(("family", "seed"), [("mixtral", 1), ("qwen3_moe", 2), ("gpt_oss", 3), ("qwen3", 4)])
+def test_grouped_heads_on_every_mesh(family: str, seed: int, name: str, tmp_path: Path) -> None:
+    """Heads of keys and values cut, or one for several ranks; experts stacked in the checkpoint and one by one."""
+    from random_configs import make_model
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 48}
+    make_model(family, seed, **sizes).save_pretrained(tmp_path / "hf")
+    if family == "qwen3" and name == "tp2-ep2":
+        pytest.skip("no routed experts")
+    if family == "gpt_oss" and CASES[name].request.ep == 1:
+        pytest.skip("experts with biases are not cut by width")
+    agree(tmp_path / "hf", name, "fp32", tmp_path, seed=seed)
+
+
+@pytest.mark.slow
 def test_fp8_blocks_over_tensor_parallel_ranks(tmp_path: Path) -> None:
     """Whole 128x128 blocks on every rank: the same FP8 weights as in one process.
 
