@@ -92,6 +92,8 @@ def place(
         )
     if exact and problem.bound_to_nodes:
         raise errors.ExactWithGroups()
+    if slots_per_device is None:
+        _note_slots(problem, redundant)
     result = solve(
         problem,
         shares=how,
@@ -181,18 +183,22 @@ def _problem(
         raise errors.NotPositive(name="--devices", expected="at least 1", value=devices)
     if slots_per_device is None:
         slots_per_device = smallest_slots(loads.shape[1], devices, redundant)
-        slots = slots_per_device * devices
-        print(
-            f"moec: note: {slots_per_device} slots a device, {slots - loads.shape[1]} of them redundant in all: "
-            f"the fewest that hold {loads.shape[1]} experts" + (f" and {redundant} more" if redundant else ""),
-            file=sys.stderr,
-        )
     return Problem.of(
         loads,
         devices=devices,
         slots_per_device=slots_per_device,
         devices_per_node=devices_per_node,
         groups=groups,
+    )
+
+
+def _note_slots(problem: Problem, redundant: int) -> None:
+    """Say how many slots were taken where the user left them open."""
+    more = f" and {redundant} more" if redundant else ""
+    print(
+        f"moec: note: {problem.slots_per_device} slots a device, {problem.redundant} of them redundant in all: "
+        f"the fewest that hold {problem.experts} experts{more}",
+        file=sys.stderr,
     )
 
 
