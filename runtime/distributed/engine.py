@@ -96,8 +96,8 @@ class DistributedEngine(Engine):
                 self.overlapped.decode([], [])
                 continue
             call = self._prefill if agreed == PREFILL else self._decode
-            assert isinstance(call, SteppedCall)
-            call.function(*call.idle()[1])
+            if isinstance(call, SteppedCall):  # without steps nothing is exchanged: nobody waits
+                call.function(*call.idle()[1])
 
     def _agree(self, wanted: int) -> int:
         with self.monitor.communication("the agreement on the next step", layer=None):
