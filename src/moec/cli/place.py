@@ -145,12 +145,15 @@ def _pairs(given: str | None, recording: Recording, problem: Problem) -> Floats 
     """Co-activation of a file, or of the recordings where all have it and it can matter."""
     from moec.passes.placement import formats
 
-    if given == "none" or problem.nodes == 1:
-        if given not in (None, "none"):
-            print("moec: note: one node: --coactivation has no effect", file=sys.stderr)
+    if given == "none":
         return None
     if given is not None:
-        return formats.read_coactivation(Path(given), problem.layers, problem.experts)
+        pairs = formats.read_coactivation(Path(given), problem.layers, problem.experts)
+        if problem.nodes == 1:
+            print("moec: note: one node: --coactivation has no effect", file=sys.stderr)
+        return pairs
+    if problem.nodes == 1:
+        return None
     if recording.coactivation is not None:
         print(
             "moec: note: the recorded co-activation gathers partners on nodes (--coactivation none: balance alone)",
