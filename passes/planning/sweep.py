@@ -70,7 +70,7 @@ def _with_recipe(
     module: Module, target: Target, options: Options, name: str, asked: Sequence[Options], limit: int
 ) -> list[Point]:
     (recipe,) = candidates(name, target)
-    layout, sized = resolve(module, target, recipe, options.layout, even=True)
+    layout, sized = resolve(module, target, recipe, options.layout)
     setting = Setting(layout, recipe, sized, options.balance)
     built: Variants = variants(module, setting)
 

@@ -39,7 +39,10 @@ class TraceWithoutProfile(InputError):
 class OneProcess(InputError):
     """What only one process measures, under torchrun."""
 
-    template = "--profile, --calibration-rows and --speculate measure one process: compile without --ranks, leave torchrun away"
+    template = (
+        "--profile, --calibration-rows and --speculate measure one process: "
+        "compile without --ranks, leave torchrun away"
+    )
 
 
 def register(app: typer.Typer) -> None:
