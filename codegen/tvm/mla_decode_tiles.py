@@ -119,19 +119,27 @@ class TileEmitter(Emitter):
     def scores(self, panel: flash.Panel, keys: Any) -> None:
         """Scores of all keys of a tile, [key][head]; those of keys that are not there mean nothing."""
         cache = self.spec.cache
-        blocks = KEYS // LANES
-        for b in range(blocks):
+
+        def key(b: int, k: Any) -> Any:
+            return T.address_of(self.cache[keys + (b * LANES * cache.row + k * STEP)])
+
+        self.products(panel, const(0), cache.width // STEP, key, 2 * cache.row, panel.s)
+
+    def products(self, panel: flash.Panel, first: Any, steps: int, key: Any, stride: int, target: Any) -> None:
+        """[key][head] at `target`: queries from step `first` on times tiles of keys at `key(block of keys, step)`."""
+        blocks = range(KEYS // LANES)
+        for b in blocks:
             amx.zero(b)
-        with T.serial(0, cache.width // STEP) as k:
-            at = T.Bind(panel.q + k * (2 * TILE))
+        with T.serial(0, steps) as k:
+            at = T.Bind(panel.q + (first + k) * (2 * TILE))
             amx.load(Q_HIGH, T.address_of(self.scratch[at]))
             amx.load(Q_LOW, T.address_of(self.scratch[at + TILE]))
-            for b in range(blocks):
-                amx.load(KEY, T.address_of(self.cache[keys + (b * LANES * cache.row + k * STEP)]), 2 * cache.row)
+            for b in blocks:
+                amx.load(KEY, key(b, k), stride)
                 amx.dot(b, KEY, Q_HIGH)
                 amx.dot(b, KEY, Q_LOW)
-        for b in range(blocks):
-            amx.store(b, T.address_of(self.scratch[panel.s + b * TILE]))
+        for b in blocks:
+            amx.store(b, T.address_of(self.scratch[target + b * TILE]))
 
     def pack_weights(self, panel: flash.Panel, target: Any) -> None:
         """Weights [key][head] as tiles [head][key]: of each half of the keys the high parts, then the low ones."""
@@ -139,13 +147,16 @@ class TileEmitter(Emitter):
             columns = transpose([panel.vector(panel.s, block * LANES + k, 0) for k in range(LANES)], LANES)
             at = T.Bind(target + block // 2 * (2 * TILE) + block % 2 * (LANES // 2))
             for head, values in enumerate(columns):
-                value = T.Bind(values)
-                for part in range(2):
-                    bits = f32_to_bf16(value, LANES)
-                    place = at + (part * TILE + head * LANES)
-                    store(self.scratch, T.reinterpret("float32x8", bits), place, LANES // 2)
-                    wide = T.shift_left(T.Cast("uint32x16", bits), fill(16, LANES, "uint32"))
-                    value = T.Bind(value - T.reinterpret("float32x16", wide))
+                self.put_parts(values, at + head * LANES)
+
+    def put_parts(self, value: Any, at: Any) -> None:
+        """Half a row of two tiles in turn: 16 numbers rounded to BF16, and what rounding took from them."""
+        value = T.Bind(value)
+        for part in range(2):
+            bits = f32_to_bf16(value, LANES)
+            store(self.scratch, T.reinterpret("float32x8", bits), at + part * TILE, LANES // 2)
+            wide = T.shift_left(T.Cast("uint32x16", bits), fill(16, LANES, "uint32"))
+            value = T.Bind(value - T.reinterpret("float32x16", wide))
 
     def rescale(self, panel: flash.Panel, line: int) -> None:
         """Multiply the outputs of every head by its element of a line of the statistics."""

@@ -11,12 +11,12 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.tvm import amx, flash
+from moec.codegen.tvm import flash
 from moec.codegen.tvm.amx import LANES, STEP, TILE
 from moec.codegen.tvm.cache_fp8 import BLOCK, decode_e4m3, load_scale
-from moec.codegen.tvm.mla_decode_tiles import KEY, KEYS, Q_HIGH, Q_LOW, TileEmitter
+from moec.codegen.tvm.mla_decode_tiles import KEYS, TileEmitter
 from moec.codegen.tvm.tir import const
-from moec.codegen.tvm.vector import f32_to_bf16, fill, load, store, transpose
+from moec.codegen.tvm.vector import fill, load, store, transpose
 
 
 class Fp8TileEmitter(TileEmitter):
@@ -79,22 +79,6 @@ class Fp8TileEmitter(TileEmitter):
                 part = load(self.scratch, self.part + key * LANES, LANES)
                 panel.put(panel.vector(panel.s, key, 0) + part * scale, panel.s, key, 0)
 
-    def products(self, panel: flash.Panel, first: Any, steps: int, key: Any, stride: int, target: Any) -> None:
-        """[key][head] at `target`: queries from step `first` on times tiles of keys at `key(block of keys, step)`."""
-        blocks = range(KEYS // LANES)
-        for b in blocks:
-            amx.zero(b)
-        with T.serial(0, steps) as k:
-            at = T.Bind(panel.q + (first + k) * (2 * TILE))
-            amx.load(Q_HIGH, T.address_of(self.scratch[at]))
-            amx.load(Q_LOW, T.address_of(self.scratch[at + TILE]))
-            for b in blocks:
-                amx.load(KEY, key(b, k), stride)
-                amx.dot(b, KEY, Q_HIGH)
-                amx.dot(b, KEY, Q_LOW)
-        for b in blocks:
-            amx.store(b, T.address_of(self.scratch[target + b * TILE]))
-
     def add_values(self, panel: flash.Panel, values: Any, weights: Any) -> None:
         with T.serial(0, KEYS // LANES) as group:
             lines = [panel.vector(panel.s, group * LANES + k, 0) for k in range(LANES)]
@@ -106,11 +90,6 @@ class Fp8TileEmitter(TileEmitter):
                 scale = load(self.scratch, self.scales + block * KEYS + group * LANES, LANES)
                 at = T.Bind(weights + group // 2 * (2 * TILE) + group % 2 * (LANES // 2))
                 with T.serial(0, LANES) as head:
-                    value = T.Bind(load(self.scratch, self.by_head + head * KEYS + group * LANES, LANES) * scale)
-                    for part in range(2):
-                        bits = f32_to_bf16(value, LANES)
-                        place = at + (part * TILE) + head * LANES
-                        store(self.scratch, T.reinterpret("float32x8", bits), place, LANES // 2)
-                        wide = T.shift_left(T.Cast("uint32x16", bits), fill(16, LANES, "uint32"))
-                        value = T.Bind(value - T.reinterpret("float32x16", wide))
+                    value = load(self.scratch, self.by_head + head * KEYS + group * LANES, LANES)
+                    self.put_parts(value * scale, at + head * LANES)
             self.weigh(panel, values, weights, block * pairs, pairs)
