@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moec.ir import Function, Op
@@ -12,7 +12,7 @@ from moec.passes.scheduling import Solution, Task, TaskGraph, exposed_communicat
 from moec.passes.scheduling.turns import better, by_turns
 from moec.passes.streams.costs import Costs
 from moec.passes.streams.rotate import Timing
-from moec.passes.streams.tasks import COMPUTE, LINK, SEND, LayerTasks
+from moec.passes.streams.tasks import COMPUTE, LINK, SEND, SMS, LayerTasks
 
 STREAMS = {False: "compute", True: "comm"}
 """Streams of computation and of exchanges."""
@@ -115,13 +115,35 @@ def least_interval(graph: TaskGraph, effort: float = EFFORT) -> Solution:
     """The best periodic schedule found; equal graphs are searched once.
 
     Micro-batches of one size are first scheduled by turns, each the same way as the one before (see `by_turns`), then
-    freely; the better schedule stays.
+    freely, then with one division of the SMs throughout; the best schedule stays.
     """
     turns = by_turns(graph, effort)
     if turns is not None and turns.optimal:
         return turns
     found = solve(graph, effort=effort)
-    return found if turns is None else better(turns, found)
+    found = found if turns is None else better(turns, found)
+    for other in () if found.optimal else _at_one_share(graph, effort):
+        found = better(found, other)
+    return found
+
+
+def _at_one_share(graph: TaskGraph, effort: float) -> Iterator[Solution]:
+    """Schedules in which exchanges keep a number of SMs throughout and computation the rest, as is done by hand.
+
+    Without a choice the search is quick and often exact; it bounds nothing for the graph with all choices.
+    """
+    cores = graph.resources.get(SMS, 0.0)
+    for share in sorted({m.share for t in graph.tasks if graph.communicates(t) for m in t.modes if m.share}):
+        kept: dict[str, list[int]] = {}
+        for task in graph.tasks:
+            wanted = share if graph.communicates(task) else cores - share
+            fitting = [k for k, mode in enumerate(task.modes) if mode.share == wanted]
+            kept[task.name] = fitting or list(range(len(task.modes)))
+        tasks = tuple(replace(t, modes=tuple(t.modes[k] for k in kept[t.name])) for t in graph.tasks)
+        found = solve(replace(graph, tasks=tasks), effort=effort)
+        modes = {name: kept[name][k] for name, k in found.schedule.mode.items()}
+        schedule = replace(found.schedule, mode=modes)
+        yield replace(found, schedule=schedule, interval_bound_us=0.0, optimal=False)
 
 
 __all__ = ["COMPUTE", "LINK", "LayerSchedule", "schedule_layer"]
