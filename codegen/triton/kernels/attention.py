@@ -29,7 +29,9 @@ def load_latent(
         BN: tl.constexpr = slot.shape[0]
         G: tl.constexpr = DV // 128
         scale_at = scale_ptr + slot[:, None] * SCALE_ROW + tl.arange(0, G)[None, :]
-        scale = tl.load(scale_at, mask=inside[:, None], other=0.0)
+        scale = tl.load(scale_at, mask=inside[:, None], other=0)
+        if scale.dtype == tl.uint8:
+            scale = (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)
         grouped = tl.reshape(latent.to(tl.float32), (BN, G, 128))
         latent = tl.reshape(grouped * scale[:, :, None], (BN, DV)).to(TO)
     return latent
@@ -77,6 +79,7 @@ def mla_decode_split(
         slot = page.to(tl.int64) * PAGE + key % PAGE
         latent = load_latent(latent_ptr, scale_ptr, slot, inside, DV, LATENT_ROW, SCALE_ROW, q_ptr.dtype.element_ty)
         rope = tl.load(rope_ptr + slot[:, None] * ROPE_ROW + rr[None, :], mask=inside[:, None], other=0.0)
+        rope = rope.to(q_rope.dtype)
         score = tl.dot(q_latent, latent.T, input_precision="ieee")
         score = tl.dot(q_rope, rope.T, score, input_precision="ieee") * (softmax_scale * LOG2E)
         score = tl.where(key[None, :] < limit[:, None], score, float("-inf"))
@@ -97,24 +100,25 @@ def mla_decode_split(
 
 
 @triton.jit
-def mla_decode_combine(partial_ptr, lse_ptr, out_ptr, splits, ROWS, DV: tl.constexpr):
+def mla_decode_combine(partial_ptr, lse_ptr, out_ptr, splits, ROWS, DV: tl.constexpr, DV2: tl.constexpr):
     """partial[B, splits, ROWS, DV] and lse[B, splits, ROWS] -> out[B, ROWS, DV]: the shares weighted by their sums."""
     b = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
-    rv = tl.arange(0, DV)
+    rv = tl.arange(0, DV2)
+    inside = rv < DV
     best = tl.load(lse_ptr + b * splits * ROWS + row)
     for share in range(1, splits):
         best = tl.maximum(best, tl.load(lse_ptr + (b * splits + share) * ROWS + row))
     shift = tl.where(best == float("-inf"), 0.0, best)
     total = 0.0
-    acc = tl.zeros((DV,), dtype=tl.float32)
+    acc = tl.zeros((DV2,), dtype=tl.float32)
     for share in range(splits):
         at = (b * splits + share) * ROWS + row
         weight = tl.exp2(tl.load(lse_ptr + at) - shift)
-        acc += weight * tl.load(partial_ptr + at * DV + rv)
+        acc += weight * tl.load(partial_ptr + at * DV + rv, mask=inside, other=0.0)
         total += weight
     acc = acc / tl.where(total > 0.0, total, 1.0)
-    tl.store(out_ptr + (b * ROWS + row) * DV + rv, acc.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + (b * ROWS + row) * DV + rv, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from moec.codegen.triton.problem import MARK_FLOAT, Expected, Problem
 from moec.codegen.triton.spec import Case, Constant, Dims, KernelSpec, Tile, TileTable, on
-from moec.codegen.triton.specs.recipe import BF16_ROUNDING, FP8, NVIDIA, quantise_1x128, wide
+from moec.codegen.triton.specs.recipe import (
+    BF16_ROUNDING,
+    FP8,
+    NVIDIA,
+    power_of_two,
+    quantise_1x128,
+    starts,
+    weight_rounding,
+    wide,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -101,13 +110,6 @@ def cached(p: Problem, x: dict[str, Any]) -> Tensor:
     return torch.cat([latent, x["rope_ptr"].double()], 1)
 
 
-def weight_rounding(x: dict[str, Any]) -> float:
-    """How far the softmax weights may be off, relatively: rounded to the type of the keys, or float32 throughout."""
-    import torch
-
-    return 5e-6 if x["q_ptr"].dtype == torch.float32 else 1.01 * BF16_ROUNDING
-
-
 def reference_split(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
     """Softmax of each share of the keys in float64, and its base-2 log-sum-exp."""
     import torch
@@ -134,7 +136,7 @@ def reference_split(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
                 magnitude[b, s] = weight @ value.abs()
                 lse[b, s] = torch.logsumexp(part, -1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
     return {
-        "partial_ptr": Expected(partial, gpu_absolute=2e-3, floor=weight_rounding(x) * magnitude),
+        "partial_ptr": Expected(partial, gpu_absolute=2e-3, floor=weight_rounding(x["q_ptr"]) * magnitude),
         "lse_ptr": Expected(lse, 2e-6, 1e-6, 1e-4),
     }
 
@@ -227,7 +229,7 @@ def reference_combine(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
 
 
 def combine_constants(dims: Dims) -> dict[str, Constant]:
-    return {"DV": dims["DV"]}
+    return {"DV": dims["DV"], "DV2": power_of_two(dims["DV"])}
 
 
 COMBINE = KernelSpec(
@@ -245,6 +247,7 @@ COMBINE = KernelSpec(
     cases=(
         Case("three shares", {"B": 2, "ROWS": 5, "SPLITS": 3}),
         Case("one share, float32", {"B": 2, "ROWS": 3, "SPLITS": 1}, {"out_ptr": "*fp32"}),
+        Case("width 80", {"B": 1, "ROWS": 3, "SPLITS": 2, "DV": 80}),
     ),
     flops="2*B*ROWS*SPLITS*DV",
     bytes="B*ROWS*(4*SPLITS*(DV + 1) + 2*DV)",
@@ -324,12 +327,6 @@ def prefill_spans(p: Problem) -> tuple[list[int], list[int]]:
     return list(QUERIES[p.LOAD]), [q + c for q, c in zip(QUERIES[p.LOAD], PREFIXES[p.LOAD], strict=True)]
 
 
-def starts(counts: list[int]) -> Tensor:
-    import torch
-
-    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-
-
 def build_prefill(p: Problem) -> dict[str, Any]:
     queries, keys = prefill_spans(p)
     return {
@@ -359,7 +356,7 @@ def reference_prefill(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
         value = kv[..., p.DN :]
         out[q_start[s] : q_start[s + 1]] = torch.einsum("hqk,khd->qhd", weight, value)
         magnitude[q_start[s] : q_start[s + 1]] = torch.einsum("hqk,khd->qhd", weight, value.abs())
-    error = weight_rounding(x)
+    error = weight_rounding(x["q_ptr"])
     return {"out_ptr": Expected(out, error, gpu_absolute=2e-3, floor=error * magnitude)}
 
 

@@ -5,6 +5,7 @@ DeepSeek-V3 technical report, arXiv 2412.19437, sec. 3.3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moec.codegen.triton.problem import Expected
@@ -28,6 +29,20 @@ EVERYWHERE = (*NVIDIA, "gfx942")
 def power_of_two(n: int) -> int:
     """The least power of two that is at least `n`."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def weight_rounding(q: Tensor) -> float:
+    """How far softmax weights may be off, relatively: rounded to the type of the keys, or float32 throughout."""
+    import torch
+
+    return 5e-6 if q.dtype == torch.float32 else 1.01 * BF16_ROUNDING
+
+
+def starts(counts: Sequence[int]) -> Tensor:
+    """int32: the sum of the counts before each, and of all."""
+    import torch
+
+    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
 
 
 def padded(x: Tensor) -> Tensor:
