@@ -1,36 +1,56 @@
 """GPU kernels in one table: `python benchmarks/gpu.py` on a machine with a GPU, `--dry-run` anywhere.
 
-With a GPU (Triton and torch, no TVM): every kernel is first checked against its reference through Triton's JIT and
-through the packed binary, then timed with CUDA events (median, level-2 cache flushed) beside torch on the same
-problem; the table and its JSON are saved. The dry run compiles every kernel for every architecture and prints what the
-compiler says of it, with times PREDICTED from the data sheet's rates: nothing there is measured but compile seconds.
+With a GPU (Triton and torch, no TVM), in stages (`--only`): every kernel, those generated for a program among them, is
+compiled ahead of time, launched from its packed binary and checked against its reference; the launches of a four-layer
+DeepSeek-V3's step are timed one by one and as a CUDA graph; single kernels at published shapes and a layer's experts
+are timed beside torch. Times are medians from CUDA events, level-2 cache flushed. The JSON is saved after every row,
+so that a run that is cut short keeps what it has. The dry run compiles every kernel for every architecture and prints
+what the compiler says of it, with times PREDICTED from the data sheet's rates: only compile seconds are measured there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
-from gpu_model import BATCHES, measured_steps, predicted_step
+from gpu_model import (
+    BATCHES,
+    CONTEXT,
+    SMALL,
+    engine_for,
+    logits_error,
+    measured_launches,
+    measured_steps,
+    predicted_step,
+    program_for,
+    target_here,
+    with_folder,
+)
 from gpu_predict import SHEETS, predicted_us, sizes
-from gpu_timing import layers, measure, wanted
+from gpu_timing import Packed, Row, layers, measure, wanted
 
 from moec.codegen.triton import aot
 from moec.codegen.triton.arch import ARCHITECTURES, architecture
-from moec.codegen.triton.problem import check, launch, make
-from moec.codegen.triton.spec import Instance, instances, registry
+from moec.codegen.triton.fused.check import symbols as symbols_of
+from moec.codegen.triton.problem import Problem, check, make
+from moec.codegen.triton.spec import instances, registry
 from moec.errors import MoecError
-from moec.targets import load
+from moec.ir.expr import evaluate
+from moec.targets import Target, load
 
 FLUSH_BYTES = 512 << 20
 
@@ -130,75 +150,162 @@ def machine() -> dict[str, str]:
     }
 
 
-def packed_launcher(folder: Path) -> Callable[[Instance, dict[str, Any]], None]:
-    """Compiles an instance ahead of time, loads its cubin through the driver and launches that."""
+STAGES = ("checks", "program", "kernels", "layer")
+
+
+@dataclass
+class Session:
+    """What a run has found so far: saved after every row, so that a run that is cut short keeps what it has."""
+
+    out: Path
+    arch: str
+    jobs: int
+    ends: float
+    result: dict[str, Any]
+
+    def late(self) -> bool:
+        """Whether no new measurement is begun."""
+        return time.monotonic() > self.ends
+
+    def add(self, key: str, value: Any) -> None:
+        """Append to a list of the result and save."""
+        self.result.setdefault(key, []).append(value)
+        beside = self.out.with_suffix(".new")
+        beside.write_text(json.dumps(self.result, indent=1) + "\n")
+        beside.replace(self.out)
+
+
+def checked(problems: list[tuple[str, Problem]], jobs: int) -> Iterator[tuple[str, float, str]]:
+    """(name, worst error as a share of its bound, what went wrong) of each problem, run from its packed binary."""
+    packed = Packed([p.instance for _, p in problems], jobs)
+    for name, problem in problems:
+        try:
+            worst = max(check(problem, packed.run).values())
+            yield name, worst, "" if worst <= 1 else "outside its bound"
+        except Exception as error:
+            yield name, float("inf"), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def generated_problems(target: Target) -> list[tuple[str, Problem]]:
+    """The kernels of a small model's decode program, at one token, a ragged tile and several tiles."""
     import torch
 
-    from moec.runtime.cuda import Driver, Kernel
-    from moec.runtime.cuda.arguments import Matrix
-
-    driver = Driver()
-
-    def run(instance: Instance, arguments: dict[str, Any]) -> None:
-        compiled = aot.compile_kernels([instance], jobs=1, folder=folder, strict=False)[0]
-        packed = Kernel(driver, compiled.record(), compiled.binary)
-        values = {}
-        for name, kind in instance.signature.items():
-            value = arguments[name]
-            if kind.startswith("tensordesc"):
-                value = Matrix(value.data_ptr(), tuple(value.shape), tuple(value.stride()))
-            values[name] = value
-        packed.launch(instance.grid(), values, stream=torch.cuda.current_stream().cuda_stream)
-        torch.cuda.synchronize()
-
-    return run
+    found = []
+    _, program = program_for(target, SMALL)
+    for name, entry in program.table.entries.items():
+        if not entry.instance.spec.source:
+            continue
+        kernel = entry.instance.spec.build.keywords["kernel"]  # type: ignore[attr-defined]
+        for tokens in (1, 5, 200):
+            rows = evaluate(kernel.rows, symbols_of(tokens))
+            dims = {**entry.instance.dims, "T": tokens, "ROWS": rows, "LOAD": 0}
+            problem = Problem(replace(entry.instance, dims=dims), torch.Generator().manual_seed(tokens), "cuda")
+            found.append((f"{name}, {tokens} tokens", problem))
+    return found
 
 
-def checks(arch: str) -> Iterator[tuple[str, float, str]]:
-    """(name, worst error as a share of its bound, what went wrong) for every case, and the first case packed."""
-    with tempfile.TemporaryDirectory() as empty:
-        packed = packed_launcher(Path(empty))
-        for spec in registry().values():
-            for shape in spec.tiles.get(arch, {}):
-                for number, case in enumerate(c for c in spec.cases if not c.interpreted):
-                    for way, run in (("jit", launch), ("packed", packed))[: 2 if number == 0 else 1]:
-                        name = f"{spec.name}.{shape}, {case.name}, {way}"
-                        try:
-                            worst = max(check(make(spec, case, arch, shape, device="cuda"), run).values())
-                            yield name, worst, "" if worst <= 1 else "outside its bound"
-                        except Exception as error:
-                            yield name, float("inf"), f"{type(error).__name__}: {str(error).splitlines()[0]}"
+def run_checks(session: Session) -> None:
+    """Every kernel against its reference, those of a program against the IR's own evaluation, and a whole model."""
+    problems = [
+        (f"{spec.name}.{shape}, {case.name}", make(spec, case, session.arch, shape, device="cuda"))
+        for spec in registry().values()
+        for shape in spec.tiles.get(session.arch, {})
+        for case in spec.cases
+        if not case.interpreted
+    ]
+    problems += generated_problems(load(target_here()))
+    failed = 0
+    for name, worst, reason in checked(problems, session.jobs):
+        failed += bool(reason)
+        session.add("checks", {"name": name, "worst": worst if worst < float("inf") else None, "reason": reason})
+        if reason:
+            print(f"  {name}: {reason} ({worst:.3g})", flush=True)
+    print(f"{len(problems) - failed} of {len(problems)} checks pass", flush=True)
+    worst = with_folder(logits_error)
+    session.add("logits", worst)
+    print(f"logits of a small model in BF16: worst error {worst:.3g} of their standard deviation", flush=True)
+    session.result["failed"] = failed + (worst > 0.06)
 
 
-def run_on_gpu(out: Path) -> int:
-    """Checks, then times, then prints and saves. The exit code is 1 when a check failed."""
+def run_program(session: Session) -> None:
+    """The kernels that users get: every launch of a four-layer model's step, then the step as a graph."""
     import torch
 
-    arch = this_arch()
-    about = machine()
-    print(", ".join(f"{k} {v}" for k, v in about.items()), f"architecture {arch}", sep=", ")
-    outcome = list(checks(arch))
-    failed = [f"{name}: {reason}" for name, _, reason in outcome if reason]
-    print(f"{len(outcome) - len(failed)} of {len(outcome)} checks pass", *failed, sep="\n  ")
-    broken = {f.partition(",")[0].rpartition(".")[0] for f in failed}
+    target = load(target_here())
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    place = flush.data_ptr(), FLUSH_BYTES
+
+    def work(folder: Path) -> None:
+        began = time.perf_counter()
+        program, engine, _kept = engine_for(folder)
+        print(f"compiled and loaded in {time.perf_counter() - began:.0f} s", flush=True)
+        for batch, host, device in measured_steps(engine):
+            expected = predicted_step(target, batch)[0]
+            session.add("steps", {"batch": batch, "host_us": host, "device_us": device, "predicted_us": expected})
+            print(
+                f"decode of 4 DeepSeek-V3 layers, batch {batch}: {host / 1e3:.2f} ms a step, {device / 1e3:.2f} ms on "
+                f"the device, {expected / 1e3:.2f} ms PREDICTED", flush=True,
+            )  # fmt: skip
+        rows = []
+        for phase, tokens in (*(("decode", b) for b in BATCHES), ("prefill", CONTEXT)):
+            if phase == "prefill":
+                sequence = engine.pool.open()
+                engine.prefill(sequence, np.arange(CONTEXT) % engine.manifest.vocab)
+            for name, instance, times, us in measured_launches(engine, program, phase, tokens, place):
+                flops, moved, bound = instance.flops(), instance.bytes(), predicted_us(instance, target)
+                line = (name, f"{phase} {tokens}", f"{times}", f"{us:.1f}", f"{bound:.1f}", f"{flops / us / 1e6:.1f}",
+                        f"{moved / us / 1e3:.0f}")  # fmt: skip
+                rows.append(line)
+                session.add("launches", {"kernel": name, "phase": phase, "tokens": tokens, "times": times, "us": us,
+                                         "predicted_us": bound, "flops": flops, "bytes": moved})  # fmt: skip
+                if session.late():
+                    break
+        head = ("launch", "at", "a step", "us", "PREDICTED us", "TFLOP/s", "GB/s")
+        print(table(head, rows), flush=True)
+
+    with_folder(work)
+
+
+def run_kernels(session: Session) -> None:
+    """Single kernels at published shapes, beside torch on the same problem."""
+    import torch
+
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    instances_ = wanted(session.arch)
+    packed = Packed(instances_, session.jobs)
+    rows = []
+    for instance in instances_:
+        if session.late():
+            print("  out of time: what is left was not measured", flush=True)
+            break
+        try:
+            rows.append(measure(instance, packed, flush))
+        except Exception as error:
+            said = (str(error).splitlines() or [""])[0]
+            print(f"  {instance.name} {sizes(instance)}: {type(error).__name__}: {said}", flush=True)
+            continue
+        session.add("rows", asdict(rows[-1]))
+        torch.cuda.empty_cache()
+    print(measured_table(rows), flush=True)
+
+
+def run_layer(session: Session) -> None:
+    """Routed experts of one layer beside torch.compile."""
+    import torch
+
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     rows = []
-    for instance in wanted(arch):
-        if instance.spec.name in broken:
-            continue
-        print(f"  {instance.name} {sizes(instance)}", file=sys.stderr)
-        rows.append(measure(instance, flush))
-        torch.cuda.empty_cache()
-    if "sm_9" in arch and not broken:
-        rows += layers(arch, flush)
-    decode = {}
-    try:
-        for batch, us in measured_steps() if not failed else ():
-            decode[batch] = us
-            print(f"decode of 4 DeepSeek-V3 layers, batch {batch}: {us / 1e3:.2f} ms a step")
-    except Exception as error:
-        print(f"  the model: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
-    text = table(
+    for row in layers(session.arch, flush):
+        rows.append(row)
+        session.add("rows", asdict(row))
+        if session.late():
+            break
+    print(measured_table(rows), flush=True)
+
+
+def measured_table(rows: Sequence[Row]) -> str:
+    """Times and rates."""
+    return table(
         ("kernel", "sizes", "us", "TFLOP/s", "GB/s", "beside (us)"),
         [
             (r.kernel, r.sizes, f"{r.microseconds:.1f}", f"{r.tflops:.1f}", f"{r.gbytes_per_s:.0f}",
@@ -206,10 +313,25 @@ def run_on_gpu(out: Path) -> int:
             for r in rows
         ],
     )  # fmt: skip
-    print(text)
-    saved = {"measured": True, "machine": about, "arch": arch, "failed": failed, "checks": len(outcome)}
-    save(out, {**saved, "after": machine(), "rows": [asdict(r) for r in rows], "decode_us": decode}, text)
-    return 1 if failed else 0
+
+
+def run_on_gpu(out: Path, stages: Sequence[str], minutes: float, jobs: int) -> int:
+    """The stages in order; one that breaks is told, and the next runs. The exit code is 1 when something failed."""
+    session = Session(out, this_arch(), jobs, time.monotonic() + 60 * minutes, {"measured": True})
+    session.result |= {"machine": machine(), "arch": session.arch, "failed": 0}
+    print(", ".join(f"{k} {v}" for k, v in session.result["machine"].items()), f"architecture {session.arch}", sep=", ")
+    run = {"checks": run_checks, "program": run_program, "kernels": run_kernels, "layer": run_layer}
+    for stage in stages:
+        began = time.perf_counter()
+        try:
+            run[stage](session)
+        except Exception as error:
+            session.result["failed"] += 1
+            traceback.print_exc()
+            print(f"  {stage}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
+        session.add("stages", {"stage": stage, "seconds": time.perf_counter() - began})
+    session.add("after", machine())
+    return 1 if session.result["failed"] else 0
 
 
 def save(out: Path, result: dict[str, Any], text: str = "") -> None:
@@ -225,7 +347,9 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="compile and predict; needs no GPU")
     parser.add_argument("--arch", action="append", choices=sorted(ARCHITECTURES), help="dry run for these alone")
     parser.add_argument("--cold", action="store_true", help="dry run with an empty cache")
-    parser.add_argument("--jobs", type=int, default=2, help="compiler processes of the dry run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="compiler processes")
+    parser.add_argument("--only", action="append", choices=STAGES, help="on a GPU: these stages alone")
+    parser.add_argument("--minutes", type=float, default=9.0, help="on a GPU: begin no measurement after so many")
     parser.add_argument("--out", type=Path, help="file for the JSON (default: gpu-results.json; a dry run saves none)")
     options = parser.parse_args()
     try:
@@ -234,7 +358,8 @@ def main() -> int:
             if options.out:
                 save(options.out, result)
             return 0
-        return run_on_gpu(options.out or Path("gpu-results.json"))
+        out = options.out or Path("gpu-results.json")
+        return run_on_gpu(out, options.only or STAGES, options.minutes, options.jobs)
     except MoecError as error:
         print(error, file=sys.stderr)
         return error.exit_code

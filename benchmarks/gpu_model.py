@@ -1,50 +1,74 @@
-"""A whole DeepSeek-V3 decode step on a GPU: predicted from the launches of its program, or measured with graphs."""
+"""A DeepSeek-V3 of four layers on a GPU: its program's launches predicted, or measured one by one and as graphs."""
 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from gpu_predict import predicted_us
 
 import moec
+from moec.codegen.storage import stored_arrays
 from moec.codegen.triton.program import PAGE, Program, lower_module
 from moec.codegen.triton.spec import Instance
+from moec.ir import Module
 from moec.ir.expr import evaluate
+from moec.runtime.artifact import Artifact, read_manifest
+from moec.runtime.cuda.engine import GpuEngine
+from moec.runtime.cuda.program import parse_gpu_plan, symbols
 from moec.targets import Target
 
 LAYERS = {"num_hidden_layers": "4", "first_k_dense_replace": "1"}
 BATCHES = (1, 32, 128)
 CONTEXT = 4096
 REPEATS = 20
+SMALL = {**LAYERS, "num_hidden_layers": "2", "hidden_size": "1024", "intermediate_size": "2048", "vocab_size": "4096",
+         "moe_intermediate_size": "512", "n_routed_experts": "16", "n_group": "4", "topk_group": "2",
+         "num_attention_heads": "16", "num_experts_per_tok": "4"}  # fmt: skip
+"""The same geometry of heads and blocks at sizes for which a reference on the host takes seconds."""
 
 
-def launches(steps: list[Any], times: int = 1) -> Iterator[tuple[Mapping[str, Any], int]]:
-    """Every launch of a program and how often it runs."""
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a program: its step, how often it runs, for which layer first, and the fill before it, if any."""
+
+    step: Mapping[str, Any]
+    times: int
+    layer: int
+    fill: Mapping[str, Any] | None
+
+
+def launches(steps: Sequence[Any], times: int = 1, layer: int = 0) -> Iterator[Launch]:
+    """Every launch of a program, in order."""
+    fill = None
     for step in steps:
         if "repeat" in step:
             first, last = step["repeat"]
-            yield from launches(step["steps"], times * (last - first + 1))
+            yield from launches(step["steps"], times * (last - first + 1), first)
         elif "kernel" in step:
-            yield step, times
+            yield Launch(step, times, layer, fill)
+        fill = step if "fill" in step else None
 
 
-def program_for(target: Target) -> Program:
-    """The decode program of four layers (one dense) at the largest batch."""
-    plan = moec.trace("deepseek-v3", LAYERS).optimize(target, phase="decode", batch=BATCHES[-1], context=CONTEXT)
-    return lower_module(plan.ir, target, vars(plan.context.limits), tiles={})
+def program_for(target: Target, settings: Mapping[str, str] = LAYERS) -> tuple[Module, Program]:
+    """The decode program at the largest batch."""
+    plan = moec.trace("deepseek-v3", dict(settings)).optimize(
+        target, phase="decode", batch=BATCHES[-1], context=CONTEXT
+    )
+    return plan.ir, lower_module(plan.ir, target, vars(plan.context.limits), tiles={})
 
 
-def at(instance: Instance, step: Mapping[str, Any], batch: int) -> Instance:
-    """The kernel with the sizes that a launch has in a step of `batch` sequences, for its declared cost."""
+def at(instance: Instance, step: Mapping[str, Any], tokens: int, sequences: int) -> Instance:
+    """The kernel with the sizes that a launch has for so many tokens of so many sequences, for its declared cost."""
     heads = instance.dims.get("HEADS", 1)
     sizes = {
-        "T": batch, "R": batch, "B": batch, "S": batch * CONTEXT, "C": CONTEXT, "CONTEXT": CONTEXT, "QUERIES": 1,
+        "T": tokens, "R": min(tokens, 128), "B": sequences, "S": sequences * CONTEXT, "C": CONTEXT,
+        "CONTEXT": CONTEXT, "QUERIES": 1,
         "N": CONTEXT // PAGE,
     }  # fmt: skip
     # One binary serves products of many sizes: they are arguments of the launch.
@@ -59,40 +83,170 @@ def at(instance: Instance, step: Mapping[str, Any], batch: int) -> Instance:
 
 def predicted_step(target: Target, batch: int) -> tuple[float, int]:
     """Microseconds and launches of a decode step, each at the data sheet's bound plus one launch in a graph."""
-    program = program_for(target)
+    _, program = program_for(target)
     total, count = 0.0, 0
-    for step, times in launches(program.phases["decode"].steps):
-        entry = program.table.entries[step["kernel"]]
-        total += times * predicted_us(at(entry.instance, step, batch), target)
-        count += times
+    for launch in launches(program.phases["decode"].steps):
+        entry = program.table.entries[launch.step["kernel"]]
+        total += launch.times * predicted_us(at(entry.instance, launch.step, batch, batch), target)
+        count += launch.times
     return total, count
 
 
-def measured_steps() -> Iterator[tuple[int, float]]:
-    """(batch, microseconds of a decode step) on the GPU here: artifact compiled, loaded and replayed as graphs."""
+def device_weights(module: Module) -> tuple[dict[str, int], list[Any]]:
+    """Random weights made on the device: addresses by name, and the tensors that must stay alive.
+
+    Packing 38 GB on the host would take longer than everything else. Products keep the scale of their input: elements
+    are normal, scales (or the elements themselves, where there are none) 1 / sqrt(K); vectors are ones.
+    """
     import torch
 
-    from moec.runtime.artifact import open_artifact
-    from moec.runtime.cuda.engine import GpuEngine
+    addresses, kept = {}, []
+    for weight in module.weights.values():
+        inner = int(weight.type.shape[-1])  # type: ignore[union-attr, arg-type]
+        for array in stored_arrays(weight):
+            tensor = torch.empty(array.nbytes, dtype=torch.uint8, device="cuda")
+            kind = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.float8_e4m3fn}[array.safetensors_dtype]
+            values = tensor.view(kind)
+            if array.name.endswith(".scale"):
+                # A byte is the biased exponent of a power of two.
+                tensor.fill_(127 - (inner.bit_length() - 1) // 2) if kind.itemsize == 1 else values.fill_(inner**-0.5)
+            elif len(weight.type.shape) == 1:  # type: ignore[union-attr]
+                values.fill_(1.0)
+            else:
+                for part in values.split(1 << 27):
+                    part.copy_(torch.randn(part.shape, device="cuda") * (1.0 if kind.itemsize == 1 else inner**-0.5))
+            addresses[array.name] = tensor.data_ptr()
+            kept.append(tensor)
+    torch.cuda.synchronize()
+    return addresses, kept
 
-    name = "h100" if torch.cuda.get_device_capability()[0] == 9 else "b200"
-    plan = moec.trace("deepseek-v3", LAYERS).optimize(name, phase="decode", batch=BATCHES[-1], context=CONTEXT)
+
+def target_here() -> str:
+    """The target whose kernels run on the GPU here."""
+    import torch
+
+    return {8: "a100", 9: "h100"}.get(torch.cuda.get_device_capability()[0], "b200")
+
+
+def engine_for(folder: Path, settings: Mapping[str, str] = LAYERS) -> tuple[Program, GpuEngine, list[Any]]:
+    """The artifact of both phases, compiled into `folder`, on the GPU here with random weights."""
+    plan = moec.trace("deepseek-v3", dict(settings)).optimize(
+        target_here(), batch=BATCHES[-1], context=CONTEXT, chunk=CONTEXT
+    )
+    program = lower_module(plan.ir, plan.context.target, vars(plan.context.limits))
+    path = folder / "m.moec"
+    plan.compile(path, no_weights=True)
+    manifest = read_manifest(path)
+    read = parse_gpu_plan((path / "plan.json").read_bytes(), str(path / "plan.json"), manifest)
+    addresses, kept = device_weights(plan.ir)
+    return program, GpuEngine(Artifact(path, manifest, read, path, 0), placed=addresses), kept
+
+
+def event_timer(engine: GpuEngine, run: Callable[[int], None], fills: Sequence[tuple[int, int]]) -> Callable[[], float]:
+    """Microseconds of `run(stream)` on the device; `fills`: addresses and bytes that become zero before."""
+    driver, stream = engine.driver, engine.driver.stream()
+    start, end = driver.event(timing=True), driver.event(timing=True)
+
+    def once() -> float:
+        for address, size in fills:
+            driver.zero(address, size, stream)
+        driver.record(start, stream)
+        run(stream)
+        driver.record(end, stream)
+        driver.wait(stream)
+        return driver.elapsed_us(start, end)
+
+    return once
+
+
+def measured_launches(
+    engine: GpuEngine, program: Program, phase: str, tokens: int, flush: tuple[int, int]
+) -> Iterator[tuple[str, Instance, int, float]]:
+    """(kernel, its instance at these sizes, runs a step, microseconds of one) of every launch, on what a step left.
+
+    In decode `tokens` sequences have a token each; a prefill has so many tokens of one sequence.
+    """
+    sequences = tokens if phase == "decode" else 1
+    sizes = symbols(engine.plan, engine.pool.table_width, tokens, min(tokens, 128), sequences, CONTEXT)
+    executor = engine.executor(phase)
+    for launch in launches(engine.plan.entries[phase].steps):
+        step = launch.step
+        fills = [flush]
+        if launch.fill is not None:
+            # Counters start at zero in every run.
+            size = evaluate(str(launch.fill["bytes"]), sizes)
+            fills.append((engine.memory.address(launch.fill["fill"], launch.layer), size))
+        once = event_timer(engine, executor.launch(step, sizes, launch.layer), fills)
+        once()
+        instance = at(program.table.entries[step["kernel"]].instance, step, tokens, sequences)
+        yield step["kernel"], instance, launch.times, median(once() for _ in range(REPEATS))
+
+
+def fill_sequences(engine: GpuEngine, batch: int) -> list[Any]:
+    """Sequences as if each had half of the context: what the cache holds does not change the time."""
+    sequences = [engine.pool.open() for _ in range(batch)]
+    for sequence in sequences:
+        engine.pool.extend(sequence, CONTEXT // 2)
+        sequence.length = CONTEXT // 2
+    return sequences
+
+
+def measured_steps(engine: GpuEngine) -> Iterator[tuple[int, float, float]]:
+    """(batch, microseconds of a decode step by the host's clock, of its graph alone by the device's)."""
+    import time
+
+    for batch in BATCHES:
+        sequences = fill_sequences(engine, batch)
+        tokens = np.random.default_rng(batch).integers(0, engine.manifest.vocab, batch)
+        for _ in range(3):
+            engine.decode(sequences, tokens)
+        host, device = [], []
+        replay = engine.timed_replay("decode")
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            engine.decode(sequences, tokens)
+            host.append(1e6 * (time.perf_counter() - began))
+            device.append(replay())
+        yield batch, median(host), median(device)
+        for sequence in sequences:
+            engine.pool.close(sequence)
+
+
+def logits_error(folder: Path) -> float:
+    """The worst logit of a small model on the GPU here against the IR's evaluator, in standard deviations.
+
+    Every token goes to every expert, so that the rounding of two computations cannot choose different ones.
+    """
+    import torch
+
+    from moec.frontend.checkpoint import RandomWeights
+    from moec.ir import CacheType
+    from moec.ir.evaluate import Evaluator, WeightPrograms
+    from moec.runtime.artifact import open_artifact
+    from moec.runtime.model import Model
+
+    settings = {**SMALL, "n_group": "1", "topk_group": "1", "num_experts_per_tok": "16"}
+    plan = moec.trace("deepseek-v3", settings).optimize(target_here(), batch=2, context=128, chunk=64, recipe="bf16")
+    plan.compile(folder / "small.moec", random_weights=0)
+    artifact = open_artifact(folder / "small.moec")
+    model = Model(artifact, engine=GpuEngine(artifact))
+    ids = np.random.default_rng(0).integers(0, model.vocab, (1, 40))
+    got = model.logits(ids, chunk=20)[0]
+    evaluator = Evaluator(plan.ir, WeightPrograms(plan.ir, RandomWeights(0).load), torch.float32, True)
+    function, count = plan.ir.functions["prefill"], ids.shape[1]
+    positions = torch.arange(count, dtype=torch.int32)
+    given = {
+        "ids": torch.tensor(ids[0], dtype=torch.int32), "seq": positions * 0, "pos": positions, "rows": positions,
+        "pages": torch.zeros(1, 1, dtype=torch.int32), "starts": torch.tensor([0, count], dtype=torch.int32),
+    }  # fmt: skip
+    arguments = [
+        evaluator.new_cache(a.type, {"P": 1}) if isinstance(a.type, CacheType) else given[a.name] for a in function.args
+    ]
+    want = evaluator.call(function, arguments)[0].numpy()
+    return float(np.abs(got - want).max() / want.std())
+
+
+def with_folder(work: Callable[[Path], Any]) -> Any:
+    """`work` on a temporary folder that is removed."""
     with tempfile.TemporaryDirectory() as folder:
-        plan.compile(Path(folder) / "m.moec", random_weights=0)
-        engine = GpuEngine(open_artifact(Path(folder) / "m.moec"))
-        for batch in BATCHES:
-            sequences = [engine.pool.open() for _ in range(batch)]
-            # As if each had half of the context: what the cache holds does not change the time.
-            for sequence in sequences:
-                engine.pool.extend(sequence, CONTEXT // 2)
-                sequence.length = CONTEXT // 2
-            for _ in range(3):
-                engine.decode(sequences, [1] * batch)
-            times = []
-            for _ in range(REPEATS):
-                began = time.perf_counter()
-                engine.decode(sequences, [1] * batch)
-                times.append(1e6 * (time.perf_counter() - began))
-            yield batch, median(times)
-            for sequence in sequences:
-                engine.pool.close(sequence)
+        return work(Path(folder))

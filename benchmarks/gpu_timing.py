@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -12,8 +12,10 @@ from typing import Any
 from gpu_peers import PEERS, compiled_experts
 from gpu_predict import sizes
 
+from moec.codegen.triton import aot
 from moec.codegen.triton.compose import Chain, Experts, routed_experts
-from moec.codegen.triton.problem import Problem, bind, move
+from moec.codegen.triton.errors import CompileFailed
+from moec.codegen.triton.problem import Problem, move
 from moec.codegen.triton.spec import Instance, registry
 from moec.codegen.triton.specs.recipe import quantise_128x128
 
@@ -114,26 +116,56 @@ def timed_us(run: Callable[[], Any], flush: Any) -> float:
     return median(times)
 
 
-def measure(instance: Instance, flush: Any) -> Row:
+class Packed:
+    """Kernels compiled ahead of time, all of them at once, and launched from their cubins as users' are."""
+
+    def __init__(self, wanted: Sequence[Instance], jobs: int) -> None:
+        """Raises NoDriver, DriverTooOld, TritonMissing; a kernel that does not compile or load fails when it is run."""
+        from moec.runtime.cuda import Driver
+
+        self.driver = Driver()
+        self._compiled = {id(i): c for i, c in zip(wanted, aot.try_compile(wanted, jobs=jobs), strict=True)}
+
+    def bound(self, instance: Instance, arguments: dict[str, Any]) -> Callable[[int], None]:
+        """The launch on these arguments, to be called with a stream. Raises CompileFailed and what a launch raises."""
+        from moec.runtime.cuda import Kernel
+        from moec.runtime.cuda.arguments import Matrix
+
+        compiled = self._compiled[id(instance)]
+        if isinstance(compiled, CompileFailed):
+            raise compiled
+        values = {}
+        for name, kind in instance.signature.items():
+            value = arguments[name]
+            if kind.startswith("tensordesc"):
+                value = Matrix(value.data_ptr(), tuple(value.shape), tuple(value.stride()))
+            values[name] = value
+        return Kernel(self.driver, compiled.record(), compiled.binary).bound(instance.grid(), values)
+
+    def run(self, instance: Instance, arguments: dict[str, Any]) -> None:
+        """Launch and wait."""
+        import torch
+
+        self.bound(instance, arguments)(torch.cuda.current_stream().cuda_stream)
+        torch.cuda.synchronize()
+
+
+def measure(instance: Instance, packed: Packed, flush: Any) -> Row:
     """Times one kernel and, on the same arguments, what torch has for it."""
     import torch
 
     torch.manual_seed(0)
     problem = DeviceProblem(instance, torch.Generator(), "cuda")
     arguments = move(instance.spec.build(problem), "cuda")
-    options = {"num_warps": instance.tile.num_warps, "num_stages": instance.tile.num_stages}
-    start = instance.spec.jit()[instance.grid()]
-    bound = {**bind(instance, arguments), **instance.constants, **options}
-    us = timed_us(lambda: start(**bound), flush)
+    start = packed.bound(instance, arguments)
+    us = timed_us(lambda: start(torch.cuda.current_stream().cuda_stream), flush)
     row = Row(instance.name, sizes(instance), us, instance.flops() / us / 1e6, instance.bytes() / us / 1e3)
     for name, peer in PEERS.get(instance.spec.function, ()):
         try:
             row.peers[name] = timed_us(peer(instance, arguments), flush)
         except Exception as error:
-            print(
-                f"  {name} beside {instance.name}: {type(error).__name__}: {str(error).splitlines()[0]}",
-                file=sys.stderr,
-            )
+            said = str(error).splitlines() or [""]
+            print(f"  {name} beside {instance.name}: {type(error).__name__}: {said[0]}", file=sys.stderr)
     return row
 
 

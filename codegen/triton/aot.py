@@ -105,8 +105,8 @@ def parameter_count(instance: Instance) -> int:
 def aligned(instance: Instance) -> set[str]:
     """Arguments that are multiples of 16: all pointers, and the sizes that the spec names."""
     pointers = {name for name, kind in instance.signature.items() if kind.startswith("*")}
-    pointers -= set(instance.spec.loose)
-    return pointers | {name for name in instance.spec.aligned if name in instance.signature}
+    sizes = {name for name in instance.spec.aligned if name in instance.signature}
+    return (pointers | sizes) - set(instance.spec.loose) - set(instance.loose)
 
 
 def path_of(module: str) -> Path:
@@ -250,24 +250,36 @@ def compile_kernels(
 
     Raises CompileFailed, TritonMissing, and with `strict` CheckFailed for a kernel with `problems()`.
     """
+    results = []
+    for compiled in try_compile(wanted, jobs=jobs, folder=folder):
+        if isinstance(compiled, CompileFailed):
+            raise compiled
+        if strict and (wrong := compiled.problems()):
+            instance = compiled.instance
+            raise CheckFailed(name=instance.name, arch=instance.arch, problems="; ".join(wrong))
+        results.append(compiled)
+    return results
+
+
+def try_compile(
+    wanted: Sequence[Instance], *, jobs: int = 2, folder: Path | None = None
+) -> list[Compiled | CompileFailed]:
+    """The same, with the reason in the place of each kernel that does not compile. Raises TritonMissing."""
     home = folder or cache.default_folder()
     requests = [request_of(instance) for instance in wanted]
     found = {r["key"]: cache.load(home, r["key"]) for r in requests}
     missing = {r["key"]: r for r in requests if found[r["key"]] is None}
     errors = compile_missing(list(missing.values()), home, jobs) if missing else {}
-    results = []
+    results: list[Compiled | CompileFailed] = []
     for instance, request in zip(wanted, requests, strict=True):
         key = request["key"]
-        if key in errors:
-            raise CompileFailed(name=instance.name, arch=instance.arch, reason=errors[key])
-        entry = found[key] or cache.load(home, key)
+        entry = None if key in errors else found[key] or cache.load(home, key)
         if entry is None:
-            raise CompileFailed(name=instance.name, arch=instance.arch, reason=f"nothing was written to {home}")
+            reason = errors.get(key, f"nothing was written to {home}")
+            results.append(CompileFailed(name=instance.name, arch=instance.arch, reason=reason))
+            continue
         facts, files = entry
-        compiled = Compiled(instance, files["binary"], files["assembly"], facts, key not in missing)
-        if strict and (wrong := compiled.problems()):
-            raise CheckFailed(name=instance.name, arch=instance.arch, problems="; ".join(wrong))
-        results.append(compiled)
+        results.append(Compiled(instance, files["binary"], files["assembly"], facts, key not in missing))
     return results
 
 

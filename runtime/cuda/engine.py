@@ -40,7 +40,9 @@ class GpuEngine:
         ordinal: int = 0,
         library: Any = None,
         progress: Callable[[int, int], None] | None = None,
+        placed: Mapping[str, int] | None = None,
     ) -> None:
+        """`placed`: addresses of weights that lie on the device already, instead of the artifact's."""
         plan = artifact.plan
         assert isinstance(plan, GpuPlan)
         self.plan, self.manifest = plan, artifact.manifest
@@ -49,10 +51,17 @@ class GpuEngine:
         # The last page is nobody's: rows that only fill a batch up to its bucket write there.
         self.spare = plan.pages - 1
         self.pool = PagePool(plan.pages - 1, plan.page_size, artifact.manifest.context)
-        self.weights = Weights(artifact.weights)
+        if placed is None:
+            self.weights = Weights(artifact.weights)
         stream = self.driver.stream()
         self.memory = DeviceMemory(
-            self.driver, plan, self.weights, self.manifest.vocab, self.pool.table_width, stream, progress
+            self.driver,
+            plan,
+            self.weights if placed is None else placed,
+            self.manifest.vocab,
+            self.pool.table_width,
+            stream,
+            progress,
         )
         self._phases = {n: Executor(self.driver, kernels, self.memory, e) for n, e in plan.entries.items()}
         self.batch = self.manifest.batch
@@ -122,6 +131,24 @@ class GpuEngine:
         sizes = symbols(self.plan, self.pool.table_width, size, size, size, self.manifest.context)
         self._call("decode", sizes, size, graph=True)
         return self.memory.result(size, self.manifest.vocab)[:count]
+
+    def executor(self, phase: str) -> Executor:
+        """What runs a phase, "prefill" or "decode"."""
+        return self._phases[phase]
+
+    def timed_replay(self, phase: str) -> Callable[[], float]:
+        """A call that replays the phase's last graph and returns the device's microseconds."""
+        executor = self._phases[phase]
+        start, end = self.driver.event(timing=True), self.driver.event(timing=True)
+
+        def once() -> float:
+            self.driver.record(start, executor.main)
+            executor.again()
+            self.driver.record(end, executor.main)
+            self.driver.wait(executor.main)
+            return self.driver.elapsed_us(start, end)
+
+        return once
 
     def timer(self, entry: GpuEntry, kernels: Mapping[str, Kernel], sizes: Sizes) -> Callable[[], float]:
         """A call that runs an entry's steps with these kernels and returns the device's microseconds."""

@@ -25,6 +25,7 @@ class Executor:
         self.events: dict[int, int] = {}
         self.main = driver.stream()
         self._graphs: dict[tuple[int, ...], int] = {}
+        self._last = 0
 
     def run(self, sizes: Sizes, before: Action, after: Action) -> None:
         """Launch every step for these sizes between two actions on the main stream."""
@@ -43,7 +44,12 @@ class Executor:
             self._around(actions)
             after()
             self._graphs[key] = self.driver.end_capture(self.main)
-        self.driver.replay(self._graphs[key], self.main)
+        self._last = self._graphs[key]
+        self.again()
+
+    def again(self) -> None:
+        """Replay the graph that ran last."""
+        self.driver.replay(self._last, self.main)
 
     def _around(self, actions: Sequence[Action]) -> None:
         """Actions on all streams, which start after what the main one has done and end before what it does next."""
@@ -81,12 +87,7 @@ class Executor:
     def _action(self, step: Mapping[str, Any], sizes: Sizes, layer: int) -> Action:
         stream = self._stream(step.get("stream"))
         if "kernel" in step:
-            name = step["kernel"]
-            if name not in self.kernels:
-                raise DamagedKernel(name=name, reason="kernels.json does not list it")
-            grid = tuple(evaluate(str(axis), sizes) for axis in step["grid"])
-            arguments = {n: self._value(v, sizes, layer) for n, v in step["arguments"].items()}
-            return partial(self.kernels[name].bound(grid, arguments), stream)
+            return partial(self.launch(step, sizes, layer), stream)
         if "fill" in step:
             at, size = self.memory.address(step["fill"], layer), evaluate(str(step["bytes"]), sizes)
             return partial(self.driver.zero, at, size, stream)
@@ -96,6 +97,15 @@ class Executor:
         if "record" in step:
             return partial(self.driver.record, self._event(step["record"]), stream)
         return partial(self.driver.wait_for, stream, self._event(step["wait"]))
+
+    def launch(self, step: Mapping[str, Any], sizes: Sizes, layer: int) -> Callable[[int], None]:
+        """A launch with its parameters packed, to be called with a stream. Raises DamagedKernel."""
+        name = step["kernel"]
+        if name not in self.kernels:
+            raise DamagedKernel(name=name, reason="kernels.json does not list it")
+        grid = tuple(evaluate(str(axis), sizes) for axis in step["grid"])
+        arguments = {n: self._value(v, sizes, layer) for n, v in step["arguments"].items()}
+        return self.kernels[name].bound(grid, arguments)
 
     def _value(self, value: Any, sizes: Sizes, layer: int) -> Any:
         if isinstance(value, Mapping):

@@ -25,7 +25,7 @@ class DeviceMemory:
         self,
         driver: Driver,
         plan: GpuPlan,
-        weights: Weights,
+        weights: Weights | Mapping[str, int],
         vocab: int,
         table_width: int,
         stream: int,
@@ -48,7 +48,7 @@ class DeviceMemory:
         self.arena = driver.allocate(_up(plan.arena_bytes), "the arena of activations")
         self.cache = driver.allocate(_up(plan.cache_bytes), "the key-value cache")
         self.logits = driver.allocate(_up(self.logits_bytes), "the logits")
-        self.weights = self._load(weights, stream, progress)
+        self.weights = self._load(weights, stream, progress) if isinstance(weights, Weights) else weights
         driver.zero(self.cache, plan.cache_bytes, stream)
         self.host_inputs = driver.host_memory(size)
         self.host_logits = driver.host_memory(self.logits_bytes)

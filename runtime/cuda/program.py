@@ -39,15 +39,13 @@ class GpuPlan:
     page_size: int
     pages: int
     cache: tuple[int, ...]
-    cache_itemsize: int
+    cache_row_bytes: int
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the whole cache."""
-        total = self.cache_itemsize
-        for size in self.cache:
-            total *= size
-        return total
+        layers, pages, tokens, _ = self.cache
+        return layers * pages * tokens * self.cache_row_bytes
 
 
 def parse_gpu_plan(raw: bytes, file: str, manifest: Manifest) -> GpuPlan:
@@ -63,7 +61,7 @@ def parse_gpu_plan(raw: bytes, file: str, manifest: Manifest) -> GpuPlan:
     entries = {name: _entry(name, programs.table(name), manifest) for name in programs.data}
     if not entries or set(entries) - {"prefill", "decode"}:
         raise fields.problem("programs", "must be prefill, decode or both")
-    return GpuPlan(entries, fields.integer("arena_bytes", 0), page_size, shape[1], shape, cache.integer("itemsize", 1))
+    return GpuPlan(entries, fields.integer("arena_bytes", 0), page_size, shape[1], shape, cache.integer("row_bytes", 1))
 
 
 def _entry(name: str, fields: Fields, manifest: Manifest) -> GpuEntry:
