@@ -46,12 +46,32 @@ evaluation of its ops in float64, and whole two-layer models run through the eng
 that a GPU would get. Nothing has run on a GPU yet.
 
 FP8 weights on a device without FP8 units (A100), or with BF16 activations, are widened in registers. Norms, gates and
-biases are read in the type in which the recipe stores them. What no kernel computes is refused in one line: exchanges
-between ranks, other granularities of activations than 1x128, an FP8 cache of whole models, head widths that are not
-powers of two.
+biases are read in the type in which the recipe stores them. Families with heads of keys and values (Mixtral, Qwen,
+gpt-oss, Llama, GLM, Phi and others) run through one loop for prefill and decode, with windows, chunks of positions,
+sinks and bounded scores; norms of heads and the rotation after them are one kernel with the write into the cache. A
+latent cache in FP8 is written and read with its scales. What no kernel computes is refused in one line: exchanges
+between ranks, other granularities of activations than 1x128, head widths of latent attention that are not powers of
+two, an FP8 cache of heads.
 
 `moec tune ARTIFACT` measures other tiles of an artifact's kernels on the GPU at hand and keeps the winners by
 architecture, with device, driver and date, in the cache folder; the next compilation takes them and says so.
+
+## The first session on a GPU
+
+In this order, so that a session that ends early has what matters most. Each command prints its table, saves its JSON
+after every row, begins no measurement after `--minutes` (9), and goes on after a failure, which it names. Estimates are
+for 16 cores and an H100; nothing of it has been timed there.
+
+| command | answers | about |
+|---|---|---|
+| `python benchmarks/gpu.py --only checks --out checks.json` | whether every kernel is right: declared ones on their cases, those of a program at 1, 5 and 200 tokens, logits of a small model through engine, graphs and cache | 4 minutes, most of it compiling in parallel |
+| `python benchmarks/gpu.py --only program --out program.json` | what each launch of a four-layer DeepSeek-V3 takes beside its bound, decode at batch 1, 32, 128 as graphs, prefill of 4096 tokens | 4 minutes; weights are made on the device |
+| `python benchmarks/gpu.py --only kernels --out kernels.json` | products at DeepGEMM's shapes, decode at FlashMLA's, beside torch | 6 minutes |
+| `python benchmarks/gpu.py --only layer --out layer.json` | routed experts beside `torch.compile` | 4 minutes, most of it autotuning |
+| `moec tune ARTIFACT`, then `--only program` again | what other tiles are worth | 6 minutes |
+
+The artifacts need 40 GB of device memory and a few hundred MB on disk. Where `checks` names wrong kernels, read the
+other tables without them.
 
 ## What a compiled kernel is checked for
 

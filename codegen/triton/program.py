@@ -15,7 +15,6 @@ from moec.codegen.triton.lower.lower import Lowered, Phase, lower_phase
 from moec.codegen.triton.lower.table import KernelTable
 from moec.codegen.triton.spec import Tile
 from moec.ir import CacheType, Module, Op, TensorType
-from moec.ir.types import BITS
 from moec.targets import Target
 
 PAGE = 64
@@ -41,7 +40,7 @@ class Program:
         shape = [pages if str(d) == "P" else d for d in kv.shape]
         return {
             "page_size": PAGE,
-            "cache": {"shape": shape, "itemsize": BITS[kv.dtype] // 8, "dtype": kv.dtype},
+            "cache": {"shape": shape, "row_bytes": kv.row_bytes(), "dtype": kv.dtype},
             "arena_bytes": max(p.arena for p in self.phases.values()),
             "programs": {
                 name: {

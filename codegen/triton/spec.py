@@ -134,6 +134,8 @@ class Instance:
     tile: Tile
     dims: Dims
     types: Mapping[str, str] = field(default_factory=dict)
+    loose: tuple[str, ...] = ()
+    """Arguments that this use does not keep at multiples of 16, beside the declaration's own."""
 
     def __post_init__(self) -> None:
         for requirement in self.spec.requires:

@@ -33,6 +33,15 @@ def test_logits_of_a_whole_model(interpreter: Any, target: str, recipe: str, set
     assert not found["idle"], "kernels that no launch uses"
 
 
+@pytest.mark.parametrize("scale", ["f32", pytest.param("ue8m0", marks=pytest.mark.slow)])
+def test_latent_cache_in_fp8(interpreter: Any, scale: str) -> None:
+    """Written and read in its parts of a row; both sides round alike but for values on the edge of two numbers."""
+    passes = [f"fp8-cast{{recipe=fp32,cache=fp8,scale={scale}}}"]
+    found = interpreter("prompts_error", target="h800", recipe="fp32", settings=SMALL, tokens=5, passes=passes)
+    assert found["whole"] < 5e-3 and found["steps"] < 5e-3, found
+    assert not found["idle"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "absorbed"])
 def test_both_forms_of_attention_in_both_phases(interpreter: Any, form: str) -> None:

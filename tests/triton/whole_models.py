@@ -30,10 +30,10 @@ def compile_uncompiled(program: Program, jobs: int = 2) -> list[Any]:
 
 def prompts_error(
     target: str, recipe: str, settings: Mapping[str, str], tokens: int, passes: Sequence[str] = (), phase: str = "both",
-    streams: bool = False,
+    streams: bool = False, model: str = "tiny-deepseek-v3",
 ) -> dict[str, Any]:  # fmt: skip
     """The worst error of the logits in units of their standard deviation, whole prompts and token by token."""
-    plan = moec.trace("tiny-deepseek-v3", settings).optimize(
+    plan = moec.trace(model, settings).optimize(
         target, batch=2, context=128, chunk=32, recipe=recipe, passes=passes, phase=phase
     )
     if streams:
@@ -44,9 +44,9 @@ def prompts_error(
             plan.compile(out, random_weights=0)
         artifact = open_artifact(out)
         driver = StandIn(out / "kernels", CAPABILITY[plan.context.target.device.arch])
-        model = Model(artifact, engine=GpuEngine(artifact, library=driver))
-        ids = np.random.default_rng(0).integers(0, model.vocab, (2, tokens))
-        got = {"whole": model.logits(ids), "steps": model.logits(ids, chunk=1)}
+        loaded = Model(artifact, engine=GpuEngine(artifact, library=driver))
+        ids = np.random.default_rng(0).integers(0, loaded.vocab, (2, tokens))
+        got = {"whole": loaded.logits(ids), "steps": loaded.logits(ids, chunk=1)}
         listed = {r["name"] for r in driver.records.values()}
     worst = {}
     for name, logits in got.items():

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moec.codegen.triton.fused.binding import Generated, tensor_of, width
+from moec.codegen.triton.fused.binding import Generated, cache_of, tensor_of, width
 from moec.codegen.triton.fused.products import Add, Bias, Product, Store, SwiGlu
+from moec.codegen.triton.problem import MARK_FLOAT
 from moec.codegen.triton.specs.recipe import BF16_ROUNDING, rounded_to_fp8
 from moec.ir import CacheType, Module, Op, TensorType, Value, WeightRef
 from moec.ir.expr import evaluate
+from moec.ir.ops.core import swiglu
 from moec.ir.types import TensorType as Tensors
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 SEQUENCES, PAGES, PAGE = 2, 4, 64
 INTEGERS = {
     ("embed", 0): "ids", ("rows.gather", 1): "rows", ("rope", 1): "pos", ("cache.append", 4): "seq",
-    ("cache.append", 5): "pos", ("cache.append", 6): "pages", ("moe.combine", 1): "order",
+    ("cache.append", 5): "pos", ("cache.append", 6): "pages", ("moe.combine", 1): "order", ("moe.weigh", 1): "order",
+    ("cache.append_heads", 4): "seq", ("cache.append_heads", 5): "pos", ("cache.append_heads", 6): "pages",
 }  # fmt: skip
 """What an integer operand means, by the op and position that read it."""
 
@@ -42,6 +45,7 @@ class _Filling:
         self.kernel, self.p, self.sizes = kernel, p, symbols(p.T)
         self.made: dict[object, Any] = {}
         self.layout: tuple[Tensor, Tensor] | None = None
+        self.caches: dict[str, Tensor] = {}
 
     def operand(self, of: Value | WeightRef) -> Any:
         """Float64 values, integers, or a `Quantised`."""
@@ -60,6 +64,9 @@ class _Filling:
         product = self.kernel.product
         if product is not None and product.rows == "grouped" and of is product.a and not product.gathered:
             shape = (self.p.ROWS, *shape[1:])
+        if any(op.name == "moe.weigh" and op.operands[0] is of for op in self.kernel.ops):
+            # Rows that a dispatch names are fetched from the tokens.
+            shape = (self.p.T, *shape[1:])
         if t.dtype == "i32":
             return self._integers(of, shape)
         x = self.p.normal(*shape)
@@ -95,6 +102,25 @@ class _Filling:
                 rows = evaluate(str(tensor_of(op.operands[0]).shape[0]), self.sizes)
                 return self.p.shuffled(rows)[: shape[0] * shape[1]].view(shape).to(torch.int32)
 
+    def cache(self, of: Value, what: str) -> Tensor:
+        """A part of the cache, unwritten; the parts of a scaled one are views of one buffer."""
+        import torch
+
+        kind, rows = cache_of(of), self.sizes["P"] * PAGE
+        if kind.quant is None:
+            return self.p.output("cache_ptr", rows, int(kind.shape[3]))  # type: ignore[arg-type]
+        if not self.caches:
+            size, exact = int(kind.row_bytes()), 2 * kind.exact  # type: ignore[arg-type]
+            latent = int(kind.shape[3]) - kind.exact  # type: ignore[arg-type]
+            buffer = torch.full((rows, size), MARK_FLOAT, dtype=torch.uint8)
+            scales = buffer[:, latent : size - exact]
+            self.caches = {
+                "cache": buffer[:, :latent].view(torch.float8_e4m3fn),
+                "cache_scale": scales.view(torch.float32) if kind.quant.scale == "f32" else scales,
+                "cache_exact": buffer[:, size - exact :].view(torch.bfloat16),
+            }
+        return self.caches[what]
+
     def experts(self) -> tuple[Tensor, Tensor]:
         """`blocks` and `source` of rows sorted by expert: LOAD 0 spreads the tokens, 1 gives all to one, 2 none."""
         import torch
@@ -120,7 +146,8 @@ def build_generated(p: Problem, kernel: Generated) -> dict[str, Any]:
 
     fill = _Filling(kernel, p)
     kernel.problem = fill
-    rotated = {op.result: op.operands[0] for op in kernel.ops if op.name == "rope"}
+    inside = {r for op in kernel.ops for r in op.results}
+    rotated = {op.result: op.operands[0] for op in kernel.ops if op.name == "rope" and op.operands[0] not in inside}
     stored: dict[object, Tensor] = {}
     arguments: dict[str, Any] = {}
     for a in kernel.arguments:
@@ -132,10 +159,9 @@ def build_generated(p: Problem, kernel: Generated) -> dict[str, Any]:
             arguments[a.name] = width(of) if a.what == "row" else int(tensor_of(of).shape[-1])  # type: ignore[arg-type]
         elif a.what in ("blocks", "source"):
             arguments[a.name] = fill.experts()[0 if a.what == "blocks" else 1]
-        elif a.what == "cache":
-            assert isinstance(of, Value) and isinstance(of.type, CacheType)
-            columns = int(of.type.shape[3])  # type: ignore[arg-type]
-            arguments[a.name] = p.output(a.name, fill.sizes["P"] * PAGE, columns)
+        elif a.what.startswith("cache"):
+            assert isinstance(of, Value)
+            arguments[a.name] = fill.cache(of, a.what)
         elif of in kernel.outputs and not (a.what == "data" and of in rotated):
             assert isinstance(of, Value)
             groups = -(-width(of) // 128)
@@ -175,7 +201,6 @@ def reference_generated(p: Problem, x: dict[str, Any], kernel: Generated) -> dic
 def _rows(kernel: Generated, fill: _Filling, names: dict[Any, str]) -> dict[str, Expected]:
     import torch
 
-    from moec.codegen.triton.problem import Expected
     from moec.ir.evaluate import Evaluator
 
     ctx = Evaluator(Module("check"), None, torch.float64, False)  # type: ignore[arg-type]
@@ -192,12 +217,11 @@ def _rows(kernel: Generated, fill: _Filling, names: dict[Any, str]) -> dict[str,
 
     for op in kernel.ops:
         inputs = [value(o) for o in op.operands]
+        if op.name == "moe.weigh":
+            inputs[0] = _dispatched(inputs[0], inputs[1])
         results = ctx._run(op, inputs)
-        if op.name == "cache.append":
-            cache = inputs[0][0].flatten(0, 1)
-            written = torch.zeros(len(cache), 1, dtype=torch.bool)
-            written[_slots(op, value)] = True
-            found[names["cache", op.operands[0]]] = Expected(cache, BF16_ROUNDING * 1.001, 1e-6, where=written)
+        if op.name.startswith("cache.append"):
+            found |= _cached(op, inputs[0][0].flatten(0, 1), _slots(op, value), names)
         for result, got in zip(op.results, results, strict=True):
             env[result] = got
             if result not in kernel.outputs:
@@ -216,15 +240,44 @@ def _shaped(expected: Expected, fill: _Filling, kernel: Generated, name: str) ->
     """A rotation's argument keeps the shape of what it rotates."""
     from dataclasses import replace
 
+    inside = {r for op in kernel.ops for r in op.results}
     for a in kernel.arguments:
         if (
             a.name == name
             and isinstance(a.of, Value)
-            and any(op.name == "rope" and a.of is op.result for op in kernel.ops)
+            and any(op.name == "rope" and a.of is op.result and op.operands[0] not in inside for op in kernel.ops)
         ):
             shape = tuple(evaluate(str(d), fill.sizes) for d in tensor_of(a.of).shape)
             return replace(expected, value=expected.value.reshape(shape))
     return expected
+
+
+def _dispatched(tokens: Tensor, order: Tensor) -> Tensor:
+    """Rows of tokens where a dispatch's order puts them."""
+    rows = tokens.new_zeros(order.numel(), tokens.shape[1])
+    rows[order.flatten().long()] = tokens.repeat_interleave(order.shape[1], 0)
+    return rows
+
+
+def _cached(op: Op, cache: Tensor, slots: Tensor, names: dict[Any, str]) -> dict[str, Expected]:
+    """What the rows of a cache must become."""
+    import torch
+
+    from moec.codegen.triton.problem import Expected
+
+    written = torch.zeros(len(cache), 1, dtype=torch.bool)
+    written[slots] = True
+    kind, of = cache_of(op.operands[0]), op.operands[0]
+    rounding = 2e-6 if kind.dtype == "f32" else BF16_ROUNDING * 1.001
+    if kind.quant is None:
+        return {names["cache", of]: Expected(cache, rounding, 2e-6, where=written)}
+    latent, exact = cache.split([cache.shape[1] - kind.exact, kind.exact], 1)
+    power = kind.quant.scale == "ue8m0"
+    names_of = names["cache", of], names["cache_scale", of]
+    return {
+        **rounded_to_fp8(latent, *names_of, pow2=power, as_bytes=power, where=written, gpu_slack=1e-2),
+        names["cache_exact", of]: Expected(exact, BF16_ROUNDING * 1.001, 2e-6, where=written),
+    }
 
 
 def _slots(op: Op, value: Any) -> Any:
@@ -256,10 +309,10 @@ def _product(product: Product, fill: _Filling, names: dict[Any, str]) -> dict[st
     for step in product.steps:
         match step:
             case SwiGlu():
-                gate, up = value.chunk(2, -1)
-                value = torch.nn.functional.silu(gate) * up
+                value = swiglu(value, torch, {n: v for n, v in vars(step).items() if n != "limit" or v})
             case Bias(of):
-                value = value + fill.operand(of)
+                added = fill.operand(of)
+                value = value + (added[expert.clamp(min=0)] if product.rows == "grouped" else added)
             case Add(of):
                 value = value + fill.operand(of)
             case Store(to):

@@ -17,7 +17,7 @@ from moec.ir.optable import OPS, operand_type
 from moec.ir.types import BITS
 
 LIBRARY = {
-    "common": ("grouped_order", "load_scale", "quantise_groups", "silu_mul"),
+    "common": ("grouped_order", "load_scale", "quantise_groups", "silu_mul", "limited_silu_mul"),
     "grouped": ("expert_block",),
     "products": (
         "bf16_pair", "bf16_rows", "block_scaled_pair", "block_scaled_rows", "widened_pair", "widened_rows",
@@ -62,7 +62,8 @@ def module_text(kernel: Generated) -> str:
 
 def rows_spec(kernel: Generated) -> KernelSpec:
     """The declaration of a row-wise kernel."""
-    widest = max((int(n) for n in re.findall(r"^    c(\d+) = ", kernel.source, re.MULTILINE)), default=64)
+    found = re.findall(r"^    (?:c|d(\d+)x)(\d+) = ", kernel.source, re.MULTILINE)
+    widest = max((int(heads or 1) * int(columns) for heads, columns in found), default=64)
     warps = 8 if widest >= 4096 else 4 if widest >= 1024 else 2
     used = [o.type for op in kernel.ops for o in (*op.operands, *op.results)]
     types = {t.dtype for t in used if isinstance(t, TensorType)}

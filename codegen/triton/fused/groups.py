@@ -17,10 +17,13 @@ VIEWS = ("split", "flatten", "unflatten")
 EVENTS = ("event.record", "event.wait")
 PRODUCTS = ("linear", "linear.heads", "moe.experts")
 ROWS = (
-    "norm.rms", "norm.add_rms", "add", "swiglu", "quant.cast", "embed", "rows.gather", "moe.combine", "rope",
-    "cache.append",
+    "norm.rms", "norm.layer", "norm.add_rms", "add", "scale", "clamp", "tensor.pointwise", "gate.rows", "swiglu",
+    "quant.cast", "embed", "rows.gather", "moe.combine", "moe.weigh", "rope", "cache.append", "cache.append_heads",
 )  # fmt: skip
-READS_MEMORY = {"swiglu": (0,), "rope": (0,), "rows.gather": (0,), "moe.combine": (0, 1, 2), "embed": (0,)}
+READS_MEMORY = {
+    "swiglu": (0,), "rope": (0,), "rows.gather": (0,), "moe.combine": (0, 1, 2), "moe.weigh": (0, 1, 2), "embed": (0,),
+    "gate.rows": (1,),
+}  # fmt: skip
 """Operands that a row-wise op reads piece by piece, so that the kernel which makes them must have ended."""
 GROUP = 128
 """Columns that share a scale of a quantised activation."""
@@ -143,7 +146,9 @@ def _candidates(graph: _Graph, op: Op, extra: set[Group]) -> list[Group]:
     into: list[Group] = []
     for position, operand in enumerate(op.operands):
         made = graph.producer.get(operand) if isinstance(operand, Value) else None
-        if made is None or made.name in VIEWS or position in READS_MEMORY.get(op.name, ()):
+        if made is None or made.name in VIEWS:
+            continue
+        if position in READS_MEMORY.get(op.name, ()) and not (made.name == "norm.rms" and turns_in_registers(op)):
             continue
         group = graph.owner[made]
         fits = group.rowwise and _rows(op) == _rows(made) and _stream(op) == _stream(made)
@@ -166,10 +171,19 @@ def _is_epilogue(graph: _Graph, group: Group, made: Op, op: Op) -> bool:
         return False
     alone = len(graph.uses.get(made.results[0], [])) == 1 and made.results[0] not in graph.function.returns
     if op.name == "swiglu":
-        return made.name == "linear" and len(made.operands) == 2 and alone
+        return made.name == "linear" and alone
     if op.name == "add":
         return made.name in ("linear", "add") and alone
     return op.name == "quant.cast" and made.name == "swiglu" and op.attrs["granularity"] == f"1x{GROUP}"
+
+
+def turns_in_registers(op: Op) -> bool:
+    """Whether an op is a rotation of whole heads that can take its operand from registers: a power of two wide."""
+    if op.name != "rope":
+        return False
+    shape = op.result.type.shape  # type: ignore[union-attr]
+    dims = int(op.attrs["dims"])  # type: ignore[arg-type]
+    return len(shape) == 3 and shape[2] == dims and op.attrs["offset"] == 0 and dims & (dims - 1) == 0
 
 
 def _rows(op: Op) -> object:

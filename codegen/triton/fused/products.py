@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from moec.codegen.triton.errors import NoKernel
 from moec.codegen.triton.fused.binding import SCALES, Argument, Generated, pointer, tensor_of
@@ -32,7 +32,22 @@ class Add:
 
 @dataclass(frozen=True)
 class SwiGlu:
-    """The two products of a pair become `silu(gate) * up`."""
+    """The two products of a pair become `silu(gate) * up`; attributes as of the op `swiglu`, limit 0 for none."""
+
+    limit: float = 0.0
+    alpha: float = 1.0
+    shift: float = 0.0
+
+    @staticmethod
+    def of(attrs: Mapping[str, Any]) -> SwiGlu:
+        """The activation that an op's attributes describe."""
+        return SwiGlu(**{n: float(attrs[n]) for n in ("limit", "alpha", "shift") if n in attrs})
+
+    def text(self, gate: str, up: str) -> str:
+        """Its expression in a kernel."""
+        if self == SwiGlu():
+            return f"silu_mul({gate}, {up})"
+        return f"limited_silu_mul({gate}, {up}, {self.limit}, {self.alpha}, {self.shift})"
 
 
 @dataclass(frozen=True)
@@ -306,10 +321,14 @@ class _Writer:
     def _step(self, step: Step, number: int) -> None:
         match step:
             case SwiGlu():
-                self.body.append("acc = silu_mul(gate, up)")
+                self.body.append(f"acc = {step.text('gate', 'up')}")
             case Bias(of):
                 name = self._pointer(f"bias{number}_ptr", pointer(tensor_of(of).dtype), "data", of)
-                self.body.append(f"acc += tl.load({name} + bn).to(tl.float32)[None, :]")
+                before = any(isinstance(s, SwiGlu) for s in self.product.steps[number:])
+                lead = f" + expert * {2 if before else 1} * N" if self.product.rows == "grouped" else ""
+                parts = (("gate", ""), ("up", " + N")) if before else (("acc", ""),)
+                for to, plus in parts:
+                    self.body.append(f"{to} += tl.load({name}{lead}{plus} + bn).to(tl.float32)[None, :]")
             case Add(of):
                 name = self._pointer(f"add{number}_ptr", pointer(tensor_of(of).dtype), "data", of)
                 row = self._number(f"add{number}_row", "i64", "row", of)

@@ -1,45 +1,70 @@
-"""Writes the kernel of a row-wise group: one program a row, the row in float32 registers from load to store."""
+"""The text of a row-wise kernel in the making: one program a row, the row in float32 registers from load to store."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moec.codegen.triton.errors import NoKernel
-from moec.codegen.triton.fused.binding import SCALES, Argument, Generated, cache_of, pointer, tensor_of, width
+from moec.codegen.triton.fused.binding import Argument, Generated, pointer, tensor_of, width
 from moec.codegen.triton.fused.groups import GROUP, Group
 from moec.codegen.triton.specs.recipe import power_of_two
 from moec.ir import Function, Op, Value, WeightRef
 
 
 @dataclass(frozen=True)
+class Shape:
+    """How a row lies in registers: [columns / 128, 128], or with `heads` [heads, columns]; padded to powers of two."""
+
+    columns: int
+    heads: int = 0
+
+    @property
+    def name(self) -> str:
+        """The variable that holds the columns' numbers."""
+        return f"d{self.heads}x{self.columns}" if self.heads else f"c{self.columns}"
+
+    @property
+    def inside(self) -> str:
+        """The variable that says which elements exist."""
+        return f"{self.name}_in"
+
+    @property
+    def lanes(self) -> tuple[int, int]:
+        """Rows and columns of the register tile."""
+        if self.heads:
+            return power_of_two(self.heads), power_of_two(self.columns)
+        return power_of_two(-(-self.columns // GROUP)), GROUP
+
+
+@dataclass(frozen=True)
 class Tile:
-    """A row in registers: a variable of shape [groups, 128] and its number of columns."""
+    """A row in registers: a variable and its shape."""
 
     name: str
-    columns: int
+    shape: Shape
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A rotated part: first and second members of its pairs, [heads, dims / 2] each; `suffix` names its indices."""
+    """A rotated part of `source`'s heads: first and second members of its pairs, [heads, dims / 2] each.
+
+    `suffix` names the indices of the pairs; elements outside `offset..offset+dims` of a head stay what they are.
+    """
 
     first: str
     second: str
-    heads: int
     suffix: str
-
-
-def rows_kernel(group: Group, function: Function, name: str, in_place: Mapping[Value, Value]) -> Generated:
-    """The kernel of a row-wise group; `in_place` says which result of a rotation lies where its operand does.
-
-    Raises NoKernel for what no row can be computed by alone.
-    """
-    return _Writer(group, function, name, in_place).write()
+    shape: Shape
+    source: Value
+    offset: int
+    dims: int
 
 
 @dataclass
-class _Writer:
+class RowWriter:
+    """Collects arguments and lines; the ops of `row_ops.OPS` write through it."""
+
     group: Group
     function: Function
     name: str
@@ -47,14 +72,17 @@ class _Writer:
     body: list[str] = field(default_factory=list)
     arguments: dict[tuple[object, ...], Argument] = field(default_factory=dict)
     env: dict[Value, Tile | Pairs] = field(default_factory=dict)
-    columns: dict[int, str] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
     counts: dict[str, int] = field(default_factory=dict)
     shorts: dict[object, str] = field(default_factory=dict)
+    to: str = "row"
+    """The row that results are written to."""
 
-    def write(self) -> Generated:
+    def write(self, ops: Mapping[str, Callable[[RowWriter, Op], None]]) -> Generated:
+        """The kernel; raises NoKernel for what no row can be computed by alone."""
         outputs = self.group.outputs(self.function)
         for op in self.group.ops:
-            getattr(self, "op_" + op.name.replace(".", "_"))(op)
+            ops[op.name](self, op)
             for result in op.results:
                 if result in outputs and op.name != "quant.cast":
                     self.store(result)
@@ -63,17 +91,12 @@ class _Writer:
         text = [
             "@triton.jit",
             f"def {self.name}({', '.join(a.name for a in given)}):",
-            f'    """One row a program: {self.said()}."""',
+            f'    """One row a program: {", ".join(op.name for op in self.group.ops)}."""',
             *lines,
         ]
-        return Generated(self.name, "\n".join(text) + "\n", given, self.group.ops, outputs, self.rows())
-
-    def said(self) -> str:
-        return ", ".join(op.name for op in self.group.ops)
-
-    def rows(self) -> str:
-        op = self.group.ops[-1]
-        return str(tensor_of(op.results[0] if op.results else op.operands[2]).shape[0])
+        last = self.group.ops[-1]
+        rows = str(tensor_of(last.results[0] if last.results else last.operands[2]).shape[0])
+        return Generated(self.name, "\n".join(text) + "\n", given, self.group.ops, outputs, rows)
 
     # -- arguments
 
@@ -93,17 +116,19 @@ class _Writer:
         return self.shorts[key]
 
     def data(self, of: Value | WeightRef) -> str:
+        """A pointer to the elements of a value or weight."""
         return self.argument(f"{self.short(of)}_ptr", pointer(tensor_of(of).dtype), "data", of)
 
     def distance(self, of: Value) -> str:
         """Elements from a row of `of` to the next."""
         return self.argument(f"{self.short(of)}_row", "i64", "row", of)
 
-    def head(self, of: Value, heads: int) -> str:
+    def head(self, of: Value) -> str:
         """Elements from a head of a row to the next; 0 where there is one."""
-        return self.argument(f"{self.short(of)}_head", "i64", "head", of) if heads > 1 else "0"
+        return self.argument(f"{self.short(of)}_head", "i64", "head", of) if shape_of(of).heads > 1 else "0"
 
     def input(self, op: Op, position: int) -> str:
+        """A pointer to an operand."""
         operand = op.operands[position]
         assert isinstance(operand, Value)
         return self.data(operand)
@@ -117,33 +142,52 @@ class _Writer:
         self.body.append(f"{stem}{number} = {expression}")
         return f"{stem}{number}"
 
-    def at(self, columns: int) -> str:
-        """Columns 0..columns-1 as [groups, 128]; the mask of those that exist has the suffix `_in`."""
-        if columns not in self.columns:
-            groups = power_of_two(-(-columns // GROUP))
-            name = f"c{columns}"
-            self.columns[columns] = name
-            self.body.append(f"{name} = tl.arange(0, {groups})[:, None] * {GROUP} + tl.arange(0, {GROUP})[None, :]")
-            self.body.append(f"{name}_in = {name} < {columns}")
-        return self.columns[columns]
+    def once(self, name: str, lines: list[str]) -> None:
+        """Lines that define `name`, written where it is first wanted."""
+        if name not in self.known:
+            self.known.add(name)
+            self.body += lines
 
-    def load(self, base: str, columns: int) -> str:
-        at = self.at(columns)
-        return self.let(f"tl.load({base} + {at}, mask={at}_in, other=0.0).to(tl.float32)")
+    def at(self, shape: Shape, head: str = "") -> str:
+        """Distances of a row's elements from its first; `head`: between its heads."""
+        name, (high, wide) = shape.name, shape.lanes
+        if shape.heads:
+            rows, columns = f"tl.arange(0, {high})[:, None]", f"tl.arange(0, {wide})[None, :]"
+            self.once(name, [
+                f"{name}_head = {rows}", f"{name} = {columns}",
+                f"{shape.inside} = ({name}_head < {shape.heads}) & ({name} < {shape.columns})",
+            ])  # fmt: skip
+            return f"{name}_head * {head or shape.columns} + {name}"
+        lanes = f"tl.arange(0, {high})[:, None] * {GROUP} + tl.arange(0, {GROUP})[None, :]"
+        self.once(name, [f"{name} = {lanes}", f"{shape.inside} = {name} < {shape.columns}"])
+        return name
 
-    def vector(self, weight: Value | WeightRef, columns: int) -> str:
-        """A weight of one dim, along the columns."""
-        return self.load(self.data(weight), columns)
+    def load(self, base: str, shape: Shape, head: str = "") -> str:
+        """Elements behind `base` in float32, zeros outside."""
+        at = self.at(shape, head)
+        return self.let(f"tl.load({base} + {at}, mask={shape.inside}, other=0.0).to(tl.float32)")
+
+    def vector(self, weight: Value | WeightRef, shape: Shape) -> str:
+        """A weight of one dim along the columns, the same for every head."""
+        if not shape.heads:
+            return self.load(self.data(weight), shape)
+        self.at(shape)
+        mask = f"{shape.name} < {shape.columns}"
+        return self.let(f"tl.load({self.data(weight)} + {shape.name}, mask={mask}, other=0.0).to(tl.float32)")
+
+    def row_of(self, of: Value, row: str = "row") -> str:
+        """A pointer to a row of a value."""
+        return f"{self.data(of)} + {row} * {self.distance(of)}"
 
     def tile(self, operand: Value | WeightRef) -> Tile:
         """The row of an operand in registers."""
         assert isinstance(operand, Value)
         if operand not in self.env:
-            columns = width(operand)
             if tensor_of(operand).quant:
                 raise NoKernel(op="quant", reason=f"%{operand.name} is quantised and read element by element")
-            loaded = self.load(f"{self.data(operand)} + row * {self.distance(operand)}", columns)
-            self.env[operand] = Tile(loaded, columns)
+            shape = shape_of(operand)
+            head = self.head(operand) if shape.heads else ""
+            self.env[operand] = Tile(self.load(self.row_of(operand), shape, head), shape)
         found = self.env[operand]
         if isinstance(found, Pairs):
             raise NoKernel(op="rope", reason="a rotated part is used in the kernel that rotates it")
@@ -152,148 +196,27 @@ class _Writer:
     def store(self, result: Value) -> None:
         """Write a result; what comes after it in the group sees it as it is stored."""
         made = self.env[result]
-        base = f"{self.data(result)} + row * {self.distance(result)}"
         kind = f"{self.data(result)}.dtype.element_ty"
+        base = self.row_of(result, self.to)
         if isinstance(made, Pairs):
-            self.store_pairs(made, base, self.head(result, made.heads), kind)
+            self.store_pairs(made, base, self.head(result), kind)
             return
-        at = self.at(made.columns)
-        self.body.append(f"tl.store({base} + {at}, {made.name}.to({kind}), mask={at}_in)")
-        self.env[result] = Tile(self.let(f"{made.name}.to({kind}).to(tl.float32)", "s"), made.columns)
+        at = self.at(made.shape, self.head(result) if made.shape.heads else "")
+        self.body.append(f"tl.store({base} + {at}, {made.name}.to({kind}), mask={made.shape.inside})")
+        self.env[result] = Tile(self.let(f"{made.name}.to({kind}).to(tl.float32)", "s"), made.shape)
 
     def store_pairs(self, made: Pairs, base: str, head: str, kind: str) -> None:
+        """Write both members of every rotated pair."""
         suffix = made.suffix
         for part, at in ((made.first, f"first{suffix}"), (made.second, f"second{suffix}")):
             self.body.append(
                 f"tl.store({base} + head{suffix} * {head} + {at}, {part}.to({kind}), mask=pair{suffix}_in)"
             )
 
-    # -- ops
 
-    def op_embed(self, op: Op) -> None:
-        self.gather(op, self.input(op, 0), op.operands[1])
-
-    def op_rows_gather(self, op: Op) -> None:
-        self.gather(op, self.input(op, 1), op.operands[0])
-
-    def gather(self, op: Op, ids: str, table: Value | WeightRef) -> None:
-        columns = width(table)
-        line = self.let(f"tl.load({ids} + row).to(tl.int64)", "line")
-        step = self.distance(table) if isinstance(table, Value) else str(columns)
-        self.env[op.result] = Tile(self.load(f"{self.data(table)} + {line} * {step}", columns), columns)
-
-    def op_moe_combine(self, op: Op) -> None:
-        rows, order, weights = op.operands
-        assert isinstance(rows, Value) and isinstance(order, Value) and isinstance(weights, Value)
-        top_k, columns = width(order), width(rows)
-        places, shares, source, step = self.data(order), self.data(weights), self.data(rows), self.distance(rows)
-        at = self.at(columns)
-        total = self.let(f"tl.zeros({at}.shape, dtype=tl.float32)", "total")
-        self.body += [
-            f"for k in tl.static_range({top_k}):",
-            f"    place = tl.load({places} + row * {top_k} + k).to(tl.int64)",
-            f"    part = tl.load({source} + place * {step} + {at}, mask={at}_in & (place >= 0), other=0.0)",
-            f"    {total} += tl.load({shares} + row * {top_k} + k) * part.to(tl.float32)",
-        ]
-        self.env[op.result] = Tile(total, columns)
-
-    def op_add(self, op: Op) -> None:
-        a, b = (self.tile(o) for o in op.operands)
-        self.env[op.result] = Tile(self.let(f"{a.name} + {b.name}"), a.columns)
-
-    def op_norm_rms(self, op: Op) -> None:
-        self.env[op.result] = self.normed(self.tile(op.operands[0]), op.operands[1], op)
-
-    def op_norm_add_rms(self, op: Op) -> None:
-        a, b = (self.tile(o) for o in op.operands[:2])
-        total = Tile(self.let(f"{a.name} + {b.name}"), a.columns)
-        self.env[op.results[0]] = total
-        self.env[op.results[1]] = self.normed(total, op.operands[2], op)
-
-    def normed(self, x: Tile, weight: Value | WeightRef, op: Op) -> Tile:
-        mean = self.let(f"tl.sum(tl.sum({x.name} * {x.name}, 1), 0) / {x.columns}", "mean")
-        scale = self.vector(weight, x.columns)
-        return Tile(self.let(f"{x.name} * (1.0 / tl.sqrt_rn({mean} + {op.attrs['eps']})) * {scale}"), x.columns)
-
-    def op_swiglu(self, op: Op) -> None:
-        x = op.operands[0]
-        assert isinstance(x, Value)
-        inner = width(op.result)
-        base = f"{self.data(x)} + row * {self.distance(x)}"
-        gate, up = self.load(base, inner), self.load(f"{base} + {inner}", inner)
-        self.env[op.result] = Tile(self.let(f"silu_mul({gate}, {up})"), inner)
-
-    def op_quant_cast(self, op: Op) -> None:
-        x, to = self.tile(op.operands[0]), tensor_of(op.result)
-        assert to.quant is not None
-        if to.quant.block != (1, GROUP):
-            raise NoKernel(op=op.name, reason=f"granularity {op.attrs['granularity']} (1x{GROUP} has one)")
-        groups = -(-x.columns // GROUP)
-        scale = self.argument(f"{self.short(op.result)}_scale_ptr", "*" + SCALES[to.quant.scale], "scale", op.result)
-        at = self.at(x.columns)
-        power = to.quant.scale == "ue8m0"
-        index = self.let(f"tl.arange(0, {power_of_two(groups)})", "g")
-        base, kind = self.data(op.result), f"{self.data(op.result)}.dtype.element_ty"
-        q = self.let(
-            f"quantise_groups({x.name}, {scale}, row * {groups} + {index}, {index} < {groups}, {power}, {kind})", "q"
-        )
-        self.body.append(f"tl.store({base} + row * {x.columns} + {at}, {q}, mask={at}_in)")
-
-    def op_rope(self, op: Op) -> None:
-        x, table = op.operands[0], op.operands[2]
-        assert isinstance(x, Value)
-        shape = tensor_of(x).shape
-        heads, per_head = (int(shape[1]), int(shape[2])) if len(shape) == 3 else (1, int(shape[1]))  # type: ignore[arg-type]
-        offset, dims = int(op.attrs["offset"]), int(op.attrs["dims"])  # type: ignore[arg-type]
-        if (offset, dims) != (0, per_head) and self.in_place.get(op.result) is not x:
-            raise NoKernel(op=op.name, reason="part of a row is rotated while the row as it was is still wanted")
-        base = f"{self.data(x)} + row * {self.distance(x)}"
-        head = self.head(x, heads)
-        suffix, half = f"{heads}_{dims}_{offset}", dims // 2
-        position = self.let(f"tl.load({self.input(op, 1)} + row).to(tl.int64)", "position")
-        angle = f"{self.data(table)} + {position} * {dims}"
-        order = "interleaved" if op.attrs["interleaved"] else "halves"
-        first, second = ("2 * {0}", "2 * {0} + 1") if op.attrs["interleaved"] else ("{0}", "{0} + " + str(half))
-        pair = f"pair{suffix}"
-        if f"{pair} = " not in "\n".join(self.body):
-            self.body += [
-                f"head{suffix} = tl.arange(0, {power_of_two(heads)})[:, None]",
-                f"{pair} = tl.arange(0, {power_of_two(half)})[None, :]  # pairs are {order}",
-                f"{pair}_in = (head{suffix} < {heads}) & ({pair} < {half})",
-                f"first{suffix} = {offset} + {first.format(pair)}",
-                f"second{suffix} = {offset} + {second.format(pair)}",
-            ]
-        cos = self.let(f"tl.load({angle} + {pair}, mask={pair} < {half}, other=0.0)", "cos")
-        sin = self.let(f"tl.load({angle} + {half} + {pair}, mask={pair} < {half}, other=0.0)", "sin")
-        members = [
-            self.let(
-                f"tl.load({base} + head{suffix} * {head} + {at}{suffix}, mask={pair}_in, other=0.0).to(tl.float32)"
-            )
-            for at in ("first", "second")
-        ]
-        a, b = members
-        turned = self.let(f"{a} * {cos} - {b} * {sin}"), self.let(f"{b} * {cos} + {a} * {sin}")
-        self.env[op.result] = Pairs(*turned, heads, suffix)
-
-    def op_cache_append(self, op: Op) -> None:
-        cache, _, latent, key, _, _, pages = op.operands
-        kind = cache_of(cache)
-        page, columns = int(kind.shape[2]), int(kind.shape[3])  # type: ignore[arg-type]
-        assert isinstance(latent, Value) and isinstance(key, Value) and isinstance(cache, Value)
-        sequence = self.let(f"tl.load({self.input(op, 4)} + row).to(tl.int64)", "sequence")
-        position = self.let(f"tl.load({self.input(op, 5)} + row)", "position")
-        entries = self.argument("max_pages", "i32", "size", str(tensor_of(pages).shape[1]))
-        table = f"{self.input(op, 6)} + {sequence} * {entries} + {position} // {page}"
-        slot = self.let(f"tl.load({table}).to(tl.int64) * {page} + {position} % {page}", "slot")
-        to = self.argument("cache_ptr", pointer(kind.dtype), "cache", cache)
-        base, element = f"{to} + {slot} * {columns}", f"{to}.dtype.element_ty"
-        x, rank = self.tile(latent), width(latent)
-        at = self.at(rank)
-        self.body.append(f"tl.store({base} + {at}, {x.name}.to({element}), mask={at}_in)")
-        made = self.env.get(key)
-        if isinstance(made, Pairs):
-            self.store_pairs(made, f"{base} + {rank}", "0", element)
-        else:
-            key_tile = self.tile(key)
-            at = self.at(key_tile.columns)
-            self.body.append(f"tl.store({base} + {rank} + {at}, {key_tile.name}.to({element}), mask={at}_in)")
+def shape_of(operand: Value | WeightRef) -> Shape:
+    """The register shape of a value: by heads where it has three dims."""
+    dims = tensor_of(operand).shape
+    if len(dims) == 3:
+        return Shape(int(dims[2]), int(dims[1]))  # type: ignore[arg-type]
+    return Shape(width(operand))

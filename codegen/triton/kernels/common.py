@@ -77,6 +77,15 @@ def silu_mul(gate, up):
 
 
 @triton.jit
+def limited_silu_mul(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr):
+    """`gate * sigmoid(ALPHA * gate) * (up + SHIFT)`, both halves cut at LIMIT (0: not): gpt-oss, arXiv 2508.10925."""
+    if LIMIT > 0:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    return gate * tl.sigmoid(gate * ALPHA) * (up + SHIFT)
+
+
+@triton.jit
 def pair_offsets(pair, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Positions of the two members of each rotated pair: neighbours, or the two halves."""
     if INTERLEAVED:

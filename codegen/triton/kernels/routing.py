@@ -75,6 +75,42 @@ def route(
 
 
 @triton.jit
+def sparsemixer(
+    logit_ptr, index_ptr, weight_ptr, count_ptr, T, route_scale, jitter,
+    E: tl.constexpr, E2: tl.constexpr, TOP_K: tl.constexpr, TOP_K2: tl.constexpr, NORMALISE: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    """logits[T, E] -> index, weight[T, TOP_K]; one expert after the other (Liu et al., arXiv 2409.12136, at inference).
+
+    The weight of each is its softmax among the experts not chosen before whose logit is within `2 * jitter`,
+    relatively, of the best; adds each expert's tokens to count[E].
+    """
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    expert = tl.arange(0, E2)
+    real = (t < T)[:, None] & (expert < E)[None, :]
+    logit = tl.load(logit_ptr + t[:, None].to(tl.int64) * E + expert[None, :], mask=real, other=float("-inf"))
+    left = logit
+    rk = tl.arange(0, TOP_K2)
+    index = tl.zeros((BT, TOP_K2), dtype=tl.int32)
+    weight = tl.zeros((BT, TOP_K2), dtype=tl.float32)
+    for k in tl.static_range(TOP_K):
+        best = tl.max(left, 1)[:, None]
+        at = tl.argmax(left, 1)[:, None]
+        near = (best - logit) <= 2.0 * jitter * tl.maximum(tl.abs(logit), best)
+        share = tl.where(near & (left > float("-inf")), tl.exp(left - best), 0.0)
+        weight = tl.where((rk == k)[None, :], 1.0 / tl.sum(share, 1)[:, None], weight)
+        index = tl.where((rk == k)[None, :], at, index)
+        left = tl.where(expert[None, :] == at, float("-inf"), left)
+    if NORMALISE:
+        weight = weight / (tl.sum(weight, 1)[:, None] + 1e-20)
+    out = t[:, None].to(tl.int64) * TOP_K + rk[None, :]
+    store = (t < T)[:, None] & (rk < TOP_K)[None, :]
+    tl.store(index_ptr + out, index, mask=store)
+    tl.store(weight_ptr + out, weight * route_scale, mask=store)
+    tl.atomic_add(count_ptr + index, tl.full((BT, TOP_K2), 1, tl.int32), mask=store)
+
+
+@triton.jit
 def permutation(
     index_ptr, count_ptr, slot_ptr, source_ptr, block_expert_ptr, PAIRS, ROWS, capacity,
     E: tl.constexpr, E2: tl.constexpr, TOP_K: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,

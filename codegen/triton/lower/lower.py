@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moec.codegen.arena import Slot, assign
+from moec.codegen.triton.aot import aligned
 from moec.codegen.triton.errors import NoKernel
-from moec.codegen.triton.fused.binding import Argument, width
+from moec.codegen.triton.fused.binding import Argument, cache_distances, cache_of, width
 from moec.codegen.triton.fused.groups import VIEWS, Group, groups_of
-from moec.codegen.triton.lower.places import Base, Place, Step, reference
+from moec.codegen.triton.lower.places import Base, Place, Step, cache_part, reference
 from moec.codegen.triton.lower.table import KernelTable, grid_of
 from moec.codegen.triton.spec import Instance
 from moec.ir import CacheType, Function, Module, Op, TensorType, Value, WeightRef
@@ -46,10 +47,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Layer:
-    """The layer that a function runs for: `index` alone, or that many after the loop's own."""
+    """The layer that a function runs for: `index`, and `turn` more with every turn of the loop."""
 
     index: int
-    looped: bool
+    turn: int
+
+    def of(self, kind: str, name: str, size: int, first: int, place: tuple[int, int, int]) -> Place:
+        """This layer's part of memory that holds `size` bytes for each layer from `first` on; `place` as of Place."""
+        row, head, itemsize = place
+        return Place(Base(kind, name, size * self.turn), (self.index - first) * size, row, head, itemsize)
 
 
 class Lowering:
@@ -138,23 +144,16 @@ class Lowering:
         name = f"{ref.name}.scale" if scales else ref.name
         if not ref.indices:
             return Place(Base("weights", name), 0, columns, columns, itemsize)
-        layer = self.env[ref.indices[0]]
-        first = weight.indices[0][1]
-        if layer.looped:
-            return Place(Base("weights", name, size, layer.index - first), 0, columns, columns, itemsize)
-        return Place(Base("weights", name), (layer.index - first) * size, columns, columns, itemsize)
+        layer, first = self.env[ref.indices[0]], weight.indices[0][1]
+        return layer.of("weights", name, size, first, (columns, columns, itemsize))  # type: ignore[no-any-return]
 
     def cache(self, cache: Value, layer: Value) -> Place:
-        """A layer of the cache."""
-        t, at = cache.type, self.env[layer]
-        assert isinstance(t, CacheType)
-        size = BITS[t.dtype] // 8
-        columns = int(t.shape[3])  # type: ignore[arg-type]
-        bytes_ = self.phase.bounds["P"] * int(t.shape[2]) * columns * size  # type: ignore[arg-type]
-        name = self.env[cache]
-        if at.looped:
-            return Place(Base("cache", name, bytes_, at.index), 0, columns, columns, size)
-        return Place(Base("cache", name), at.index * bytes_, columns, columns, size)
+        """A layer of the cache; the distance between rows is in elements of its type."""
+        t, size = cache_of(cache), BITS[cache_of(cache).dtype] // 8
+        rows = self.phase.bounds["P"] * int(t.shape[2])  # type: ignore[arg-type]
+        columns, _, _ = cache_distances(t)
+        name = str(self.env[cache])
+        return self.env[layer].of("cache", name, rows * int(t.row_bytes()), 0, (columns, columns, size))  # type: ignore[no-any-return, arg-type]
 
     def _made(self, value: Value) -> Place:
         """The place of a result: its part of what it is a view of, where it must go, or a buffer of its own."""
@@ -285,6 +284,8 @@ class Lowering:
         """A launch of a kernel for a group; arguments are places, numbers, or expressions over run-time symbols."""
         ops = [(self.index[op], op) for op in group.ops]
         ops += [(self.index[v], v) for v in self._views_of(group)]
+        odd = {n for n in instance.signature if _odd(arguments[n])}
+        instance = replace(instance, loose=tuple(n for n in instance.signature if n in odd and n in aligned(instance)))
         name = self.phase.table.add(instance, self.function.name, ops)
         given: dict[str, Any] = {}
         step: Step = {"kernel": name, "grid": grid_of(instance, dict(sizes)), "arguments": given}
@@ -332,10 +333,18 @@ class Lowering:
                 return self.place(of).head
             case "source" | "blocks":
                 return self.extra[argument.what, of]
-            case "cache":
+            case "cache" | "cache_scale" | "cache_exact":
                 assert isinstance(of, Value)
-                return self.cache(of, self.layers[of])
+                return cache_part(self.cache(of, self.layers[of]), cache_of(of), argument.what)
         raise AssertionError(argument)
+
+
+def _odd(value: Any) -> bool:
+    """Whether an argument is not always a multiple of 16: bytes of a place, or a number."""
+    if isinstance(value, Place):
+        turn = value.base.turn if isinstance(value.base, Base) else 0
+        return bool(value.offset % 16 or turn % 16)
+    return not isinstance(value, int) or value % 16 != 0
 
 
 @dataclass

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moec.codegen.arena import Slot
+from moec.codegen.triton.fused.binding import cache_distances
+from moec.ir import CacheType
+from moec.ir.types import SCALE_BITS
 
 Step = dict[str, Any]
 """One step of a program as plan.json holds it: a launch, a fill, a copy, a loop over layers, or an event."""
@@ -15,14 +18,12 @@ Step = dict[str, Any]
 class Base:
     """Memory that no slot of the arena holds: `input`, `weights`, `cache` or `output`, and a name in it.
 
-    `layer`: bytes from one layer's part to the next; `index`: the layer is the loop's plus this number, None when the
-    memory belongs to no layer.
+    `turn`: bytes by which it moves with every turn of the loop over layers.
     """
 
     kind: str
     name: str
-    layer: int = 0
-    index: int | None = None
+    turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,18 @@ def reference(place: Place) -> dict[str, Any]:
         return {"base": "arena", "offset": place.base.offset + place.offset}
     base = place.base
     found: dict[str, Any] = {"base": base.kind, "name": base.name, "offset": place.offset}
-    if base.index is not None:
-        found["offset"] += base.index * base.layer
-        found["layer"] = base.layer
+    if base.turn:
+        found["layer"] = base.turn
     return found
+
+
+def cache_part(whole: Place, kind: CacheType, what: str) -> Place:
+    """The scales or the exact part of a scaled cache, in elements of their own."""
+    if what == "cache" or kind.quant is None:
+        return whole
+    _, scale_row, exact_row = cache_distances(kind)
+    exact = 2 * kind.exact
+    data = (int(kind.shape[3]) - kind.exact) * whole.itemsize  # type: ignore[arg-type]
+    if what == "cache_scale":
+        return Place(whole.base, whole.offset + data, scale_row, scale_row, SCALE_BITS[kind.quant.scale] // 8)
+    return Place(whole.base, whole.offset + int(kind.row_bytes()) - exact, exact_row, exact_row, 2)  # type: ignore[arg-type]

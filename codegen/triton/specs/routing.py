@@ -90,6 +90,69 @@ def route(
     )  # fmt: skip
 
 
+def build_sparsemixer(p: Problem) -> dict[str, Any]:
+    """Logits close enough together that several experts share a weight."""
+    import torch
+
+    return {
+        "logit_ptr": p.put("logit_ptr", 1.0 + 0.02 * p.normal(p.T, p.E)),
+        "index_ptr": p.output("index_ptr", p.T, p.TOP_K), "weight_ptr": p.output("weight_ptr", p.T, p.TOP_K),
+        "count_ptr": torch.zeros(p.E, dtype=torch.int32), "T": p.T, "route_scale": 1.5, "jitter": 0.01,
+    }  # fmt: skip
+
+
+def reference_sparsemixer(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
+    """Token by token, in float64; the thresholds are compared in float32 as they are stored."""
+    import torch
+
+    index = torch.zeros(p.T, p.TOP_K, dtype=torch.long)
+    weight = torch.zeros(p.T, p.TOP_K, dtype=torch.float64)
+    for t, logit in enumerate(x["logit_ptr"]):
+        left = logit.clone()
+        for k in range(p.TOP_K):
+            best = left.max()
+            near = best - logit <= 2 * x["jitter"] * torch.maximum(logit.abs(), best)
+            index[t, k] = left.argmax()
+            weight[t, k] = left.double().masked_fill(~near, -torch.inf).softmax(-1)[index[t, k]]
+            left[index[t, k]] = -torch.inf
+    if p.NORMALISE:
+        weight /= weight.sum(-1, keepdim=True)
+    return {
+        "index_ptr": Expected(index),
+        "weight_ptr": Expected(weight * x["route_scale"], 2e-6, 1e-7, 1e-5),
+        "count_ptr": Expected(torch.bincount(index.flatten(), minlength=p.E)),
+    }
+
+
+def sparsemixer_constants(d: Dims) -> dict[str, Constant]:
+    sizes = {"E": d["E"], "E2": power_of_two(d["E"]), "TOP_K": d["TOP_K"], "TOP_K2": power_of_two(d["TOP_K"])}
+    return {**sizes, "NORMALISE": bool(d["NORMALISE"])}
+
+
+SPARSEMIXER = KernelSpec(
+    name="route_sparsemixer",
+    function="routing:sparsemixer",
+    ops=("moe.route",),
+    summary="Experts one after the other, weighed among those near the best: Phi-3.5-MoE",
+    signature={
+        "logit_ptr": "*fp32", "index_ptr": "*i32", "weight_ptr": "*fp32", "count_ptr": "*i32", "T": "i32",
+        "route_scale": "fp32", "jitter": "fp32",
+    },
+    dims={"T": 128, "E": 16, "TOP_K": 2, "NORMALISE": 0},
+    constants=sparsemixer_constants,
+    tiles=on(EVERYWHERE, any=Tile({"BT": 4}, 4, 1)),
+    grid=("ceildiv(T, BT)",),
+    build=build_sparsemixer,
+    reference=reference_sparsemixer,
+    cases=(
+        Case("21 tokens", {"T": 21}),
+        Case("one token, three of six, normalised", {"T": 1, "E": 6, "TOP_K": 3, "NORMALISE": 1}),
+    ),
+    flops="T*E*TOP_K*6",
+    bytes="T*(4*E + 8*TOP_K) + 8*E",
+)  # fmt: skip
+
+
 def pairs(p: Problem) -> Tensor:
     """Experts of every token by SKEW: 0 any, 1 all to one, 2 some of them another device's."""
     import torch
@@ -312,6 +375,7 @@ SPECS = (
         "route_softmax_normalised", "Softmax scores, top-k, normalised",
         {"T": 128, "E": 128, "NG": 1, "TOP_GROUPS": 1, "TOP_K": 8}, False, True, True, (Case("7 tokens", {"T": 7}),),
     ),
+    SPARSEMIXER,
     permutation(False),
     permutation(True),
     permute(True),

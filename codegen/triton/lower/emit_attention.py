@@ -1,0 +1,176 @@
+"""Launches of attention: over latents, plain and absorbed, and over heads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moec.codegen.triton.errors import NoKernel
+from moec.codegen.triton.fused.binding import SCALES, cache_of, pointer, tensor_of
+from moec.codegen.triton.fused.groups import Group
+from moec.codegen.triton.lower.launching import typed
+from moec.codegen.triton.lower.places import Base, Place, cache_part
+from moec.codegen.triton.spec import KernelSpec, kernel
+from moec.codegen.triton.specs.recipe import power_of_two
+from moec.ir import Op, Value, WeightRef
+from moec.ir.expr import evaluate
+
+if TYPE_CHECKING:
+    from moec.codegen.triton.lower.lower import Lowering
+
+MOST_SPLITS = 16
+
+
+def cache_parts(low: Lowering, op: Op, cache: Value, rank: int) -> tuple[dict[str, Place], dict[str, int]]:
+    """The cache's latent and rotary part, and the sizes that its kernels hold as constants."""
+    t = cache_of(cache)
+    whole = low.cache(cache, op.operands[3 if op.name == "attn.mla_absorbed" else 1])  # type: ignore[arg-type]
+    dims = {"DV": rank, "DR": int(t.shape[3]) - rank, "PAGE": int(t.shape[2])}  # type: ignore[arg-type]
+    if t.quant is None:
+        if t.dtype not in ("bf16", "f32"):
+            raise NoKernel(op=op.name, reason=f"the cache is {t}")
+        return {"latent_ptr": whole, "rope_ptr": whole.part(rank)}, dims
+    if t.dtype != "fp8_e4m3" or t.quant.block[-1] != 128 or t.exact != dims["DR"]:
+        raise NoKernel(op=op.name, reason=f"the cache is {t}; E4M3 with scales of 128 has a kernel")
+    scales, exact = (cache_part(whole, t, what) for what in ("cache_scale", "cache_exact"))
+    return {"latent_ptr": whole, "rope_ptr": exact, "scale_ptr": scales}, dims
+
+
+def of_cache(name: str, cache: Value) -> KernelSpec:
+    """The kernel for a cache as it stands, or for one in FP8 with scales."""
+    return kernel(f"{name}_fp8" if cache_of(cache).quant is not None else name)
+
+
+def cache_types(cache: Value) -> dict[str, str]:
+    """Element types of a cache's parts."""
+    t = cache_of(cache)
+    if t.quant is None:
+        return dict.fromkeys(("latent_ptr", "rope_ptr"), pointer(t.dtype))
+    return {"latent_ptr": pointer(t.dtype), "rope_ptr": "*bf16", "scale_ptr": "*" + SCALES[t.quant.scale]}
+
+
+def cache_read(low: Lowering, group: Group) -> None:
+    """All cached positions of every sequence in one piece."""
+    op = group.anchor
+    cache, _, pages, starts = op.operands
+    assert isinstance(cache, Value) and isinstance(pages, Value)
+    parts, dims = cache_parts(low, op, cache, int(op.attrs["rank"]))  # type: ignore[arg-type]
+    instance = low.phase.table.instance(of_cache("cache_read", cache), "any", **dims)
+    latent, rope = op.results
+    instance = typed(instance, cache_types(cache), latent_out_ptr=latent, rope_out_ptr=rope)
+    low.launch(instance, group, {
+        **parts, "pages_ptr": low.place(pages), "start_ptr": low.place(starts), "latent_out_ptr": low.place(latent),
+        "rope_out_ptr": low.place(rope), "max_pages": str(tensor_of(pages).shape[1]),
+    }, {"CONTEXT": "C", "B": "B"})  # fmt: skip
+
+
+def attention(low: Lowering, group: Group) -> None:
+    """Plain attention over expanded keys and values."""
+    op = group.anchor
+    q, kv, rope, _, _, starts = op.operands
+    assert isinstance(q, Value)
+    heads, columns = (int(d) for d in tensor_of(q).shape[1:])  # type: ignore[arg-type]
+    nope, v = int(op.attrs["nope"]), int(op.attrs["v"])  # type: ignore[arg-type]
+    dims = {"HEADS": heads, "DN": nope, "DV": v, "DR": columns - nope}
+    powers(op, dims)
+    instance = low.phase.table.instance(kernel("mla_prefill"), "any", **dims)
+    instance = typed(instance, q_ptr=q, kv_ptr=kv, rope_ptr=rope, out_ptr=op.result)
+    low.launch(instance, group, {
+        "q_ptr": low.place(q), "kv_ptr": low.place(kv), "rope_ptr": low.place(rope),
+        "q_start_ptr": Place(Base("input", "q_starts"), 0, 1, 1, 4), "k_start_ptr": low.place(starts),
+        "out_ptr": low.place(op.result), "q_row": low.place(q).row, "softmax_scale": op.attrs["scale"],
+    }, {"CONTEXT": "ceildiv(T, B)", "B": "B"})  # fmt: skip
+
+
+def absorbed(low: Lowering, group: Group) -> None:
+    """Absorbed attention over the paged cache: shares of the keys in parallel, then their sum."""
+    op = group.anchor
+    q, rope, cache, _, _, _, pages = op.operands
+    assert isinstance(q, Value) and isinstance(rope, Value) and isinstance(cache, Value) and isinstance(pages, Value)
+    heads, rank = (int(d) for d in tensor_of(q).shape[1:])  # type: ignore[arg-type]
+    parts, dims = cache_parts(low, op, cache, rank)
+    dims["HEADS"] = heads
+    powers(op, {"DV": rank, "DR": dims["DR"]})
+    at, rope_at = low.place(q), low.place(rope)
+    split = low.phase.table.instance(of_cache("mla_decode_split", cache), "any", **dims)
+    split = typed(split, cache_types(cache), q_ptr=q, q_rope_ptr=rope)
+    rows_ = f"ceildiv(T, B) * {heads}"
+    splits, partial, lse = shares(low, f"B * ceildiv({rows_}, {split.tile.constants['BH']})", heads, rank)
+    low.launch(split, group, {
+        "q_ptr": at, "q_rope_ptr": rope_at, **parts, "pages_ptr": low.place(pages),
+        "length_ptr": Place(Base("input", "lengths"), 0, 1, 1, 4), "partial_ptr": partial, "lse_ptr": lse,
+        "q_row": at.row,
+            "q_head": at.head, "q_rope_row": rope_at.row,
+            "q_rope_head": rope_at.head, "softmax_scale": op.attrs["scale"],
+        "max_pages": str(tensor_of(pages).shape[1]), "splits": splits, "QUERIES": "ceildiv(T, B)", "ROWS": rows_,
+    }, {"B": "B", "QUERIES": "ceildiv(T, B)", "SPLITS": splits})  # fmt: skip
+    join(low, group, partial, lse, splits, rows_)
+
+
+def heads(low: Lowering, group: Group) -> None:
+    """Attention with grouped heads: in one go for a prompt, by shares of the keys for single tokens."""
+    op = group.anchor
+    q, cache, layer, _, _, pages = op.operands[:6]
+    assert isinstance(q, Value) and isinstance(cache, Value) and isinstance(layer, Value) and isinstance(pages, Value)
+    if cache_of(cache).quant is not None:
+        raise NoKernel(op=op.name, reason=f"the cache is {cache_of(cache)}")
+    count, width_ = (int(d) for d in tensor_of(q).shape[1:])  # type: ignore[arg-type]
+    attrs, v = op.attrs, int(op.attrs["v"])  # type: ignore[arg-type]
+    kv_heads = int(attrs["kv_heads"])  # type: ignore[arg-type]
+    dims = {
+        "HEADS": count, "KV_HEADS": kv_heads, "D": width_, "DV": v, "PAGE": int(cache_of(cache).shape[2]),
+        "WINDOW": int(attrs.get("window", 0)), "CHUNK": int(attrs.get("chunk", 0)), "SOFTCAP": int("softcap" in attrs),
+    }  # type: ignore[arg-type]  # fmt: skip
+    given: dict[str, Any] = {
+        "q_ptr": low.place(q), "cache_ptr": low.cache(cache, layer), "pages_ptr": low.place(pages),
+        "q_start_ptr": Place(Base("input", "q_starts"), 0, 1, 1, 4),
+        "length_ptr": Place(Base("input", "lengths"), 0, 1, 1, 4), "q_row": low.place(q).row,
+        "q_head": low.place(q).head, "softmax_scale": attrs["scale"], "softcap": attrs.get("softcap", 1.0),
+        "max_pages": str(tensor_of(pages).shape[1]),
+    }  # fmt: skip
+    types: dict[str, Value | WeightRef] = {"q_ptr": q, "cache_ptr": cache}
+    sinks = ""
+    if len(op.operands) == 7:
+        sinks, given["sink_ptr"], types["sink_ptr"] = "_sinks", low.place(op.operands[6]), op.operands[6]
+    rows_ = f"ceildiv(T, B) * {count}"
+    if low.phase.name != "decode":
+        instance = low.phase.table.instance(kernel(f"heads_prefill{sinks}"), "any", **dims)
+        more = {"out_ptr": low.place(op.result), "splits": 1, "ROWS": rows_}
+        sizes: dict[str, int | str] = {"CONTEXT": "ceildiv(T, B)", "B": "B", "SPLITS": 1}
+        low.launch(typed(instance, out_ptr=op.result, **types), group, {**given, **more}, sizes)
+        return
+    split = typed(low.phase.table.instance(kernel(f"heads_decode_split{sinks}"), "any", **dims), **types)
+    blocks = f"B * {kv_heads} * ceildiv(ceildiv(T, B) * {count // kv_heads}, {split.tile.constants['BM']})"
+    splits, partial, lse = shares(low, blocks, count, v)
+    given |= {"out_ptr": partial, "lse_ptr": lse, "splits": splits, "ROWS": rows_}
+    low.launch(split, group, given, {"B": "B", "QUERIES": "ceildiv(T, B)", "SPLITS": splits})
+    join(low, group, partial, lse, splits, rows_)
+
+
+def shares(low: Lowering, blocks: str, count: int, width_: int) -> tuple[str, Place, Place]:
+    """How many shares of the keys, and room for their results and log-sum-exps.
+
+    Enough programs to fill the device twice, where `blocks` run for one share.
+    """
+    splits = f"max(1, min({MOST_SPLITS}, {2 * low.phase.sms} // ({blocks})))"
+    bounds = low.phase.bounds
+    tokens = [bounds["T"]] if bounds["B"] == 1 else range(1, bounds["B"] + 1)
+    most = max(t * evaluate(splits, {"T": t, "B": min(t, bounds["B"])}) for t in tokens)
+    partial = Place(low.slot(most * count * width_ * 4), 0, width_, width_, 4)
+    return splits, partial, Place(low.slot(most * count * 4), 0, 1, 1, 4)
+
+
+def join(low: Lowering, group: Group, partial: Place, lse: Place, splits: str, rows_: str) -> None:
+    """The sum of the shares."""
+    result = group.anchor.result
+    width_ = int(tensor_of(result).shape[-1])  # type: ignore[arg-type]
+    combine = typed(low.phase.table.instance(kernel("mla_decode_combine"), "any", DV=width_), out_ptr=result)
+    low.launch(combine, group, {
+        "partial_ptr": partial, "lse_ptr": lse, "out_ptr": low.place(result), "splits": splits, "ROWS": rows_,
+    }, {"B": "B", "ROWS": rows_})  # fmt: skip
+
+
+def powers(op: Op, dims: dict[str, int]) -> None:
+    """Raise NoKernel unless the widths of a head are powers of two."""
+    for name, size in dims.items():
+        if name != "HEADS" and (size < 16 or power_of_two(size) != size):
+            raise NoKernel(op=op.name, reason=f"a head's width {name} = {size} is not a power of two from 16 up")
