@@ -100,6 +100,8 @@ def lower_module(
             raise NoKernel(op=op.name, reason=f"only plain SwiGLU has one, not with {', '.join(variants)}")
     if tiles is None:
         tiles = {key: m.tile for key, m in measured.load(target.device.arch).items()}
+    if "draft" in module.functions:
+        raise NoKernel(op="@draft", reason="drafting runs on CPUs so far; leave --mtp away")
     table = KernelTable(target.device.arch, tiles)
     sms = int(target.device.cores)
     names: list[str] = [n for n in ("prefill", "decode") if n in module.functions]

@@ -15,6 +15,16 @@ from moec.codegen.triton.kernels.common import load_scale, widen
 
 
 @triton.jit
+def load_part(at, inside, WHOLE: tl.constexpr):
+    """A part of rows; with WHOLE all of it exists, and the load needs no mask."""
+    if WHOLE:
+        part = tl.load(at)
+    else:
+        part = tl.load(at, mask=inside, other=0.0)
+    return part
+
+
+@triton.jit
 def block_scaled_rows(
     a_row, a_scale_row, b_row, b_scale_row, K, BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr
 ):
@@ -24,13 +34,9 @@ def block_scaled_rows(
     b_at = b_row[None, :] + rk[:, None]
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(tl.cdiv(K, 128)):
-        if EVEN_K:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
-        else:
-            inside = k * 128 + rk < K
-            a = tl.load(a_at, mask=inside[None, :], other=0.0)
-            b = tl.load(b_at, mask=inside[:, None], other=0.0)
+        inside = k * 128 + rk < K
+        a = load_part(a_at, inside[None, :], EVEN_K)
+        b = load_part(b_at, inside[:, None], EVEN_K)
         scale = load_scale(a_scale_row + k)[:, None] * load_scale(b_scale_row + k)
         acc += tl.dot(a, b, max_num_imprecise_acc=128) * scale
         a_at += 128
@@ -46,13 +52,9 @@ def bf16_rows(a_row, b_row, b_step, K, BM: tl.constexpr, BN: tl.constexpr, BK: t
     b_at = b_row[None, :] + rk[:, None] * b_step
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(tl.cdiv(K, BK)):
-        if EVEN_K:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
-        else:
-            inside = k * BK + rk < K
-            a = tl.load(a_at, mask=inside[None, :], other=0.0)
-            b = tl.load(b_at, mask=inside[:, None], other=0.0)
+        inside = k * BK + rk < K
+        a = load_part(a_at, inside[None, :], EVEN_K)
+        b = load_part(b_at, inside[:, None], EVEN_K)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_at += BK
         b_at += BK * b_step
@@ -72,13 +74,9 @@ def widened_rows(
     b_at = b_row[None, :] + rk[:, None] * b_step
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(tl.cdiv(K, 128)):
-        if EVEN_K:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
-        else:
-            inside = k * 128 + rk < K
-            a = tl.load(a_at, mask=inside[None, :], other=0.0)
-            b = tl.load(b_at, mask=inside[:, None], other=0.0)
+        inside = k * 128 + rk < K
+        a = load_part(a_at, inside[None, :], EVEN_K)
+        b = load_part(b_at, inside[:, None], EVEN_K)
         acc += tl.dot(a, widen(b, a.dtype), input_precision="ieee") * load_scale(b_scale_row + k * scale_step)
         a_at += 128
         b_at += 128 * b_step
@@ -110,15 +108,10 @@ def block_scaled_pair(
     gate = tl.zeros((BM, BN), dtype=tl.float32)
     up = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(tl.cdiv(K, 128)):
-        if EVEN_K:
-            a = tl.load(a_at)
-            b_gate = tl.load(gate_at)
-            b_up = tl.load(up_at)
-        else:
-            inside = k * 128 + rk < K
-            a = tl.load(a_at, mask=inside[None, :], other=0.0)
-            b_gate = tl.load(gate_at, mask=inside[:, None], other=0.0)
-            b_up = tl.load(up_at, mask=inside[:, None], other=0.0)
+        inside = k * 128 + rk < K
+        a = load_part(a_at, inside[None, :], EVEN_K)
+        b_gate = load_part(gate_at, inside[:, None], EVEN_K)
+        b_up = load_part(up_at, inside[:, None], EVEN_K)
         a_scale = load_scale(a_scale_row + k)[:, None]
         gate += tl.dot(a, b_gate, max_num_imprecise_acc=128) * (a_scale * load_scale(gate_scale_row + k))
         up_scale = scale_of_two(up_scale_row, up_scale_next, up_first, k)
@@ -139,15 +132,10 @@ def bf16_pair(a_row, gate_row, up_row, K, BM: tl.constexpr, BN: tl.constexpr, BK
     gate = tl.zeros((BM, BN), dtype=tl.float32)
     up = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(tl.cdiv(K, BK)):
-        if EVEN_K:
-            a = tl.load(a_at)
-            b_gate = tl.load(gate_at)
-            b_up = tl.load(up_at)
-        else:
-            inside = k * BK + rk < K
-            a = tl.load(a_at, mask=inside[None, :], other=0.0)
-            b_gate = tl.load(gate_at, mask=inside[:, None], other=0.0)
-            b_up = tl.load(up_at, mask=inside[:, None], other=0.0)
+        inside = k * BK + rk < K
+        a = load_part(a_at, inside[None, :], EVEN_K)
+        b_gate = load_part(gate_at, inside[:, None], EVEN_K)
+        b_up = load_part(up_at, inside[:, None], EVEN_K)
         gate = tl.dot(a, b_gate, gate, input_precision="ieee")
         up = tl.dot(a, b_up, up, input_precision="ieee")
         a_at += BK
@@ -169,15 +157,10 @@ def widened_pair(
     gate = tl.zeros((BM, BN), dtype=tl.float32)
     up = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(tl.cdiv(K, 128)):
-        if EVEN_K:
-            a = tl.load(a_at)
-            b_gate = tl.load(gate_at)
-            b_up = tl.load(up_at)
-        else:
-            inside = k * 128 + rk < K
-            a = tl.load(a_at, mask=inside[None, :], other=0.0)
-            b_gate = tl.load(gate_at, mask=inside[:, None], other=0.0)
-            b_up = tl.load(up_at, mask=inside[:, None], other=0.0)
+        inside = k * 128 + rk < K
+        a = load_part(a_at, inside[None, :], EVEN_K)
+        b_gate = load_part(gate_at, inside[:, None], EVEN_K)
+        b_up = load_part(up_at, inside[:, None], EVEN_K)
         gate += tl.dot(a, widen(b_gate, a.dtype), input_precision="ieee") * load_scale(gate_scale_row + k)
         up_scale = scale_of_two(up_scale_row, up_scale_next, up_first, k)
         up += tl.dot(a, widen(b_up, a.dtype), input_precision="ieee") * up_scale

@@ -1,11 +1,12 @@
 """The kernels' declarations, by group; `ALL` in the order in which they are documented."""
 
-from moec.codegen.triton.specs import attention, gemm, grouped, heads, rope, routing, rows, sampling
+from moec.codegen.triton.specs import attention, gemm, grouped, heads, prefill, rope, routing, rows, sampling
 
 ALL = (
     *gemm.SPECS,
     *grouped.SPECS,
     *attention.SPECS,
+    *prefill.SPECS,
     *heads.SPECS,
     *rows.SPECS,
     *rope.SPECS,
