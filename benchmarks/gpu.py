@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 from gpu_model import (
     BATCHES,
     CONTEXT,
+    REPEATS,
     SMALL,
     engine_for,
+    event_timer,
     logits_error,
     measured_launches,
     measured_steps,
@@ -187,7 +190,7 @@ def checked(problems: list[tuple[str, Problem]], jobs: int) -> Iterator[tuple[st
 
 
 def generated_problems(target: Target) -> list[tuple[str, Problem]]:
-    """The kernels of a small model's decode program, at one token, a ragged tile and several tiles."""
+    """The kernels of a small model's decode program, at one token, a ragged tile and more than one tile."""
     import torch
 
     found = []
@@ -196,7 +199,7 @@ def generated_problems(target: Target) -> list[tuple[str, Problem]]:
         if not entry.instance.spec.source:
             continue
         kernel = entry.instance.spec.build.keywords["kernel"]  # type: ignore[attr-defined]
-        for tokens in (1, 5, 200):
+        for tokens in (1, 5, 100):
             rows = evaluate(kernel.rows, symbols_of(tokens))
             dims = {**entry.instance.dims, "T": tokens, "ROWS": rows, "LOAD": 0}
             problem = Problem(replace(entry.instance, dims=dims), torch.Generator().manual_seed(tokens), "cuda")
@@ -246,6 +249,9 @@ def run_program(session: Session) -> None:
                 f"decode of 4 DeepSeek-V3 layers, batch {batch}: {host / 1e3:.2f} ms a step, {device / 1e3:.2f} ms on "
                 f"the device, {expected / 1e3:.2f} ms PREDICTED", flush=True,
             )  # fmt: skip
+        idle = event_timer(engine, lambda stream: None, [place])
+        session.add("empty_us", median(idle() for _ in range(REPEATS)))
+        print(f"an interval without a launch: {session.result['empty_us'][0]:.1f} us, part of every time below")
         rows = []
         for phase, tokens in (*(("decode", b) for b in BATCHES), ("prefill", CONTEXT)):
             if phase == "prefill":

@@ -62,13 +62,17 @@ In this order, so that a session that ends early has what matters most. Each com
 after every row, begins no measurement after `--minutes` (9), and goes on after a failure, which it names. Estimates are
 for 16 cores and an H100; nothing of it has been timed there.
 
-| command | answers | about |
-|---|---|---|
-| `python benchmarks/gpu.py --only checks --out checks.json` | whether every kernel is right: declared ones on their cases, those of a program at 1, 5 and 200 tokens, logits of a small model through engine, graphs and cache | 4 minutes, most of it compiling in parallel |
-| `python benchmarks/gpu.py --only program --out program.json` | what each launch of a four-layer DeepSeek-V3 takes beside its bound, decode at batch 1, 32, 128 as graphs, prefill of 4096 tokens | 4 minutes; weights are made on the device |
-| `python benchmarks/gpu.py --only kernels --out kernels.json` | products at DeepGEMM's shapes, decode at FlashMLA's, beside torch | 6 minutes |
-| `python benchmarks/gpu.py --only layer --out layer.json` | routed experts beside `torch.compile` | 4 minutes, most of it autotuning |
-| `moec tune ARTIFACT`, then `--only program` again | what other tiles are worth | 6 minutes |
+1. `python benchmarks/gpu.py --only checks --out checks.json` (4 minutes, most of it compiling in parallel): whether
+   every kernel is right; declared ones on their cases, those of a program at 1, 5 and 100 tokens, logits of a small
+   model through engine, graphs and cache.
+2. `python benchmarks/gpu.py --only program --out program.json` (4 minutes; weights are made on the device): what each
+   launch of a four-layer DeepSeek-V3 takes beside its bound, decode at batch 1, 32, 128 as graphs, prefill of 4096
+   tokens.
+3. `python benchmarks/gpu.py --only kernels --out kernels.json` (6 minutes): products at DeepGEMM's shapes, decode at
+   FlashMLA's, beside torch.
+4. `python benchmarks/gpu.py --only layer --out layer.json` (4 minutes, most of it autotuning): routed experts beside
+   `torch.compile`.
+5. `moec tune ARTIFACT`, then the second command again (6 minutes): what other tiles are worth.
 
 The artifacts need 40 GB of device memory and a few hundred MB on disk. Where `checks` names wrong kernels, read the
 other tables without them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,13 @@ class Program:
             },
         }
 
-    def compile(self, jobs: int = 2) -> list[aot.Compiled]:
-        """All kernels, from the cache or compiled into it. Raises CompileFailed, CheckFailed or TritonMissing."""
-        return aot.compile_kernels([e.instance for e in self.table.entries.values()], jobs=jobs)
+    def compile(self, jobs: int = 0) -> list[aot.Compiled]:
+        """All kernels, from the cache or compiled into it by `jobs` processes, by default one for each usable CPU.
+
+        Raises CompileFailed, CheckFailed or TritonMissing.
+        """
+        wanted = [e.instance for e in self.table.entries.values()]
+        return aot.compile_kernels(wanted, jobs=jobs or len(os.sched_getaffinity(0)))
 
     def note(self, compiled: list[aot.Compiled]) -> str:
         """One line on what was compiled."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from moec.codegen.triton.arch import architecture
 from moec.codegen.triton.errors import UnknownKernel, UnknownShapeClass, UnmetRequirement, UnsupportedKernel
 from moec.errors import near
+from moec.ir import Op, Value, WeightRef
 from moec.ir.expr import evaluate
 from moec.plugins import plugins
 
@@ -64,6 +65,18 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Use:
+    """How a kernel computes an op: its run-time arguments and its dims.
+
+    Values and weights stand for the addresses of their elements, rows behind one another without gaps; a number or an
+    expression over the run-time symbols (`T` tokens, `B` sequences, ...) for itself.
+    """
+
+    arguments: Mapping[str, Value | WeightRef | int | float | str]
+    dims: Mapping[str, int | str]
+
+
+@dataclass(frozen=True)
 class KernelSpec:
     """A kernel and all that is known about it.
 
@@ -72,7 +85,7 @@ class KernelSpec:
     constants; `build` makes the arguments of a problem and `reference` what they must become, in torch. `ops` names
     the IR operations that the kernel serves; `fallback` the kernel to use where `tiles` has no entry. `source` is the
     module's text where the kernel was generated, and empty where `function` names a file; `loose` names pointers that
-    need not lie at a multiple of 16 bytes.
+    need not lie at a multiple of 16 bytes. With `serve` lowering takes the kernel for `ops` that it has no kernel for.
     """
 
     name: str
@@ -96,6 +109,7 @@ class KernelSpec:
     shape_dims: Mapping[str, Dims] = field(default_factory=dict)
     source: str = ""
     loose: tuple[str, ...] = ()
+    serve: Callable[[Op], Use] | None = None
 
     def jit(self) -> Any:
         """The decorated Triton function. Imports Triton."""

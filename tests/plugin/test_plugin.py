@@ -106,7 +106,7 @@ def test_without_the_package_its_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_gpu_kernel(installed: Path) -> None:
-    """In Triton's interpreter against torch in float64, and where its source is found."""
+    """In Triton's interpreter against torch in float64, where its source is found, and in a program for a GPU."""
     pytest.importorskip("triton")
     script = """
 import json, sys
@@ -119,6 +119,11 @@ from moec.codegen.triton.spec import kernel, serving
 spec = kernel("swiglu_limited")
 assert spec in serving("swiglu.limited", "sm_90a")
 assert "def swiglu_limited" in source_of(spec.function, spec.source)
+import moec
+from moec.codegen.triton.program import lower_module
+plan = moec.trace("tiny-deepseek-v3").optimize("h800", phase="decode", recipe="bf16", passes=["limit-swiglu"])
+program = lower_module(plan.ir, plan.context.target, vars(plan.context.limits), tiles={})
+assert "swiglu.limited" in program.table.entries["swiglu_limited"].ops
 print(json.dumps(max(max(check(make(spec, case, "sm_90a")).values()) for case in spec.cases)))
 """
     helpers = Path(__file__).parents[1] / "triton"

@@ -17,11 +17,7 @@ from moec.codegen.triton.kernels.common import load_scale, widen
 @triton.jit
 def load_part(at, inside, WHOLE: tl.constexpr):
     """A part of rows; with WHOLE all of it exists, and the load needs no mask."""
-    if WHOLE:
-        part = tl.load(at)
-    else:
-        part = tl.load(at, mask=inside, other=0.0)
-    return part
+    return tl.load(at) if WHOLE else tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moec.codegen.triton.errors import NoKernel
-from moec.codegen.triton.fused.binding import tensor_of
+from moec.codegen.triton.fused.binding import tensor_of, width
 from moec.codegen.triton.fused.groups import Group
 from moec.codegen.triton.fused.products import Add, Bias, Product, Store, SwiGlu
 from moec.codegen.triton.fused.products import Step as TileStep
 from moec.codegen.triton.fused.rows import rows_kernel
 from moec.codegen.triton.lower import emit_attention, emit_control, emit_moe
-from moec.codegen.triton.lower.launching import bound, launch_product
-from moec.ir import Value
+from moec.codegen.triton.lower.launching import bound, launch_product, typed
+from moec.codegen.triton.spec import serving
+from moec.ir import Value, WeightRef
 
 if TYPE_CHECKING:
     from moec.codegen.triton.lower.lower import Lowering
@@ -28,11 +29,26 @@ def emit(low: Lowering, group: Group) -> None:
             op=group.anchor.name,
             reason="ranks exchange data in plans and on CPUs so far; --ranks 1 compiles one device",
         )
-    handler = HANDLERS.get(group.anchor.name)
-    if handler is None:
-        raise NoKernel(op=group.anchor.name, reason="the GPU back end has none")
-    handler(low, group)
+    HANDLERS.get(group.anchor.name, served)(low, group)
     return None
+
+
+def served(low: Lowering, group: Group) -> None:
+    """An op of somebody else's: by the first kernel whose declaration says how it computes it. Raises NoKernel."""
+    op, table = group.anchor, low.phase.table
+    for spec in serving(op.name, table.arch):
+        if spec.serve is None:
+            continue
+        use = spec.serve(op)
+        given = {n: v for n, v in use.arguments.items() if isinstance(v, Value | WeightRef)}
+        places = {n: low.place(v) for n, v in given.items()}
+        for name, value in given.items():
+            if isinstance(value, Value) and places[name].row != width(value):
+                raise NoKernel(op=op.name, reason=f"%{value.name} has gaps between its rows")
+        dims = {n: size for n, size in use.dims.items() if isinstance(size, int)}
+        instance = typed(table.instance(spec, low.phase.shape, **dims), **given)
+        return low.launch(instance, group, {**use.arguments, **places}, use.dims)
+    raise NoKernel(op=op.name, reason="the GPU back end has none")
 
 
 def rows(low: Lowering, group: Group) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from moec.codegen.triton.problem import Expected, Problem
-from moec.codegen.triton.spec import Case, KernelSpec, Tile, on
+from moec.codegen.triton.spec import Case, KernelSpec, Tile, Use, on
 from moec.codegen.triton.specs.recipe import EVERYWHERE
 from moec.codegen.triton.specs.rows import rounding
+from moec.ir import Op, TensorType
 
 LIMIT = 1.5
 
@@ -23,6 +24,18 @@ def _reference(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
     gate, up = x["x_ptr"].double().chunk(2, -1)
     y = torch.nn.functional.silu(gate.clamp(max=LIMIT)) * up.clamp(-LIMIT, LIMIT)
     return {"y_ptr": Expected(y, max(rounding(p, "y_ptr"), 2e-6), 1e-7)}
+
+
+def _serve(op: Op) -> Use:
+    """The arguments and sizes for `swiglu.limited` in a program."""
+    x, y = op.operands[0], op.result
+    assert isinstance(y.type, TensorType)
+    tokens, inner = y.type.shape
+    assert isinstance(inner, int)
+    limit = op.attrs["limit"]
+    assert isinstance(limit, float)
+    arguments = {"x_ptr": x, "y_ptr": y, "limit": limit, "INNER": inner}
+    return Use(arguments, {"M": str(tokens), "INNER": inner})
 
 
 SPEC = KernelSpec(
@@ -42,4 +55,5 @@ SPEC = KernelSpec(
     bytes="6*M*INNER",
     aligned=("INNER",),
     requires=("INNER % 16 == 0",),
+    serve=_serve,
 )
