@@ -65,16 +65,33 @@ def expert_loop(i: Instance, x: dict[str, Any]) -> Call:
 
 
 def decode_attention(i: Instance, x: dict[str, Any]) -> Call:
-    """Dense keys, one head of keys for all heads of queries, no page table; BF16 whatever the cache holds."""
+    """Dense keys, no page table, no mask; BF16 whatever the cache holds.
+
+    All heads share their keys, so they are given as so many queries of one head: with grouped heads torch would repeat
+    the keys for each.
+    """
     import torch
 
     d = i.dims
     batch, heads, queries, width = d["B"], d["HEADS"], d["QUERIES"], d["DV"] + d["DR"]
-    q = torch.cat([x["q_ptr"], x["q_rope_ptr"]], -1).view(batch, queries, heads, width).transpose(1, 2)
+    q = torch.cat([x["q_ptr"], x["q_rope_ptr"]], -1).view(batch, 1, queries * heads, width)
     k = torch.randn(batch, 1, d["CONTEXT"], width, device=q.device, dtype=q.dtype)
     v = k[..., : d["DV"]]
     attend = torch.nn.functional.scaled_dot_product_attention
-    return lambda: attend(q, k, v, scale=x["softmax_scale"], enable_gqa=True)
+    return lambda: attend(q, k, v, scale=x["softmax_scale"])
+
+
+def heads_attention(i: Instance, x: dict[str, Any]) -> Call:
+    """Dense keys, no page table, no windows or sinks: grouped heads of whole prompts, or of the last queries."""
+    import torch
+
+    d = i.dims
+    batch, length, queries = d["B"], d["CONTEXT"], d["QUERIES"] or d["CONTEXT"]
+    q = x["q_ptr"][: batch * queries].view(batch, queries, d["HEADS"], d["D"]).transpose(1, 2)
+    k = torch.randn(batch, d["KV_HEADS"], length, d["D"], device=q.device, dtype=q.dtype)
+    v = torch.randn(batch, d["KV_HEADS"], length, d["DV"], device=q.device, dtype=q.dtype)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attend(q, k, v, scale=x["softmax_scale"], is_causal=queries == length, enable_gqa=True)
 
 
 def prefill_attention(i: Instance, x: dict[str, Any]) -> Call:
@@ -191,6 +208,7 @@ PEERS: dict[str, tuple[tuple[str, Maker], ...]] = {
     "grouped:grouped_bf16_swiglu": (("torch bf16 mm per expert, no SwiGLU", expert_loop),),
     "attention:mla_decode_split": (("torch SDPA, dense keys", decode_attention),),
     "attention:mla_prefill": (("torch SDPA", prefill_attention),),
+    "heads:heads_attention": (("torch SDPA, dense keys", heads_attention),),
     "rows:rms_norm": (("torch.compile", compiled_norm),),
     "rows:quantise": (("torch.compile", compiled_quantise),),
     "rows:swiglu": (("torch.compile", compiled_swiglu),),
