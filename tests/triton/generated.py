@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from small_families import FAMILIES
 
 import moec
 from moec.codegen.triton.fused.check import symbols
@@ -20,28 +21,29 @@ SMALL = {"num_hidden_layers": "2", "first_k_dense_replace": "1", "n_routed_exper
 
 HEADS_OF_128 = {"qk_nope_head_dim": "128", "v_head_dim": "128"}
 """Rows of a head follow scale blocks: plain and absorbed attention share the up-projection."""
+TINY = "tiny-deepseek-v3"
 
 
-@functools.lru_cache(maxsize=8)
-def program(target: str, recipe: str, shared: bool = False) -> Program:
+@functools.lru_cache(maxsize=16)
+def program(target: str, recipe: str, shared: bool = False, model: str = TINY) -> Program:
     """The two phases of a small model; `shared` with heads of 128, a plain prefill and an absorbed decode."""
-    settings = {**SMALL, **HEADS_OF_128} if shared else SMALL
+    settings = {**SMALL, **HEADS_OF_128} if shared else FAMILIES.get(model, SMALL)
     passes = ["mla-absorb{prefill=plain,decode=absorbed,fold=never}"] if shared else []
-    traced = moec.trace("tiny-deepseek-v3", settings)
-    plan = traced.optimize(target, batch=4, context=256, recipe=recipe, passes=passes)
+    plan = moec.trace(model, settings).optimize(target, batch=4, context=256, recipe=recipe, passes=passes)
     return lower_module(plan.ir, plan.context.target, vars(plan.context.limits))
 
 
-def generated_names(target: str, recipe: str, shared: bool = False) -> list[str]:
+def generated_names(target: str, recipe: str, shared: bool = False, model: str = TINY) -> list[str]:
     """The kernels that were written for the program."""
-    return [n for n, e in program(target, recipe, shared).table.entries.items() if e.instance.spec.source]
+    return [n for n, e in program(target, recipe, shared, model).table.entries.items() if e.instance.spec.source]
 
 
 def generated_error(
-    target: str, recipe: str, name: str, tokens: int, load: int = 0, seed: int = 0, shared: bool = False
-) -> dict[str, Any]:
+    target: str, recipe: str, name: str, tokens: int, load: int = 0, seed: int = 0, shared: bool = False,
+    model: str = TINY,
+) -> dict[str, Any]:  # fmt: skip
     """The worst errors of one kernel, as shares of their bounds."""
-    instance = program(target, recipe, shared).table.entries[name].instance
+    instance = program(target, recipe, shared, model).table.entries[name].instance
     kernel = instance.spec.build.keywords["kernel"]  # type: ignore[attr-defined]
     rows = evaluate(kernel.rows, symbols(tokens))
     instance = replace(instance, dims={**instance.dims, "T": tokens, "ROWS": rows, "LOAD": load})

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from generated import generated_names
+from small_families import FAMILIES
 
 PROGRAMS = [("h800", "deepseek-v3"), ("h800", "bf16"), ("b200", "deepseek-v3"), ("a100", "weight-only")]
 
@@ -42,6 +43,27 @@ def test_products_per_head_from_a_shared_matrix(interpreter: Any, target: str, r
     for name in names:
         worst = interpreter("generated_error", target=target, recipe=recipe, name=name, tokens=5, shared=True)
         assert worst and all(share <= 1.0 for share in worst.values()), (name, worst)
+
+
+def family_cases() -> list[Any]:
+    """Kernels that the families with heads add, in FP8; names of the programs are read when the tests run."""
+    return [
+        pytest.param(family, tokens, marks=[] if (family, tokens) == ("gpt-oss-20b", 5) else [pytest.mark.slow])
+        for family in FAMILIES
+        for tokens in (1, 5, 70)
+    ]
+
+
+@pytest.mark.parametrize(("family", "tokens"), family_cases())
+def test_generated_kernels_of_a_family(interpreter: Any, family: str, tokens: int) -> None:
+    wrong = {}
+    for name in generated_names("h800", "deepseek-v3", model=family):
+        worst = interpreter(
+            "generated_error", target="h800", recipe="deepseek-v3", name=name, tokens=tokens, model=family
+        )
+        assert worst, f"nothing of {name} was compared"
+        wrong |= {f"{name}: {argument}": share for argument, share in worst.items() if share > 1.0}
+    assert not wrong
 
 
 @pytest.mark.slow
