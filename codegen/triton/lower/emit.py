@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moec.codegen.triton.errors import NoKernel
 from moec.codegen.triton.fused.binding import tensor_of, width
