@@ -271,7 +271,7 @@ def _cached(op: Op, cache: Tensor, slots: Tensor, names: dict[Any, str]) -> dict
     rounding = 2e-6 if kind.dtype == "f32" else BF16_ROUNDING * 1.001
     if kind.quant is None:
         return {names["cache", of]: Expected(cache, rounding, 2e-6, where=written)}
-    latent, exact = cache.split([cache.shape[1] - kind.exact, kind.exact], 1)
+    latent, exact = cache[:, : -kind.exact], cache[:, -kind.exact :]
     power = kind.quant.scale == "ue8m0"
     names_of = names["cache", of], names["cache_scale", of]
     return {

@@ -116,10 +116,10 @@ def heads(low: Lowering, group: Group) -> None:
     count, width_ = (int(d) for d in tensor_of(q).shape[1:])  # type: ignore[arg-type]
     attrs, v = op.attrs, int(op.attrs["v"])  # type: ignore[arg-type]
     kv_heads = int(attrs["kv_heads"])  # type: ignore[arg-type]
-    dims = {
-        "HEADS": count, "KV_HEADS": kv_heads, "D": width_, "DV": v, "PAGE": int(cache_of(cache).shape[2]),
-        "WINDOW": int(attrs.get("window", 0)), "CHUNK": int(attrs.get("chunk", 0)), "SOFTCAP": int("softcap" in attrs),
-    }  # type: ignore[arg-type]  # fmt: skip
+    seen = {n.upper(): int(attrs.get(n, 0)) for n in ("window", "chunk")}  # type: ignore[arg-type]
+    page = int(cache_of(cache).shape[2])  # type: ignore[arg-type]
+    dims = {"HEADS": count, "KV_HEADS": kv_heads, "D": width_, "DV": v, "PAGE": page, **seen}
+    dims["SOFTCAP"] = int("softcap" in attrs)
     given: dict[str, Any] = {
         "q_ptr": low.place(q), "cache_ptr": low.cache(cache, layer), "pages_ptr": low.place(pages),
         "q_start_ptr": Place(Base("input", "q_starts"), 0, 1, 1, 4),

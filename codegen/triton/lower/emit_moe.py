@@ -143,7 +143,7 @@ def experts(low: Lowering, group: Group) -> None:
     columns, itemsize = width(result), BITS[tensor_of(result).dtype] // 8
     low.env[result] = Place(low.slot(most * columns * itemsize), 0, columns, columns, itemsize)
     align = low.phase.align
-    added = [(Bias(b),) for b in biases] or [(), ()]
+    added: list[tuple[Bias, ...]] = [(Bias(b),) for b in biases] or [(), ()]
     steps = (*added[0], SwiGlu.of(op.attrs), Store(hidden))
     up = Product(rows_, gate_up, "grouped", steps, gathered=rows_ in made.results)
     launch_product(low, group, up, total, ALIGN=align)
