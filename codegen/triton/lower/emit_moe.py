@@ -144,7 +144,7 @@ def experts(low: Lowering, group: Group) -> None:
     low.env[result] = Place(low.slot(most * columns * itemsize), 0, columns, columns, itemsize)
     align = low.phase.align
     added: list[tuple[Bias, ...]] = [(Bias(b),) for b in biases] or [(), ()]
-    steps = (*added[0], SwiGlu.of(op.attrs), Store(hidden))
+    steps: tuple[TileStep, ...] = (*added[0], SwiGlu.of(op.attrs), Store(hidden))
     up = Product(rows_, gate_up, "grouped", steps, gathered=rows_ in made.results)
     launch_product(low, group, up, total, ALIGN=align)
     launch_product(low, group, Product(hidden, down, "grouped", (*added[1], Store(result))), total, ALIGN=align)
