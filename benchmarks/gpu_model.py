@@ -113,7 +113,8 @@ def device_weights(module: Module) -> tuple[dict[str, int], list[Any]]:
             elif len(weight.type.shape) == 1:  # type: ignore[union-attr]
                 values.fill_(1.0)
             else:
-                for part in values.split(1 << 27):
+                for start in range(0, len(values), 1 << 27):
+                    part = values[start : start + (1 << 27)]
                     part.copy_(torch.randn(part.shape, device="cuda") * (1.0 if kind.itemsize == 1 else inner**-0.5))
             addresses[array.name] = tensor.data_ptr()
             kept.append(tensor)

@@ -56,7 +56,7 @@ def family_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("family", "tokens"), family_cases())
 def test_generated_kernels_of_a_family(interpreter: Any, family: str, tokens: int) -> None:
-    wrong = {}
+    wrong: dict[str, float] = {}
     for name in generated_names("h800", "deepseek-v3", model=family):
         worst = interpreter(
             "generated_error", target="h800", recipe="deepseek-v3", name=name, tokens=tokens, model=family
