@@ -97,7 +97,7 @@ class _Check:
                     f"{_short(issued.op)} on stream {_stream(issued)} uses the cache without waiting for"
                     f" {_short(writer.op)} on stream {_stream(writer)}",
                 )
-            if issued.op.name == "cache.append":
+            if issued.op.name.startswith("cache.append"):
                 self._written[key] = issued
 
     def _results(self, issued: Issued) -> None:

@@ -26,7 +26,7 @@ ATTENTION_RATE = 0.83
 STREAM_WORK = 1.5
 """Traffic of a memory-bound backward over its forward: the gradient is read too."""
 
-_UNTRAINED = ("cache.append", "cache.read")
+_UNTRAINED = ("cache.append", "cache.append_index", "cache.read")
 
 
 @dataclass(frozen=True)

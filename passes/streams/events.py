@@ -42,7 +42,7 @@ def _missing(module: Module, entry: Function) -> dict[Issued, list[Issued]]:
                 user, latest = found.setdefault(issued.function, (issued, {}))
                 if user.op is issued.op and writer.number > getattr(latest.get(writer.stream), "number", 0):
                     latest[writer.stream] = writer
-        if issued.op.name == "cache.append":
+        if issued.op.name.startswith("cache.append"):
             for storage in filter(is_cache, issued.reads):
                 appended[storage, cache_part(issued.function, issued.op)] = issued
     return {user: list(latest.values()) for user, latest in found.values()}

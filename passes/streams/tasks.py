@@ -73,7 +73,7 @@ def _dependencies(function: Function) -> dict[Op, list[Op]]:
                 key = value, cache_part(function, op)
                 if key in written:
                     sources[written[key]] = None
-                if op.name == "cache.append":
+                if op.name.startswith("cache.append"):
                     written[key] = op
         found[op] = list(sources)
     return found
