@@ -94,7 +94,6 @@ class Tracer:
         self._all: dict[str, int] = {}
         """Clock after the last op without a stream: every stream has at least this one."""
         self.events: dict[int, dict[str, int]] = {}
-        self._caches: dict[tuple[Storage, object], Issued] = {}
 
     def run(self, entry: Function) -> Iterator[Issued]:
         """The ops of the entry in the order of issue; views, calls and events included."""
