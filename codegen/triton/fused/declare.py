@@ -9,7 +9,7 @@ from functools import partial
 
 from moec.codegen.triton.fused.binding import Generated, tensor_of
 from moec.codegen.triton.fused.check import build_generated, reference_generated
-from moec.codegen.triton.fused.products import Add, Product, Store
+from moec.codegen.triton.fused.products import Add, Bias, Product, Store
 from moec.codegen.triton.spec import Constant, Dims, KernelSpec, Tile, TileTable, on
 from moec.codegen.triton.specs.recipe import EVERYWHERE, FP8
 from moec.ir import Op, TensorType
@@ -62,7 +62,8 @@ def module_text(kernel: Generated) -> str:
 
 def rows_spec(kernel: Generated) -> KernelSpec:
     """The declaration of a row-wise kernel."""
-    found = re.findall(r"^    (?:c|d(\d+)x)(\d+) = ", kernel.source, re.MULTILINE)
+    # Rows by columns, by heads and columns, and rotated pairs by heads and dims.
+    found = re.findall(r"^    (?:c|d|pair)(?:(\d+)[x_])?(\d+)(?:_\d+i?)? = ", kernel.source, re.MULTILINE)
     widest = max((int(heads or 1) * int(columns) for heads, columns in found), default=64)
     warps = 8 if widest >= 4096 else 4 if widest >= 1024 else 2
     used = [o.type for op in kernel.ops for o in (*op.operands, *op.results)]
@@ -80,6 +81,9 @@ def product_spec(kernel: Generated, product: Product) -> KernelSpec:
         tiles = {**tiles, **WIDE_RESULT}
     if form == "widened" and (product.transposed or (product.pair and product.columns % 128)):
         tiles = {**tiles, **MORE_WARPS}
+    if product.pair and any(isinstance(s, Bias) for s in product.steps):
+        # Biases and limits of both halves take a few words more than there are registers.
+        tiles = {a: {s: replace(t, spills=max(t.spills, 64)) for s, t in on_.items()} for a, on_ in tiles.items()}
     if not grouped:
         tiles = _with(tiles, {"GROUP_M": 8})
     grid = ("ceildiv(N, BN)", "ROWS // BM") if grouped else ("ceildiv(ROWS, BM) * ceildiv(N, BN)",)
