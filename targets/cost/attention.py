@@ -44,7 +44,9 @@ def mla_decode(target: Target, batch: int, context: int, heads: int, kv_dtype: s
     least = least_rows(target)
     rows = ceildiv(heads * queries, least) * least
     tiles = batch * (rows // least)
-    rate = _rate(target) / device.cores * numbers["compute"]
+    # CPUs with AMX attend to the latent cache on matrix tiles; all else of a CPU's attention is FP32 on vector units.
+    peak = device.matrix_rate("bf16") if target.kind != "cpu" or "amx_bf16" in device.isa else device.vector_rate
+    rate = peak / device.cores * numbers["compute"]
     splits = max(1, min(device.cores // tiles, ceildiv(context, _SPLIT)))
     latent = 2 * batch * context * (wide.key if wide.shared else wide.key + wide.value)
     # Queries come out of the cache, where the kernel before left them. Contexts of two parts and more go through the
@@ -70,11 +72,6 @@ def mla_decode(target: Target, batch: int, context: int, heads: int, kv_dtype: s
     return cost + _cast(target, numbers, batch * context * wide.key) if kv_dtype == "fp8" else cost
 
 
-def _rate(target: Target) -> float:
-    """FLOP/s of the units that attention runs on: BF16 matrix units, on CPUs the vector units in FP32."""
-    return target.device.vector_rate if target.kind == "cpu" else target.device.matrix_rate("bf16")
-
-
 def _cast(target: Target, numbers: Mapping[str, float], elements: int) -> Cost:
     moved = 3 * elements
     memory = moved / (target.device.memory_bandwidth * numbers["cast"]) * 1e6
@@ -89,7 +86,8 @@ def mla_prefill(target: Target, batch: int, new_tokens: int, context: int, heads
     per_pair = 2 * (wide.key + wide.value)
     flops = float(batch * heads * pairs * per_pair)
     computed = batch * heads * (pairs + new_tokens * numbers["block"]) * per_pair
-    busy = computed / (_rate(target) * numbers["compute"])
+    peak = device.vector_rate if target.kind == "cpu" else device.matrix_rate("bf16")
+    busy = computed / (peak * numbers["compute"])
     latent = batch * context * (wide.key if wide.shared else heads * (wide.key + wide.value))
     moved = 2 * (latent + batch * heads * new_tokens * (wide.key + wide.value))
     memory = moved / (device.memory_bandwidth * numbers["memory"])

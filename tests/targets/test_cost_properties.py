@@ -179,15 +179,18 @@ def test_far_outside_the_fit_more_work_still_takes_longer(name: str) -> None:
             before = cost.time_us
 
 
-def test_attention_of_a_cpu_runs_on_its_vector_units() -> None:
-    """Generated kernels attend in FP32, whatever matrix units the processor has."""
-    target = targets.load("cpu")
-    tiles = replace(target, device=replace(target.device, matrix_rates={**target.device.matrix_rates, "bf16": 1e15}))
-    for row in (
-        {"op": "mla_decode", "batch": 1, "context": 4096, "heads": 16},
-        {"op": "mla_prefill", "batch": 1, "new_tokens": 256, "context": 4096, "heads": 16},
-    ):
-        assert op_time(row, tiles).time_us == op_time(row, target).time_us
+def test_attention_of_a_cpu_runs_on_the_units_that_its_kernels_use() -> None:
+    """Matrix tiles for the latent cache where there is AMX; FP32 on vector units for the rest."""
+    device = targets.load("cpu").device
+    rates = {**device.matrix_rates, "bf16": 1e15}
+    decode = {"op": "mla_decode", "batch": 1, "context": 4096, "heads": 16}
+    prefill = {"op": "mla_prefill", "batch": 1, "new_tokens": 256, "context": 4096, "heads": 16}
+
+    def on(isa: tuple[str, ...], row: dict[str, Any], **change: Any) -> float:
+        return op_time(row, replace(targets.load("cpu"), device=replace(device, isa=isa, **change))).time_us
+
+    for row, isa, same in ((decode, ("avx2",), True), (decode, ("amx_bf16",), False), (prefill, ("amx_bf16",), True)):
+        assert (on(isa, row, matrix_rates=rates) == on(isa, row)) == same
 
 
 def test_half_the_heads_under_tensor_parallelism_never_cost_more() -> None:
