@@ -193,7 +193,7 @@ def change_plan(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda p: p["entries"].pop("decode"), "entries.decode"),
         (lambda p: p.update(page_size=0), "page_size"),
         (lambda p: p["cache"].update(shape=[1, 2, 64, 8]), "12 pages"),
-        (lambda p: p["entries"]["decode"].update(max_tokens=1), "batch of 3"),
+        (lambda p: p["entries"]["decode"].update(max_tokens=1), "the 3 tokens"),
         (lambda p: p["entries"]["prefill"]["args"][0].update(kind="magic"), "args[0].kind"),
         (lambda p: p["entries"]["prefill"]["args"][0].update(name="magic"), "known inputs"),
         (lambda p: p["entries"]["prefill"]["args"][6].update(shape=["T"]), "args[6].shape"),

@@ -69,9 +69,10 @@ def grouped_fp8_swiglu(
         groups = tl.cdiv(K, 128)
         gate_row = b_ptr + (expert * 2 * INNER + group * 128 + tl.arange(0, 128)) * K
         gate_scale_row = b_scale_ptr + (expert * (2 * INNER // 128) + group) * groups
+        up_scale_row = gate_scale_row + (INNER // 128) * groups
         gate, up = block_scaled_pair(
             a_ptr + am * K, a_scale_ptr + am * groups, gate_row, gate_scale_row, gate_row + INNER.to(tl.int64) * K,
-            gate_scale_row + (INNER // 128) * groups, K, BM, 128, EVEN_K,
+            up_scale_row, up_scale_row, None, K, BM, 128, EVEN_K,
         )  # fmt: skip
         rows = first + rm
         c = quantise_groups(
