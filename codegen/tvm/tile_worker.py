@@ -51,21 +51,15 @@ class TileWorker(Worker):
         count = T.Cast("int64", self._count(g))
         return T.Select(count > 0, count + 32, const(0, "int64"))
 
-    def _group(self, g: Any, count: Any, first: Any, last: Any) -> None:
-        if self.variant.reach:
-            self._chunk(g, count, first, last)
-            return
-        with T.If(count <= self.sizes.chunk):
-            with T.Then():
-                self._chunk(g, count, first, last)
-            with T.Else(), T.If(count <= tiles.FEW):
-                with T.Then(), T.If(count <= tiles.NARROW):
-                    with T.Then():
-                        self._few(g, count, first, last, wide=False)
-                    with T.Else():
-                        self._few(g, count, first, last, wide=True)
+    def _more_rows(self, g: Any, count: Any, first: Any, last: Any) -> None:
+        with T.If(count <= tiles.FEW):
+            with T.Then(), T.If(count <= tiles.NARROW):
+                with T.Then():
+                    self._few(g, count, first, last, wide=False)
                 with T.Else():
-                    self._many(g, count, first, last)
+                    self._few(g, count, first, last, wide=True)
+            with T.Else():
+                self._many(g, count, first, last)
 
     @property
     def _half(self) -> float:

@@ -119,11 +119,16 @@ class Worker:
         with T.If(count <= self.sizes.chunk):
             with T.Then():
                 self._chunk(g, count, first, last)
-            with T.Else(), T.If(count <= self.sizes.skinny):
-                with T.Then():
-                    self._skinny(g, count, first, last)
-                with T.Else():
-                    self._blocked(g, count, first, last)
+            with T.Else():
+                self._more_rows(g, count, first, last)
+
+    def _more_rows(self, g: Any, count: Any, first: Any, last: Any) -> None:
+        """More rows than one chunk holds."""
+        with T.If(count <= self.sizes.skinny):
+            with T.Then():
+                self._skinny(g, count, first, last)
+            with T.Else():
+                self._blocked(g, count, first, last)
 
     def _panel(self, offset: Any) -> Any:
         return T.address_of(self.args["scratch"][self.base + offset])

@@ -98,6 +98,14 @@ def _largest_first(size: Floats, devices: int) -> Ints:
     return slot
 
 
+def above(load: Floats, target: Floats, active: Ints) -> tuple[Ints, Ints, Floats]:
+    """Of the rows `active` those whose fullest device lies above `target`, that device, and its load."""
+    fullest = load[active].argmax(axis=1)
+    top = load[active, fullest]
+    busy = top > target[active]
+    return active[busy], fullest[busy], top[busy]
+
+
 def improve(packing: Packing, target: Floats, steps: int) -> None:
     """Lower the greatest device loads in place, by the best swap of one replica on the fullest device at a time.
 
@@ -109,10 +117,7 @@ def improve(packing: Packing, target: Floats, steps: int) -> None:
     load = packing.sizes.sum(axis=2)
     active = np.arange(rows)
     for _ in range(steps):
-        fullest = load[active].argmax(axis=1)
-        top = load[active, fullest]
-        busy = top > target[active]
-        active, fullest, top = active[busy], fullest[busy], top[busy]
+        active, fullest, top = above(load, target, active)
         if not len(active):
             return
         partners, score, choice = _best_swap(packing.sizes, load, active, fullest, top, PARTNERS)

@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
-from moec.passes.placement.packing import Packing
+from moec.passes.placement.packing import Packing, above
 from moec.passes.placement.problem import Floats
 
 # Twelve replicas split in 462 ways, fourteen already in 1716. Pairs are optimal as they are.
@@ -42,10 +42,7 @@ def resplit(packing: Packing, target: Floats, steps: int) -> None:
     load = packing.sizes.sum(axis=2)
     active = np.arange(rows)
     for _ in range(steps):
-        fullest = load[active].argmax(axis=1)
-        top = load[active, fullest]
-        busy = top > target[active]
-        active, fullest, top = active[busy], fullest[busy], top[busy]
+        active, fullest, top = above(load, target, active)
         if not len(active):
             return
         at = np.arange(len(active))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moec.passes.planning.timing import Line
-from moec.passes.scheduling import Mode, Solution, Task, TaskGraph, orders, solve
+from moec.passes.scheduling import Mode, Repeating, Solution, Task, TaskGraph, orders, solve
 from moec.passes.scheduling.order import shortest_interval
 from moec.targets import Target
 from moec.targets.cost import op_time
@@ -29,24 +29,12 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class CellSchedule:
+class CellSchedule(Repeating):
     """A layer of the cell: its graph, the schedule found, and microseconds of the published order."""
 
     graph: TaskGraph
     solution: Solution
     published_us: float
-
-    @property
-    def interval_us(self) -> float:
-        """Time from layer to layer."""
-        assert self.solution.interval_us is not None
-        return self.solution.interval_us
-
-    @property
-    def bound_us(self) -> float:
-        """The best lower bound on it."""
-        assert self.solution.interval_bound_us is not None
-        return self.solution.interval_bound_us
 
     @property
     def stretched(self) -> float:

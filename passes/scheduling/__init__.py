@@ -8,11 +8,12 @@ from moec.passes.scheduling.check import check
 from moec.passes.scheduling.graph import Mode, Task, TaskGraph
 from moec.passes.scheduling.read import graph_from_json, parse_tasks, read_tasks
 from moec.passes.scheduling.schedule import Schedule, exposed_communication, makespan, orders, utilisation
-from moec.passes.scheduling.solve import Solution, solve
+from moec.passes.scheduling.solve import Repeating, Solution, solve
 from moec.passes.scheduling.turns import by_turns
 
 __all__ = [
     "Mode",
+    "Repeating",
     "Schedule",
     "Solution",
     "Task",

@@ -59,6 +59,24 @@ class Solution:
     interval_bound_us: float | None = None
 
 
+class Repeating:
+    """What holds of the solution of a graph that repeats; for schedules that carry one as `solution`."""
+
+    solution: Solution
+
+    @property
+    def interval_us(self) -> float:
+        """Time from layer to layer."""
+        assert self.solution.interval_us is not None
+        return self.solution.interval_us
+
+    @property
+    def bound_us(self) -> float:
+        """The best lower bound on the interval of these tasks."""
+        assert self.solution.interval_bound_us is not None
+        return self.solution.interval_bound_us
+
+
 def solve(graph: TaskGraph, time_limit: float | None = None, seed: int = 0, effort: float = 1.0) -> Solution:
     """The best schedule found within `time_limit` seconds, on two threads at most.
 

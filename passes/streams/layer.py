@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from moec.ir import Function, Op
 from moec.ir.module import Attribute
-from moec.passes.scheduling import Solution, Task, TaskGraph, exposed_communication, solve
+from moec.passes.scheduling import Repeating, Solution, Task, TaskGraph, exposed_communication, solve
 from moec.passes.scheduling.turns import better, by_turns
 from moec.passes.streams.costs import Costs
 from moec.passes.streams.rotate import Timing
@@ -25,25 +25,13 @@ Of the decode layers of three models on five clusters at two batches none got sh
 
 
 @dataclass(frozen=True)
-class LayerSchedule:
+class LayerSchedule(Repeating):
     """A solved layer. Times in microseconds; `serial_us` is one op after the other with all SMs."""
 
     tasks: LayerTasks
     solution: Solution
     costs: Costs
     serial_us: float
-
-    @property
-    def interval_us(self) -> float:
-        """Time between the starts of two layers."""
-        assert self.solution.interval_us is not None
-        return self.solution.interval_us
-
-    @property
-    def bound_us(self) -> float:
-        """The best lower bound on the interval of these tasks."""
-        assert self.solution.interval_bound_us is not None
-        return self.solution.interval_bound_us
 
     @property
     def communication_us(self) -> float:

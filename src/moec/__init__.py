@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from moec.plan import Artifact, Plan
     from moec.runtime import load
-    from moec.stages import Artifact, Plan, Traced, trace
+    from moec.stages import Traced, trace
 
 __all__ = ["Artifact", "Plan", "Traced", "__version__", "load", "trace"]
 
@@ -26,7 +27,11 @@ def __getattr__(name: str) -> Any:
         from moec.runtime import load
 
         return load
-    if name in ("Artifact", "Plan", "Traced", "trace"):
+    if name in ("Artifact", "Plan"):
+        from moec import plan
+
+        return getattr(plan, name)
+    if name in ("Traced", "trace"):
         from moec import stages
 
         return getattr(stages, name)

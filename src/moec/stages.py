@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from moec import __version__
 from moec.errors import InputError
+from moec.plan import Plan, WrongPhase
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from moec.codegen.resume import Partial
     from moec.frontend import ModelSource
     from moec.ir import Module
-    from moec.packing import Tensors
-    from moec.passes.base import Context
-    from moec.passes.manager import Record
     from moec.passes.planning import LayoutRequest
     from moec.targets import Target
-
-
-class WrongPhase(InputError):
-    """A phase that the model does not have, or that an artifact cannot do without."""
-
-    template: ClassVar[str] = "phase {phase}: {reason}"
 
 
 class WrongDrafts(InputError):
@@ -43,14 +30,6 @@ class DraftsOfRanks(InputError):
     """Multi-token prediction over several ranks."""
 
     template: ClassVar[str] = "--mtp runs in one process: compile it for one device (it is planned for {ranks} ranks)"
-
-
-class DraftsOnGpu(InputError):
-    """Multi-token prediction compiled for a GPU."""
-
-    template: ClassVar[str] = (
-        "--mtp is compiled for CPUs only, {target} is planned: add --plan-only or leave --mtp away"
-    )
 
 
 MOST_DRAFTS = 8
@@ -148,213 +127,6 @@ class Traced:
             expected = f"1 to {MOST_DRAFTS}" if has else "0: the model was traced without its module (mtp=True)"
             raise WrongDrafts(drafts=drafts, expected=expected)
         return drafts
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A module optimised for a target."""
-
-    source: ModelSource
-    ir: Module
-    context: Context
-    records: list[Record] = field(default_factory=list)
-    dump: Path | None = None
-    """Folder with the report of the passes, where one was asked for."""
-    idle: list[str] = field(default_factory=list)
-    """What was asked for and has no effect."""
-    unscheduled: Module | None = None
-    """The module before it was split into micro-batches; None without passes that do so."""
-
-    @property
-    def warnings(self) -> list[str]:
-        """What has no effect, and what the passes warned of, by pass."""
-        return [*self.idle, *(f"{r.name}: {w}" for r in self.records for w in r.warnings)]
-
-    def compile(
-        self,
-        out: str | Path,
-        *,
-        weights: str | Path | None = None,
-        random_weights: int | None = None,
-        no_weights: bool = False,
-        note: Callable[[str], None] | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Artifact:
-        """Compile the kernels, pack the weights and write the artifact folder `out`, whole or not at all.
-
-        An interrupted packing of many weights leaves its state beside `out`; the same call goes on from there.
-        Weights come from `weights`, else from random numbers, else from the model's own folder.
-        Raises NoWeights, CheckpointError, TensorError, NoKernel, UnsupportedKernel, UnmetRequirement, CompileFailed,
-        CheckFailed, DraftsOnGpu, OutputExists or WriteFailed.
-        """
-        from moec import packing
-        from moec.codegen import artifact
-        from moec.codegen.stage import stage_module
-        from moec.ir.mesh import mesh_of
-
-        say = note or (lambda line: None)
-        if self.context.limits.drafts and self.context.target.kind != "cpu":
-            raise DraftsOnGpu(target=self.context.target.name)
-        if self.context.target.kind == "cpu" and len(self.phases) < 2:
-            raise WrongPhase(phase=self.phases[0], reason="artifacts for CPUs hold both phases; leave --phase away")
-        tensors = None if no_weights else packing.tensors_of(self.ir, self.source, weights, random_weights, say)
-        mesh = mesh_of(self.ir)
-        on_cpu = self.context.target.kind == "cpu"
-        base, turns = self._arranged() if on_cpu else (self.ir, {})
-        modules = [stage_module(base, stage) for stage in range(mesh.pp)]
-        with artifact.artifact_folder(Path(out)) as work, self._partial(Path(out), tensors, say) as partial:
-            (work / "kernels").mkdir()
-            kernels = work / "kernels"
-            interface = self._cpu_kernels(kernels, modules, say) if on_cpu else self._gpu_kernels(kernels, say)
-            if turns:
-                interface["entries"]["decode"] |= turns
-            self._write_program(work, interface)
-            if tensors is not None:
-                (work / "weights").mkdir()
-                told = progress or (lambda done, total: None)
-                packing.pack_ranks(modules, mesh, tensors, work / "weights", partial, told)
-                if mesh.ranks == 1:
-                    packing.account(self.ir, tensors, self.dump, say)
-            artifact.copy_tokenizer(self.source.folder, work)
-            artifact.write_manifest(work, self._facts())
-        return Artifact(Path(out))
-
-    @property
-    def _sizes(self) -> dict[str, int]:
-        limits = self.context.limits
-        sizes = {"batch": limits.batch, "context": limits.context, "chunk": limits.chunk}
-        return {**sizes, **({"drafts": limits.drafts} if limits.drafts else {})}
-
-    def _arranged(self) -> tuple[Module, dict[str, Any]]:
-        """The module whose segments CPU ranks compile, and what plan.json says of the turns that a schedule takes."""
-        from moec.codegen.scheduled import arrange
-        from moec.ir.issue import scheduled
-        from moec.ir.mesh import mesh_of
-        from moec.ir.rewrite import clone_module
-
-        if self.unscheduled is None or not scheduled(self.ir):
-            return self.ir, {}
-        other = [f.name for f in self.ir.functions.values() if "micro_batches" in f.attrs and f.name in PHASES[1:2]]
-        if other or mesh_of(self.ir).pp > 1:
-            raise WrongPhase(
-                phase="both",
-                reason="CPU ranks follow a schedule of decode without pipeline stages: give both passes phase=decode",
-            )
-        base = clone_module(self.unscheduled)
-        turns = arrange(base, self.ir, "decode")
-        parts = int(str(self.ir.functions["decode"].attrs.get("micro_batches", 1)))
-        return base, {"turns": [list(turn) for turn in turns], "parts": parts}
-
-    def _cpu_kernels(self, folder: Path, modules: Sequence[Module], say: Callable[[str], None]) -> dict[str, Any]:
-        """A library for the module of every pipeline stage; returns the call interface of the first and the others."""
-        from moec.codegen import artifact
-        from moec.codegen.tvm.compile import compile_module
-
-        kernels: dict[str, Any] = {}
-        interfaces = []
-        for stage, module in enumerate(modules):
-            compiled = compile_module(module, self.context.target, self._sizes)
-            say(compiled.note)
-            shutil.copyfile(compiled.library, folder / artifact.library_name(stage))
-            kernels.update({k["name"]: k for k in compiled.kernels})
-            interfaces.append(self._call_interface(module, compiled.entries))
-        artifact.write_json(folder / "kernels.json", list(kernels.values()))
-        return {**interfaces[0], **({"stages": interfaces[1:]} if len(interfaces) > 1 else {})}
-
-    def _gpu_kernels(self, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-        from moec.codegen.triton.program import lower_module
-
-        program = lower_module(self.ir, self.context.target, self._sizes)
-        compiled = program.compile()
-        say(program.note(compiled))
-        program.write(compiled, folder)
-        return program.plan(self.ir)
-
-    def _partial(
-        self, out: Path, tensors: Tensors | None, say: Callable[[str], None]
-    ) -> AbstractContextManager[Partial | None]:
-        """What an interrupted packing left behind, where the origin of the tensors tells that they are the same."""
-        from moec.codegen.resume import key_of, resumable
-
-        if tensors is None or tensors.origin is None:
-            return nullcontext()
-        return resumable(out, key_of(self.ir, tensors.origin), say)
-
-    def save(self, out: str | Path) -> None:
-        """Write program.ir, plan.json and a manifest into the folder `out`: what was decided, nothing that runs.
-
-        Raises OutputExists, WrongOutput or WriteFailed.
-        """
-        from moec.codegen import artifact
-
-        with artifact.artifact_folder(Path(out)) as work:
-            self._write_program(work, {})
-            artifact.write_manifest(work, self._facts())
-
-    @property
-    def phases(self) -> list[str]:
-        """The entry points of the program."""
-        return [n for n in ("prefill", "decode") if {n, f"{n}.0"} & set(self.ir.functions)]
-
-    def _write_program(self, work: Path, interface: Mapping[str, Any]) -> None:
-        from moec.codegen.artifact import write_json
-        from moec.codegen.plan_json import plan_document
-        from moec.ir import print_module
-
-        (work / "program.ir").write_text(print_module(self.ir))
-        write_json(work / "plan.json", {**plan_document(self.ir, self.context, self.records), **interface})
-
-    def _call_interface(self, module: Module, entries: Mapping[str, Any]) -> dict[str, Any]:
-        from moec.codegen.tvm.compile import PAGE
-        from moec.ir import CacheType
-
-        limits = self.context.limits
-        kv = next(a.type for a in module.functions["decode"].args if isinstance(a.type, CacheType))
-        pages = limits.batch * -(-limits.context // PAGE)
-        dtype = "uint8" if kv.quant else {"f32": "float32", "bf16": "uint16"}[kv.dtype]
-        shape = [pages if str(d) == "P" else d for d in kv.shape]
-        shape[-1] = kv.row_bytes() if kv.quant else shape[-1]
-        return {"entries": dict(entries), "page_size": PAGE, "cache": {"dtype": dtype, "shape": shape}}
-
-    def _facts(self) -> dict[str, Any]:
-        c, target = self.source.config, self.context.target
-        return {
-            "moec_version": __version__,
-            "model": {
-                "name": self.source.name,
-                "config": json.loads(json.dumps(self.source.raw)),
-                "vocab": c.vocab_size,
-                "eos_token_ids": list(c.eos_token_ids),
-            },
-            "target": {
-                "name": target.name,
-                **_needs(target),
-            },
-            "limits": self._sizes,
-            "recipe": self.ir.attrs.get("recipe", ""),
-        }
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A written artifact."""
-
-    path: Path
-
-    def load(self, **options: Any) -> Any:
-        """Open it in the runtime; see `moec.load`."""
-        from moec.runtime import load
-
-        return load(self.path, **options)
-
-
-def _needs(target: Target) -> dict[str, Any]:
-    """What a machine must have to run code for the target."""
-    device = target.device
-    if target.kind != "cpu":
-        return {"kind": target.kind, "arch": device.arch, "cores": int(device.cores)}
-    triple = "aarch64-linux-gnu" if device.arch.startswith(("arm", "aarch64")) else "x86_64-linux-gnu"
-    return {"triple": triple, "mcpu": device.arch, "features": list(device.isa), "cores": int(device.cores)}
 
 
 def _keep_phase(module: Module, phase: str) -> None:
