@@ -45,7 +45,9 @@ def read_training(path: str | Path) -> TrainingRun:
     """Read a plan; raises NoTrainingPlan and what `pipeline` raises."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise NoTrainingPlan(path=path, reason=(error.strerror or "cannot be read").lower()) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise NoTrainingPlan(path=path, reason=str(error).partition("\n")[0]) from None
     try:
         return _of(data)
