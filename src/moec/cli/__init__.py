@@ -64,7 +64,11 @@ def main() -> None:
     """Entry point of the `moec` command: one line for a wrong input, exit codes 0, 1 and 2."""
     # A terminated command cleans up as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    raise SystemExit(_run(sys.argv[1:]))
+    try:
+        code = _run(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    raise SystemExit(code)
 
 
 def _run(arguments: Sequence[str]) -> int:
