@@ -68,6 +68,12 @@ def pack_weights(
             journal.finish(file, len(work))
 
 
+def packed_bytes(module: Module) -> int:
+    """Size of the file that `pack_weights` writes for a rank."""
+    _, header, total = _header([array for weight in module.weights.values() for array in stored_arrays(weight)])
+    return len(header) + total
+
+
 def _ahead(make: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[T, R]]:
     """(item, make(item)) in order, made by a thread for each usable CPU, at most one result ahead of each."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

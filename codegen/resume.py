@@ -60,6 +60,11 @@ class Partial:
         self.folder, self.key = folder, key
         self.points: dict[str, int] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the disk of what is packed."""
+        return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+
     def journal(self, name: str) -> Journal:
         """The journal of the weight file `name`."""
         return Journal(self, name)

@@ -15,38 +15,39 @@ PAGE = 64
 
 
 class TooLittleMemory(InputError):
-    """A mesh whose ranks cannot hold their part."""
+    """Weights and cache that exceed the memory they are meant for."""
 
     template: ClassVar[str] = (
-        "a rank would hold {weights} of weights ({experts} of experts) and {cache} of cache, a device of {target} has "
+        "{holder} would hold {weights} of weights ({experts} of experts) and {cache} of cache, {target} has "
         "{memory}: {advice}"
     )
 
 
-def check_memory(module: Module, ctx: Context) -> None:
-    """Raise TooLittleMemory when weights and cache of a rank exceed its device; ranks on a CPU share its memory."""
-    mesh = mesh_of(module)
-    if mesh.ranks == 1 or ctx.target.kind == "cpu":
-        return
-    experts, others = _weights(module)
-    experts, others = experts / mesh.pp, others / mesh.pp
+def memory_shortage(module: Module, ctx: Context) -> TooLittleMemory | None:
+    """What is wrong when weights and cache of a rank exceed its device; ranks on a CPU share its memory."""
+    mesh, on_cpu = mesh_of(module), ctx.target.kind == "cpu"
+    sharers = mesh.ranks if on_cpu else 1
+    experts, others = (part * sharers / mesh.pp for part in _weights(module))
     pages = ctx.limits.batch * -(-ctx.limits.context // PAGE)
     kinds = {a.type for f in module.functions.values() for a in f.args if isinstance(a.type, CacheType)}
-    cache = sum(bind(t.nbytes(), dict.fromkeys(t.symbols(), pages)) for t in kinds) / mesh.pp
+    cache = sum(bind(t.nbytes(), dict.fromkeys(t.symbols(), pages)) for t in kinds) * sharers / mesh.pp
     memory = ctx.target.device.memory_bytes
     if experts + others + cache <= memory:
-        return
+        return None
     room = memory - others - cache
-    if room > 0 and experts:
-        most = mesh.ep * experts / room
+    if on_cpu:
+        advice = "what does not fit is read from the disk in every step"
+    elif room > 0 and experts:
         node = ctx.target.node.devices
-        ranks = -(-int(most * mesh.pp + 1) // node) * node
+        ranks = -(-int(mesh.ep * experts / room * mesh.pp + 1) // node) * node
         advice = f"use --ranks {ranks} or more, or a smaller batch or context"
     else:
         advice = "use --tp, --pp, a smaller batch or context, or a recipe with smaller weights"
-    raise TooLittleMemory(
+    return TooLittleMemory(
+        holder="a rank" if mesh.ranks > sharers else "the model",
         weights=amount(experts + others, "B"), experts=amount(experts, "B"), cache=amount(cache, "B"),
-        target=ctx.target.name, memory=amount(memory, "B"), advice=advice,
+        target=ctx.target.name if on_cpu else f"a device of {ctx.target.name}", memory=amount(memory, "B"),
+        advice=advice,
     )  # fmt: skip
 
 
@@ -56,7 +57,8 @@ def _weights(module: Module) -> tuple[float, float]:
     for weight in module.weights.values():
         assert isinstance(weight.type, TensorType)
         nbytes = float(bind(weight.type.nbytes(), {})) * weight.points()
-        if any(op.name == "weight.slot" for op in weight.program.ops):
+        slots = any(op.name == "weight.slot" for op in weight.program.ops)
+        if slots or any(name == "e" for name, _, _ in weight.indices):
             experts += nbytes
         else:
             others += nbytes

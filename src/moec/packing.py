@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moec.errors import InputError
+from moec.errors import InputError, MoecError
 
 if TYPE_CHECKING:
     from moec.codegen.resume import Partial
@@ -23,6 +24,15 @@ class NoWeights(InputError):
     """A model without weights, where weights were needed."""
 
     template: ClassVar[str] = "{model} has no weights: pass --weights FOLDER, --random-weights SEED or --no-weights"
+
+
+class DiskTooSmall(MoecError):
+    """Weights that cannot be written where they are wanted; said before hours go into them."""
+
+    template: ClassVar[str] = (
+        "{folder}: the weights take {size} and the disk has {free} free: choose another --out, fewer layers "
+        "(--set num_hidden_layers=N), or --no-weights for the program alone"
+    )
 
 
 @dataclass(frozen=True)
@@ -60,11 +70,12 @@ def pack_ranks(
 ) -> None:
     """Write the weight file of every rank into `folder`, by way of the partial state where there is one.
 
-    `modules` are those of the pipeline's stages. Raises OSError.
+    `modules` are those of the pipeline's stages. Raises DiskTooSmall before anything is written, OSError later.
     """
     from moec.codegen.pack import pack_weights
     from moec.codegen.resume import place
 
+    _check_room(modules, mesh, folder, partial)
     for rank in range(mesh.ranks):
         name = f"rank-{rank:05}.safetensors"
         journal = partial.journal(name) if partial else None
@@ -73,6 +84,17 @@ def pack_ranks(
         pack_weights(modules[mesh.index(rank, "pp")], tensors.load, path, part, rank, journal)
         if journal:
             place(path, folder / name)
+
+
+def _check_room(modules: Sequence[Module], mesh: Mesh, folder: Path, partial: Partial | None) -> None:
+    """Raise DiskTooSmall where the disk of `folder` has no room for what is not packed yet."""
+    from moec.codegen.pack import packed_bytes
+    from moec.ir.cost import amount
+
+    size = sum(map(packed_bytes, modules)) * mesh.ranks // mesh.pp
+    free = shutil.disk_usage(folder).free
+    if size - (partial.nbytes if partial else 0) > free:
+        raise DiskTooSmall(folder=folder.parents[1], size=amount(size, "B"), free=amount(free, "B"))
 
 
 def _part_of(progress: Progress, rank: int, ranks: int) -> Progress:

@@ -47,15 +47,15 @@ class Plan:
     records: list[Record] = field(default_factory=list)
     dump: Path | None = None
     """Folder with the report of the passes, where one was asked for."""
-    idle: list[str] = field(default_factory=list)
-    """What was asked for and has no effect."""
+    doubts: list[str] = field(default_factory=list)
+    """What was asked for and has no effect, and what would not fit the machine."""
     unscheduled: Module | None = None
     """The module before it was split into micro-batches; None without passes that do so."""
 
     @property
     def warnings(self) -> list[str]:
-        """What has no effect, and what the passes warned of, by pass."""
-        return [*self.idle, *(f"{r.name}: {w}" for r in self.records for w in r.warnings)]
+        """What was asked for in vain or does not fit, and what the passes warned of, by pass."""
+        return [*self.doubts, *(f"{r.name}: {w}" for r in self.records for w in r.warnings)]
 
     def compile(
         self,
@@ -72,7 +72,7 @@ class Plan:
         An interrupted packing of many weights leaves its state beside `out`; the same call goes on from there.
         Weights come from `weights`, else from random numbers, else from the model's own folder.
         Raises NoWeights, CheckpointError, TensorError, NoKernel, UnsupportedKernel, UnmetRequirement, CompileFailed,
-        CheckFailed, DraftsOnGpu, OutputExists or WriteFailed.
+        CheckFailed, DraftsOnGpu, OutputExists, DiskTooSmall or WriteFailed.
         """
         from moec import packing
         from moec.codegen import artifact

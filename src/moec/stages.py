@@ -85,14 +85,14 @@ class Traced:
         from moec.passes.pipeline import pipeline
         from moec.passes.planning.layout import LayoutRequest
         from moec.passes.registry import parse_spec
-        from moec.passes.sharding.memory import check_memory
+        from moec.passes.sharding.memory import memory_shortage
 
         found = targets.load(target) if isinstance(target, str) else target
         few, short = default_limits(found)
         context = min(4096, self.source.config.max_position_embeddings) if context is None else context
         # A device with many cores prefills several prompts in a step.
         most = context if found.kind == "cpu" else context * (batch or few)
-        idle = (
+        doubts = (
             [f"chunk {chunk} is more than a step has: {most} tokens taken"]
             if chunk is not None and chunk > most
             else []
@@ -106,9 +106,9 @@ class Traced:
         assert asked.layout is not None
         if limits.drafts and asked.layout.ranks > 1:
             raise DraftsOfRanks(ranks=asked.layout.ranks)
-        idle += idle_requests(layout or LayoutRequest(), asked.layout)
-        if strict and idle:
-            raise StrictError(where="layout", message=idle[0])
+        doubts += idle_requests(layout or LayoutRequest(), asked.layout)
+        if strict and doubts:
+            raise StrictError(where="layout", message=doubts[0])
         module.attrs["target"] = asked.target.name
         manager = Manager(asked, verify, strict, Path(dump) if dump else None)
         manager.run(
@@ -116,8 +116,15 @@ class Traced:
             pipeline(asked.target, recipe, passes, asked.layout.ranks),
             [parse_spec(spec)[0].name for spec in passes],
         )
-        check_memory(module, manager.context)
-        return Plan(self.source, module, manager.context, manager.records, manager.dump, idle, manager.unscheduled)
+        if shortage := memory_shortage(module, manager.context):
+            # Somebody who lays a model out over devices wants it to run there; the program of a model that is too large
+            # for one device is worth a look all the same.
+            if asked.layout.ranks > 1 and found.kind != "cpu":
+                raise shortage
+            if strict:
+                raise StrictError(where="memory", message=str(shortage))
+            doubts.append(str(shortage))
+        return Plan(self.source, module, manager.context, manager.records, manager.dump, doubts, manager.unscheduled)
 
     def _drafts(self, asked: int | None) -> int:
         """Tokens that are drafted a step: 0 without a module for it."""

@@ -87,3 +87,13 @@ def test_a_file_in_the_place_of_the_dumps(refused: Refused, model_folder: Path, 
     (tmp_path / "file").write_text("")
     command = ("compile", model_folder, *OPTIONS, "--plan-only", "--dump-ir", tmp_path / "file")
     assert "file: " in refused(*command, code=1)
+
+
+def test_a_model_larger_than_the_device_is_told(moec: Any) -> None:
+    """Not refused: its program is worth a look; with --strict it is."""
+    command = ("compile", "deepseek-v3", "--target", "h800", "--phase", "decode", "--plan-only")
+    words = "warning: the model would hold 673 GB of weights (654 GB of experts) and 36.8 GB of cache"
+    done = moec(*command)
+    assert done.code == 0 and words in done.err and "use --ranks 32 or more" in done.err
+    done = moec(*command, "--strict")
+    assert done.code != 0 and "memory" in done.err and "673 GB" in done.err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,8 @@ import pytest
 from folder_snapshot import snapshot
 from small_checkpoint import OPTIONS
 
+from moec.codegen.pack import packed_bytes
+from moec.ir import parse_module
 from moec.ir.evaluate import WeightPrograms
 
 
@@ -116,3 +120,19 @@ def test_the_end_of_the_process_leaves_what_is_packed(artifact: Path, model_fold
     again = subprocess.run([sys.executable, "-m", "moec", *command], capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and "packing goes on" in again.stderr, again.stderr
     assert snapshot(tmp_path / "x.moec") == snapshot(artifact)
+
+
+def test_a_disk_that_is_too_small_is_told_before_packing(
+    moec: Any, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("moec.codegen.pack.pack_weights", lambda *a, **k: pytest.fail("packed all the same"))
+    done = moec("compile", model_folder, *OPTIONS, "--out", tmp_path / "x.moec")
+    assert done.code == 1 and re.search(r"the weights take .* and the disk has 1 kB free: choose", done.err)
+    assert not any(tmp_path.iterdir())
+
+
+def test_packed_bytes_is_the_size_of_the_file(artifact: Path) -> None:
+    module = parse_module((artifact / "program.ir").read_text())
+    assert packed_bytes(module) == (artifact / "weights" / "rank-00000.safetensors").stat().st_size
