@@ -78,7 +78,10 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure prefill and decode rates, load time and memory; where the time of a step goes, or what drafts bring."""
+    """Measure prefill and decode rates, load time and memory.
+
+    --profile says where the time of a step goes, --speculate what drafts bring.
+    """
     from moec.runtime.launch import first, launched
 
     if launched() and (profile or calibration_rows is not None or speculate):

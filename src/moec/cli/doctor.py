@@ -46,7 +46,10 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Show versions, CPU, memory and settings; a warning says what to do."""
+    """Show versions, CPU, memory and settings.
+
+    A warning says what to do.
+    """
     lines = list(examine())
     if as_json:
         print(json.dumps({"ok": all(line.ok for line in lines), "lines": [asdict(line) for line in lines]}))

@@ -49,7 +49,10 @@ def export_artifact(
         bool, typer.Option("--sglang", help="A placement as SGLang's --init-expert-location reads it.")
     ] = False,
 ) -> None:
-    """Write an artifact's program and weights as ONNX models, one a phase; or the experts of every slot."""
+    """Write an artifact as ONNX models, or its placement.
+
+    A model a phase, with the weights; of a placement the expert of every slot.
+    """
     if form not in FORMATS:
         raise UnknownFormat(name=form, hint=near(form, list(FORMATS)))
     if sglang and form != "placement":

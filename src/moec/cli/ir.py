@@ -166,7 +166,10 @@ def _chosen(module: Module, function: str | None, layer: int | None) -> list[Fun
 
 @ir.command()
 def verify(file: File) -> None:
-    """Check a module: every rule of the op table, and that its text prints back to itself."""
+    """Check a module by every rule of the op table.
+
+    And that its text prints back to itself.
+    """
     from moec.ir import parse_module, print_module, verify
 
     module = read_module(file)
@@ -183,9 +186,9 @@ def diff(
     after: Annotated[str, typer.Argument(help="The other module.")],
     as_json: Json = False,
 ) -> None:
-    """Compare two modules by structure: functions by name, ops by what they compute, never by line or value name.
+    """Compare two modules by structure.
 
-    Exit code 0 when they are equal, 1 when they differ.
+    Functions by name, ops by what they compute, never by line or value name. Exit code 0 when they are equal, 1 when they differ.
     """
     from moec.ir.diff import diff
 
@@ -210,7 +213,10 @@ def stats(
         int | None, typer.Option(min=1, help="Layers and experts of a weight to measure, evenly spaced [4].")
     ] = None,
 ) -> None:
-    """Count ops by function and kind, parameters, and bytes of weights by how they are stored."""
+    """Count ops, parameters and bytes of weights.
+
+    Ops by function and kind, weights by how they are stored.
+    """
     from moec.cli.options import UsageError
     from moec.ir.stats import statistics
 
@@ -294,7 +300,10 @@ def opt(
     redundant: Annotated[int | None, typer.Option(help="Expert slots beyond one for each [the fewest].")] = None,
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
 ) -> None:
-    """Run passes on IR text and print the result; without passes, print it again."""
+    """Run passes on IR text and print the result.
+
+    Without passes the text is printed again.
+    """
     from moec import targets
     from moec.cli.options import UsageError, check_verify
     from moec.ir import print_module
@@ -341,9 +350,9 @@ def reduce(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a run is ended.")] = 60.0,
     out: Annotated[Path | None, typer.Option(help="File for the small module instead of stdout.")] = None,
 ) -> None:
-    """Shrink a module that fails a command to a small one that fails in the same way.
+    """Shrink a module that makes a command fail.
 
-    The same way: with the same exit code (a run that is ended by the timeout counts as one), and with the text of
+    To a small one that fails in the same way: with the same exit code (a run that is ended by the timeout counts as one), and with the text of
     --match in its output. Without {} in the command the module is its standard input.
     """
     from moec.cli.failing import FailingCommand

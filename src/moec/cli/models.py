@@ -54,7 +54,10 @@ def show_model(
 
 @models.command("closed-forms")
 def closed_forms(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
-    """Sizes, bounds and traffic that follow from the models alone, beside the numbers that papers print."""
+    """Print what follows from the models alone.
+
+    Sizes, bounds and traffic, beside the numbers that papers print.
+    """
     from dataclasses import asdict
 
     from moec.passes.planning.published import MODELS, rows

@@ -39,7 +39,10 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
     ) -> None:
-        """Schedule a task graph: shortest makespan, or shortest interval where it repeats."""
+        """Schedule a task graph over shared resources.
+
+        The shortest makespan, or the shortest interval where it repeats, beside what bounds it.
+        """
         from rich.console import Console
 
         from moec.passes.scheduling import read_tasks, solve

@@ -79,7 +79,9 @@ def plan(
     page: Annotated[Path | None, typer.Option(help="Write a page with plots: one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Time per op, memory, rates, first-token time, attention forms and what bounds each phase; or a training step.
+    """Predict step times, rates and memory on a target.
+
+    Time per op, first-token time, attention forms and what bounds each phase; or a training step.
 
     A model that does not fit is planned all the same, with a warning that says what would fit.
     """

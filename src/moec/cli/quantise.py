@@ -19,7 +19,10 @@ def quantise(
     scale: Annotated[str, typer.Option(help="Format of the scales: f32 or ue8m0 (powers of two).")] = "f32",
     block: Annotated[int, typer.Option(min=1, max=1 << 16, help="Rows and columns that share a scale.")] = 128,
 ) -> None:
-    """Write a checkpoint's matrices in FP8 (E4M3) with a scale for each block, as DeepSeek-V3 publishes its weights."""
+    """Write a checkpoint in FP8 with block scales.
+
+    Matrices in E4M3 with a scale for each block, as DeepSeek-V3 publishes its weights.
+    """
     from moec.cli.options import UsageError
     from moec.cli.output import note
     from moec.codegen.artifact import artifact_folder, check_output

@@ -48,7 +48,10 @@ def simulate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
-    """Simulate a scheduled phase event by event: total time, what is hidden, what stragglers cost."""
+    """Simulate a scheduled phase event by event.
+
+    Total time, what is hidden, what stragglers cost.
+    """
     from moec.cli.ir import read_module
     from moec.ir import verify
     from moec.simulate.program import entry_of, run_program

@@ -80,7 +80,10 @@ def check(
     files: Annotated[list[str], typer.Argument(help="Target files (or shipped names).")],
     as_json: Json = False,
 ) -> None:
-    """Check target files: every problem with its line, field, and what would be right."""
+    """Check target files.
+
+    Every problem with its line, field, and what would be right.
+    """
     from moec import targets
 
     problems = [problem for file in files for problem in targets.check(file)]
@@ -107,7 +110,10 @@ def calibrate(
     source: Annotated[str, typer.Option(help="Where the measurements are from.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Fit a target's calibration to own measurements; the errors are on shapes that the fit did not see."""
+    """Fit a target's calibration to own measurements.
+
+    The errors that are printed are on shapes that the fit did not see.
+    """
     from moec import targets
     from moec.targets import describe
     from moec.targets.cost import fit

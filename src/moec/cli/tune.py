@@ -19,9 +19,10 @@ def tune(
     repeats: Annotated[int, typer.Option(min=1, help="Launches that are timed of every tile.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure tiles on this machine's GPU; the next compilation for its architecture takes the fastest.
+    """Measure the tiles of GPU kernels on this machine.
 
-    Needs a GPU of the artifact's architecture and the package triton.
+    The next compilation for the GPU's architecture takes the fastest. Needs a GPU of the artifact's architecture and
+    the package triton.
     """
     from datetime import date
 
