@@ -188,7 +188,8 @@ def diff(
 ) -> None:
     """Compare two modules by structure.
 
-    Functions by name, ops by what they compute, never by line or value name. Exit code 0 when they are equal, 1 when they differ.
+    Functions by name, ops by what they compute, never by line or value name.
+    Exit code 0 when they are equal, 1 when they differ.
     """
     from moec.ir.diff import diff
 
@@ -352,8 +353,8 @@ def reduce(
 ) -> None:
     """Shrink a module that makes a command fail.
 
-    To a small one that fails in the same way: with the same exit code (a run that is ended by the timeout counts as one), and with the text of
-    --match in its output. Without {} in the command the module is its standard input.
+    To a small one that fails in the same way: with the same exit code (a run that is ended by the timeout counts as
+    one), and with the text of --match in its output. Without {} in the command the module is its standard input.
     """
     from moec.cli.failing import FailingCommand
     from moec.ir import print_module
