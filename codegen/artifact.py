@@ -118,6 +118,11 @@ def library_name(stage: int) -> str:
     return "kernels.so" if stage == 0 else f"kernels-{stage}.so"
 
 
+def source_name(stage: int) -> str:
+    """The folder of that library's source, in `kernels/`."""
+    return "source" if stage == 0 else f"source-{stage}"
+
+
 def copy_tokenizer(source: Path | None, work: Path) -> None:
     """Take along the tokenizer of a model folder, when it has one."""
     found = [source / n for n in TOKENIZER_FILES if (source / n).is_file()] if source else []

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from moec.codegen.tvm.tir import Kernel, Machine
 
 PAGE = 64
-
+SOURCE = "source"
+"""Folder of a library's source, beside it."""
 
 FEATURES = {
     "avx_vnni": "avxvnni", "avx512_vbmi": "avx512vbmi", "avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16",
@@ -57,6 +58,8 @@ class Compiled:
     """Compiled program: the library, how to call it, and its kernels."""
 
     library: Path
+    source: Path | None
+    """Folder with the library's source, where it was asked for."""
     entries: dict[str, Any]
     kernels: list[dict[str, Any]]
     cached: bool
@@ -94,15 +97,19 @@ def machine_of(target: Target) -> Machine:
     )
 
 
-def compile_module(module: Module, target: Target, limits: Mapping[str, int]) -> Compiled:
+def compile_module(module: Module, target: Target, limits: Mapping[str, int], source: bool = False) -> Compiled:
     """Compile `@prefill`, `@decode`, and `@draft` where the module has it; `limits`: batch, context, chunk, drafts.
 
-    Equal inputs find the library in the cache; two processes may compile at once, the first to finish is kept.
-    Raises NoKernel or CompilerFailed.
+    Equal inputs find the library in the cache; two processes may compile at once, the first to finish is kept. With
+    `source` its text is kept as well. Raises NoKernel or CompilerFailed.
     """
-    entry = find_or_build(_key(module, target, limits), lambda work: _build(module, target, limits, work))
+    key = _key(module, target, {**limits, "source": 1} if source else limits)
+    entry = find_or_build(key, lambda work: _build(module, target, limits, work, source))
     described = json.loads((entry.folder / "program.json").read_text())
-    return Compiled(entry.folder / "kernels.so", described["entries"], described["kernels"], entry.cached, entry.note)
+    text = entry.folder / SOURCE if source else None
+    return Compiled(
+        entry.folder / "kernels.so", text, described["entries"], described["kernels"], entry.cached, entry.note
+    )
 
 
 def compile_watched(module: Module, target: Target, limits: Mapping[str, int], watch: str) -> Watched:
@@ -146,7 +153,7 @@ def _machine_facts(target: Target) -> list[Any]:
     return [d.vector_bits, d.arch, list(d.isa), d.cores, dict(d.cache_bytes)]
 
 
-def _build(module: Module, target: Target, limits: Mapping[str, int], folder: Path) -> None:
+def _build(module: Module, target: Target, limits: Mapping[str, int], folder: Path, source: bool) -> None:
     from moec.codegen.tvm.program import build_phase, kernel_table
     from moec.codegen.tvm.segments import build_segmented, is_sharded
 
@@ -162,7 +169,7 @@ def _build(module: Module, target: Target, limits: Mapping[str, int], folder: Pa
         else:
             phases.append(build_phase(module, name, _sizes(name, limits), machine, kernels=shared))
             entries[name] = phases[-1].entry.as_json()
-    _export(phases, machine, folder)
+    _export(phases, machine, folder, source)
     described = {"entries": entries, "kernels": kernel_table(phases)}
     (folder / "program.json").write_text(json.dumps(described, sort_keys=True))
 
@@ -208,12 +215,16 @@ def _entries(module: Module) -> tuple[str, ...]:
     return tuple(name for name in ENTRIES if name in module.functions)
 
 
-def _export(phases: Sequence[Phase], machine: Machine, folder: Path) -> None:
+def _export(phases: Sequence[Phase], machine: Machine, folder: Path, source: bool = False) -> None:
     from moec.codegen.tvm.program import program_functions
+    from moec.codegen.tvm.source import write_source
     from moec.codegen.tvm.tir import build_module, compile_module
 
-    kernels, functions = program_functions(phases)
-    library = compile_module(build_module(kernels, functions), machine)
+    script = build_module(*program_functions(phases))
+    library = compile_module(script, machine)
+    if source:
+        (folder / SOURCE).mkdir()
+        write_source(script, library, folder / SOURCE)
     try:
         library.export_library(str(folder / "kernels.so"))
     except Exception as error:

@@ -47,7 +47,8 @@ def find_or_build(key: str, build: Callable[[Path], None]) -> Entry:
     work, note = _work_folder(found.parent)
     try:
         build(work)
-        lines = [f"{_sha256(file)}  {file.name}\n" for file in sorted(work.iterdir())]
+        files = sorted(path for path in work.rglob("*") if path.is_file())
+        lines = [f"{_sha256(file)}  {file.relative_to(work)}\n" for file in files]
         (work / SUMS).write_text("".join(lines))
         folder = work.parent / key
         _keep(work, folder)

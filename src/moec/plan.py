@@ -64,12 +64,14 @@ class Plan:
         weights: str | Path | None = None,
         random_weights: int | None = None,
         no_weights: bool = False,
+        source: bool = False,
         note: Callable[[str], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Artifact:
         """Compile the kernels, pack the weights and write the artifact folder `out`, whole or not at all.
 
         An interrupted packing of many weights leaves its state beside `out`; the same call goes on from there.
+        `source` adds the text of the CPU kernels; those of GPUs come with theirs.
         Weights come from `weights`, else from random numbers, else from the model's own folder.
         Raises NoWeights, CheckpointError, TensorError, NoKernel, UnsupportedKernel, UnmetRequirement, CompileFailed,
         CheckFailed, DraftsOnGpu, OutputExists, DiskTooSmall or WriteFailed.
@@ -87,12 +89,14 @@ class Plan:
         tensors = None if no_weights else packing.tensors_of(self.ir, self.source, weights, random_weights, say)
         mesh = mesh_of(self.ir)
         on_cpu = self.context.target.kind == "cpu"
+        if source and not on_cpu:
+            say("the source of GPU kernels lies beside them in any case")
         base, turns = self._arranged() if on_cpu else (self.ir, {})
         modules = [stage_module(base, stage) for stage in range(mesh.pp)]
         with artifact.artifact_folder(Path(out)) as work, self._partial(Path(out), tensors, say) as partial:
             (work / "kernels").mkdir()
             kernels = work / "kernels"
-            interface = self._cpu_kernels(kernels, modules, say) if on_cpu else self._gpu_kernels(kernels, say)
+            interface = self._cpu_kernels(kernels, modules, source, say) if on_cpu else self._gpu_kernels(kernels, say)
             if turns:
                 interface["entries"]["decode"] |= turns
             self._write_program(work, interface)
@@ -132,7 +136,9 @@ class Plan:
         parts = int(str(self.ir.functions["decode"].attrs.get("micro_batches", 1)))
         return base, {"turns": [list(turn) for turn in turns], "parts": parts}
 
-    def _cpu_kernels(self, folder: Path, modules: Sequence[Module], say: Callable[[str], None]) -> dict[str, Any]:
+    def _cpu_kernels(
+        self, folder: Path, modules: Sequence[Module], source: bool, say: Callable[[str], None]
+    ) -> dict[str, Any]:
         """A library for the module of every pipeline stage; returns the call interface of the first and the others."""
         from moec.codegen import artifact
         from moec.codegen.tvm.compile import compile_module
@@ -140,9 +146,11 @@ class Plan:
         kernels: dict[str, Any] = {}
         interfaces = []
         for stage, module in enumerate(modules):
-            compiled = compile_module(module, self.context.target, self._sizes)
+            compiled = compile_module(module, self.context.target, self._sizes, source)
             say(compiled.note)
             shutil.copyfile(compiled.library, folder / artifact.library_name(stage))
+            if compiled.source is not None:
+                shutil.copytree(compiled.source, folder / artifact.source_name(stage))
             kernels.update({k["name"]: k for k in compiled.kernels})
             interfaces.append(self._call_interface(module, compiled.entries))
         artifact.write_json(folder / "kernels.json", list(kernels.values()))

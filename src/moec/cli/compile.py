@@ -53,6 +53,9 @@ def compile_model(
     weights: Annotated[Path | None, typer.Option(help="Folder of safetensors.")] = None,
     random_weights: Annotated[int | None, typer.Option(metavar="SEED", help="Random weights from a seed.")] = None,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Compile the program only.")] = False,
+    source: Annotated[
+        bool, typer.Option("--source", help="Add the text of CPU kernels: TVMScript, LLVM IR, assembly, a Makefile.")
+    ] = False,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Write program.ir and plan.json only.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a field of the configuration.")
@@ -72,7 +75,7 @@ def compile_model(
     from moec.stages import trace
 
     check_phase(phase)
-    check_compile(out, plan_only, verify, weights, random_weights, no_weights)
+    check_compile(out, plan_only, verify, weights, random_weights, no_weights, source)
     check_recipe(recipe)
     if out is not None:
         check_output(out)
@@ -104,6 +107,7 @@ def compile_model(
         return
     with Progress("packing") as progress:
         artifact = plan.compile(
-            out, weights=weights, random_weights=random_weights, no_weights=no_weights, note=say, progress=progress
-        )
+            out, weights=weights, random_weights=random_weights, no_weights=no_weights, source=source, note=say,
+            progress=progress,
+        )  # fmt: skip
     say(f"wrote {artifact.path}")

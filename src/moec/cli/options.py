@@ -42,7 +42,7 @@ def parse_numbers(option: str, text: str | None) -> list[int]:
 
 
 def check_compile(
-    out: Path | None, plan_only: bool, verify: str, weights: Any, random_weights: Any, no_weights: bool
+    out: Path | None, plan_only: bool, verify: str, weights: Any, random_weights: Any, no_weights: bool, source: bool
 ) -> None:
     """Raise UsageError for options of `moec compile` that contradict each other."""
     if out is None and not plan_only:
@@ -51,6 +51,8 @@ def check_compile(
     given = [weights is not None, random_weights is not None, no_weights]
     if plan_only and any(given[:2]):
         raise UsageError(message="--plan-only packs no weights: leave --weights and --random-weights away")
+    if plan_only and source:
+        raise UsageError(message="--plan-only compiles no kernels: leave --source away")
     if sum(given) > 1:
         raise UsageError(message="--weights, --random-weights and --no-weights exclude each other")
 
