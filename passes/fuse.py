@@ -37,7 +37,7 @@ class Fuse(Pass):
             out.matched += norms + joined
             if norms or joined:
                 out.notes.append(
-                    f"@{function.name}: {norms} norms took their residual sum, {joined} projections joined"
+                    f"@{function.name}: norms with their residual sum: {norms}, projections joined: {joined}"
                 )
         if not out.matched:
             out.warnings.append("no residual sum before a norm and no projections of one input")
