@@ -18,28 +18,30 @@ Variants = dict[str, Module]
 
 
 def variants(module: Module, setting: Setting) -> Variants:
-    """The module with plain and with absorbed attention, fused as the device runs it.
+    """The module with plain and with absorbed attention, fused as the device runs it; plain alone without latents.
 
     Projections are joined on whole devices only: tensor parallelism divides some of them and not others.
     """
-    plain, absorbed = clone_module(module), clone_module(module)
-    for function in absorbed.functions.values():
-        for op in [o for o in function.ops if o.name == "attn.mla"]:
-            absorb(absorbed, function, op)
-        remove_dead(function)
-        fresh_names(function)
+    forms = {PLAIN: clone_module(module)}
+    if any(op.name == "attn.mla" for _, op in module.ops()):
+        forms[ABSORBED] = absorbed = clone_module(module)
+        for function in absorbed.functions.values():
+            for op in [o for o in function.ops if o.name == "attn.mla"]:
+                absorb(absorbed, function, op)
+            remove_dead(function)
+            fresh_names(function)
     if setting.layout.tp == 1:
-        for each in (plain, absorbed):
+        for each in forms.values():
             Fuse().run(each, Context(setting.target))
-    return {PLAIN: plain, ABSORBED: absorbed}
+    return forms
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The cheaper form of a phase, both costs of the step in microseconds, and where the choice flips.
+    """The cheaper form of a phase, the cost of the step in each in microseconds, and where the choice flips.
 
     crossover: the smallest context, at the same sequences and new tokens, from which the other form than at short
-    context is cheaper; None when one form wins at every context up to the model's limit.
+    context is cheaper; None when one form wins at every context up to the model's limit, or is the only one.
     """
 
     form: str
@@ -67,7 +69,7 @@ def cheaper(times_us: dict[str, float]) -> str:
 
 
 def crossover(built: Variants, step: Step, limit: int, setting: Setting) -> int | None:
-    """The first context at which the cheaper form is no longer the one of a short context.
+    """The first context at which the cheaper form is no longer the one of a short context; None with one form.
 
     Powers of two bracket the change, bisection finds it: costs grow in steps of tiles, so it is exact between the
     contexts of its bracket only where the difference changes sign once.
@@ -77,7 +79,7 @@ def crossover(built: Variants, step: Step, limit: int, setting: Setting) -> int 
         times = form_times(built, replace(step, context=context), setting)
         return times[ABSORBED] < times[PLAIN]
 
-    return first_change(absorbed_wins, step.new, limit)
+    return first_change(absorbed_wins, step.new, limit) if len(built) > 1 else None
 
 
 def first_change(holds: Callable[[int], bool], low: int, high: int) -> int | None:

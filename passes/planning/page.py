@@ -81,6 +81,8 @@ def _table(plan: Plan) -> str:
 
 def _form(phase: PhasePlan) -> str:
     crossover = phase.choice.crossover
+    if len(phase.choice.times_us) < 2:
+        return "keys and values per head"
     return f"{phase.choice.form}, " + ("no crossover" if crossover is None else f"crossover at context {crossover}")
 
 

@@ -64,6 +64,16 @@ def test_the_table_names_what_was_asked() -> None:
     assert "h20" in run("deepseek-v2-lite", "--target", "h800,h20")
 
 
+def test_a_model_without_latents_has_one_form() -> None:
+    words = ("qwen3-30b-a3b", "--target", "h800")
+    assert "attention caches keys and values per head" in run(*words)
+    found = answer(*words)
+    assert {form for times in found["form_times_us"].values() for form in times} == {"plain"}
+    assert found["crossover_context"] == {"prefill": None, "decode": None}
+    rows = [line.split() for line in run(*words, "--batch", "1,2").splitlines() if line.strip()[:1].isdigit()]
+    assert rows and all(row[-2:] == ["-", "none"] for row in rows)
+
+
 def test_a_model_that_does_not_fit_is_planned_with_a_warning() -> None:
     found = answer("deepseek-v3", "--target", "h800", "--batch", "1")
     assert not found["fits"]

@@ -49,7 +49,10 @@ def run_sweep(
 
 def _cells(point: Point, phase: str) -> str:
     times, best = point.times_us[phase], point.forms[phase]
-    cells = [f"{times[form] / 1e3:10.4g}{'*' if form == best else ' '}" for form in ("plain", "absorbed")]
+    cells = [
+        f"{times[form] / 1e3:10.4g}{'*' if form == best else ' '}" if form in times else f"{'-':>10} "
+        for form in ("plain", "absorbed")
+    ]
     return f"{' '.join(cells)} {_flip(point, phase):>10}"
 
 

@@ -72,6 +72,8 @@ def _balance(phase: PhasePlan) -> str:
 
 
 def _form(phase: PhasePlan) -> str:
+    if len(phase.choice.times_us) < 2:
+        return "attention caches keys and values per head: there is no latent to absorb"
     times = ", ".join(f"{form} {time / 1e3:.4g} ms" for form, time in phase.choice.times_us.items())
     crossover = phase.choice.crossover
     flips = "no crossover up to the model's limit" if crossover is None else f"crossover at context {crossover}"
