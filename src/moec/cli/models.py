@@ -48,8 +48,9 @@ def show_model(
         print(f"  published         {stated['total']} B total, {stated['active']} B active{more} ({stated['source']})")
     print(f"  KV cache          {facts['kv_bytes_per_token']} bytes a token in BF16")
     print(f"  layers            {facts['layers']}")
+    wide = max(map(len, facts["weights"]))
     for name, shape in facts["weights"].items():
-        print(f"  {name:40} {shape}")
+        print(f"  {name:{wide}} {shape}")
 
 
 @models.command("closed-forms")
