@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from moec.cli.models import model_facts
+from moec.cli.models import list_models, model_facts
 from moec.model_defs.registry import preset_names, published
 
 PUBLISHED = [name for name in preset_names() if published(name) is not None]
@@ -38,3 +40,13 @@ def test_every_preset_of_a_published_model_is_in_the_table() -> None:
 )
 def test_cache(name: str, bytes_per_token: int) -> None:
     assert model_facts(name)["kv_bytes_per_token"] == bytes_per_token
+
+
+def test_the_list_with_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    list_models(sizes=True, as_json=True)
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    assert set(rows) == set(preset_names())
+    assert rows["deepseek-v3"]["parameters"] == 671026419200 and rows["deepseek-v3"]["layers"] == 61
+    list_models(sizes=True)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("deepseek-v3 ")]
+    assert line.split() == ["deepseek-v3", "deepseek_v3", "61", "671.03", "B", "37.55", "B", "70.3", "kB"]

@@ -16,16 +16,39 @@ def register(app: typer.Typer) -> None:
 
 
 @models.command("list")
-def list_models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
+def list_models(
+    sizes: Annotated[
+        bool, typer.Option("--sizes", help="Trace each: parameters, active ones, cache of a token.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
     """List the presets."""
     from moec.model_defs.registry import preset_config, preset_folder, preset_names
 
-    rows = [(n, preset_config(n)["model_type"], preset_folder(n) is not None) for n in preset_names()]
+    rows: list[dict[str, Any]] = [
+        {"name": n, "family": preset_config(n)["model_type"], "weights": preset_folder(n) is not None}
+        for n in preset_names()
+    ]
+    if sizes:
+        kept = ("layers", "parameters", "active_parameters", "kv_bytes_per_token")
+        for row in rows:
+            facts = model_facts(row["name"])
+            row.update({key: facts[key] for key in kept})
     if as_json:
-        print(json.dumps({"models": [{"name": n, "family": f, "weights": w} for n, f, w in rows]}))
+        print(json.dumps({"models": rows}))
         return
-    for name, family, weights in rows:
-        print(f"{name:20} {family:12} {'weights included' if weights else ''}".rstrip())
+    if sizes:
+        print(f"{'':20} {'':15} {'layers':>6} {'total':>9} {'active':>9} {'KV of a token':>13}")
+    for row in rows:
+        line = f"{row['name']:20} {row['family']:15}"
+        if sizes:
+            total, active = (_count(row[key]) for key in ("parameters", "active_parameters"))
+            line += f" {row['layers']:6} {total:>9} {active:>9} {row['kv_bytes_per_token'] / 1e3:10.1f} kB"
+        print(f"{line} {'weights included' if row['weights'] else ''}".rstrip())
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:,.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:,.2f} M"
 
 
 @models.command("show")
@@ -39,9 +62,7 @@ def show_model(
         print(json.dumps(facts))
         return
     print(f"{facts['name']} ({facts['family']})")
-    print(
-        f"  parameters        {facts['parameters'] / 1e9:.2f} B total, {facts['active_parameters'] / 1e9:.2f} B active"
-    )
+    print(f"  parameters        {_count(facts['parameters'])} total, {_count(facts['active_parameters'])} active")
     if stated := facts["published"]:
         total, active = stated.get("beside", (0, 0))
         more = f", {stated['why']} {active or total:+g} B" if "beside" in stated else ""
