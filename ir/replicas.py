@@ -65,6 +65,14 @@ class Replicas:
         chosen: NDArray[np.int64] = by_expert[np.searchsorted(ends, where, side="right")]
         return chosen.reshape(np.shape(ids))
 
+    def table(self) -> NDArray[np.int32]:
+        """The rule for a device, i32[experts + 1 + 2 * slots]: where each expert's copies begin, their slots, and
+        where their shares end in units of 2**-32 (the bits of an unsigned number; the last copy takes the rest)."""
+        by_expert, first, ends = self._tables
+        within = (ends - np.asarray(self.experts_of)[by_expert]) * 2.0**32
+        bits = np.clip(within, 0, 2**32 - 1).astype(np.uint32).view(np.int32)
+        return np.concatenate((first.astype(np.int32), by_expert.astype(np.int32), bits))
+
 
 def replicas_of(module: Module, layer: int, experts: int, slots: int) -> Replicas:
     """The slots of a layer (counted from the first with experts) as the module's attributes place them.

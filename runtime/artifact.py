@@ -78,7 +78,7 @@ def open_artifact(path: str | Path, check: bool = False, rank: int = 0, ranks: i
     if len(files) != ranks:
         raise NeedsRanks(path=shown, ranks=len(files), started=ranks)
     raw, where = (root / "plan.json").read_bytes(), f"{shown}/plan.json"
-    plan = parse_plan(raw, where, manifest, rank) if on_cpu else parse_gpu_plan(raw, where, manifest)
+    plan = parse_plan(raw, where, manifest, rank) if on_cpu else parse_gpu_plan(raw, where, manifest, rank)
     return Artifact(root, manifest, plan, root / sorted(files)[rank], rank)
 
 

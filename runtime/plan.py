@@ -106,7 +106,7 @@ def parse_plan(raw: bytes, file: str, manifest: Manifest, rank: int = 0) -> Plan
     Raises MalformedFile.
     """
     fields = Fields.parse(raw, file)
-    mesh = _mesh(fields)
+    mesh = parse_mesh(fields)
     stage = stage_of(mesh, rank)
     if stage:
         stages = fields.tables("stages")
@@ -140,7 +140,8 @@ def stage_of(mesh: MeshPlan, rank: int) -> int:
     return rank // (mesh.dp * mesh.tp)
 
 
-def _mesh(fields: Fields) -> MeshPlan:
+def parse_mesh(fields: Fields) -> MeshPlan:
+    """Degrees of parallelism and placement, where plan.json has them; raises MalformedFile."""
     given = fields.table("mesh") if "mesh" in fields.data else Fields({}, fields.file, "mesh")
     sizes = {a: given.integer(a, 1) if a in given.data else 1 for a in ("pp", "dp", "tp", "ep")}
     placement, shares = fields.data.get("placement") or [], fields.data.get("replica_shares") or []

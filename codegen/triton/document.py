@@ -49,9 +49,10 @@ FP8 weights on a device without FP8 units (A100), or with BF16 activations, are 
 biases are read in the type in which the recipe stores them. Families with heads of keys and values (Mixtral, Qwen,
 gpt-oss, Llama, GLM, Phi and others) run through one loop for prefill and decode, with windows, chunks of positions,
 sinks and bounded scores; norms of heads and the rotation after them are one kernel with the write into the cache. A
-latent cache in FP8 is written and read with its scales. What no kernel computes is refused in one line: exchanges
-between ranks, other granularities of activations than 1x128, head widths of latent attention that are not powers of
-two, an FP8 cache of heads.
+latent cache in FP8 is written and read with its scales. Exchanges between ranks are packed and unpacked by kernels
+(docs/gpu-engine.md). What no kernel computes is refused in one line: other granularities of activations than 1x128,
+head widths of latent attention that are not powers of two, an FP8 cache of heads, experts whose results travel
+in FP8.
 
 `moec tune ARTIFACT` measures other tiles of an artifact's kernels on the GPU at hand and keeps the winners by
 architecture, with device, driver and date, in the cache folder; the next compilation takes them and says so.

@@ -8,49 +8,68 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moec.codegen.exchanged import comm_bounds
+from moec.codegen.stage import stage_module
 from moec.codegen.triton import aot
 from moec.codegen.triton import tiles as measured
 from moec.codegen.triton.errors import NoKernel
-from moec.codegen.triton.fused.groups import EVENTS, VIEWS
-from moec.codegen.triton.lower.lower import Lowered, Phase, lower_phase
+from moec.codegen.triton.fused.groups import VIEWS
+from moec.codegen.triton.lower.lower import CONTROL, Lowered, Phase, lower_phase
 from moec.codegen.triton.lower.table import KernelTable
 from moec.codegen.triton.spec import Tile
 from moec.ir import CacheType, Module, Op, TensorType
+from moec.ir.mesh import mesh_of
 from moec.targets import Target
 
 PAGE = 64
+PHASES: tuple[str, ...] = ("prefill", "decode")
 MOST_ROWS = 128
 """Rows of logits that one prefill call gives at most: 129,280 of them are half a megabyte each."""
-CONTROL = ("repeat", "call", "index.affine", *EVENTS)
-"""Ops that decide which steps run and when; no kernel computes them."""
+MOVED = tuple(
+    f"comm.{name}" for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "rows", "send", "recv")
+)
+"""Ops that the communicator does without a kernel of ours."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """Both phases, lowered, and their kernels."""
+    """All phases of every pipeline stage, lowered, and their kernels."""
 
-    phases: dict[str, Lowered]
+    stages: tuple[dict[str, Lowered], ...]
     table: KernelTable
     bounds: dict[str, dict[str, int]]
     sms: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def phases(self) -> dict[str, Lowered]:
+        """Those of the first stage."""
+        return self.stages[0]
 
     def plan(self, module: Module) -> dict[str, Any]:
         """The part of plan.json that execution reads."""
         kv = next(a.type for f in module.functions.values() for a in f.args if isinstance(a.type, CacheType))
         pages = next(iter(self.bounds.values()))["P"]
         shape = [pages if str(d) == "P" else d for d in kv.shape]
+        first, *others = (self._programs(phases) for phases in self.stages)
+        sent = next((op for _, op in module.ops() if op.name == "comm.dispatch"), None)
+        slots = {} if sent is None else {"slots": {n: sent.attrs[n] for n in ("experts", "slots")}}
         return {
             "page_size": PAGE,
             "cache": {"shape": shape, "row_bytes": kv.row_bytes(), "dtype": kv.dtype},
-            "arena_bytes": max(p.arena for p in self.phases.values()),
+            **first,
+            **({"stages": others} if others else {}),
+            **slots,
+        }
+
+    def _programs(self, phases: Mapping[str, Lowered]) -> dict[str, Any]:
+        """A stage: the arena that it needs, and its phases."""
+        sizes = {"max_tokens": "T", "max_rows": "R", "max_sequences": "B"}
+        return {
+            "arena_bytes": max(p.arena for p in phases.values()),
             "programs": {
-                name: {
-                    "steps": p.steps,
-                    "max_tokens": self.bounds[name]["T"],
-                    "max_rows": self.bounds[name]["R"],
-                    "max_sequences": self.bounds[name]["B"],
-                }
-                for name, p in self.phases.items()
+                name: {"steps": p.steps, **{n: self.bounds[name][s] for n, s in sizes.items()}}
+                for name, p in phases.items()
             },
         }
 
@@ -108,16 +127,33 @@ def lower_module(
         raise NoKernel(op="@draft", reason="drafting runs on CPUs so far; leave --mtp away")
     table = KernelTable(target.device.arch, tiles)
     sms = int(target.device.cores)
-    names: list[str] = [n for n in ("prefill", "decode") if n in module.functions]
-    bounds = {name: phase_bounds(name, limits) for name in names}
-    phases = {}
-    for name in names:
-        phase = Phase(module, name, table, bounds[name], sms, 128 if name == "prefill" else 64)
-        phases[name] = lower_phase(phase)
-    program = Program(phases, table, bounds, sms)
+    stages: list[dict[str, Lowered]] = []
+    bounds: dict[str, dict[str, int]] = {}
+    for number in range(mesh_of(module).pp):
+        stage = stage_module(module, number)
+        phases: dict[str, Lowered] = {}
+        suffix = f".{number}" if mesh_of(module).pp > 1 else ""
+        for name in (n for n in PHASES if n in stage.functions):
+            bounds[name] = phase_bounds(name, limits)
+            bounds[name] |= comm_bounds(stage, bounds[name]["T"])
+            phase = Phase(stage, name, table, bounds[name], sms, 128 if name == "prefill" else 64, suffix)
+            phases[name] = lower_phase(phase)
+        stages.append(phases)
+    program = Program(tuple(stages), table, bounds, sms, _notes(module))
     if missing := uncovered(module, program):
         raise NoKernel(op=missing[0], reason="nothing computes it")
     return program
+
+
+def _notes(module: Module) -> tuple[str, ...]:
+    """What the GPU runtime does otherwise than the program says."""
+    forwarded = any(
+        op.attrs.get("via") == "node" and 1 < int(op.attrs["per_node"]) < int(op.attrs["ranks"])  # type: ignore[arg-type]
+        for _, op in module.ops()
+        if op.name == "comm.dispatch"
+    )
+    line = "rows go from rank to rank directly: no rank forwards inside its node on GPUs yet (via = node is planned)"
+    return (line,) if forwarded else ()
 
 
 def phase_bounds(name: str, limits: Mapping[str, int]) -> dict[str, int]:
@@ -141,7 +177,9 @@ def uncovered(module: Module, program: Program) -> list[str]:
         f"{op.name} in @{function.name}"
         for function in module.functions.values()
         for i, op in enumerate(function.ops)
-        if op.name not in CONTROL and i not in done.get(function.name, set()) and not _idle_view(op, function.ops)
+        if op.name not in (*CONTROL, *MOVED)
+        and i not in done.get(function.name, set())
+        and not _idle_view(op, function.ops)
     ]
 
 

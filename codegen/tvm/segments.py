@@ -15,6 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.arena import Slot
+from moec.codegen.exchanged import comm_bounds
 from moec.codegen.scheduled import CUTS, crossing, runs
 from moec.codegen.tvm.emit import FunctionEmitter, Program, extra_sizes
 from moec.codegen.tvm.emit import emitter as emitter_of
@@ -38,7 +39,6 @@ from moec.codegen.tvm.program import (
 from moec.codegen.tvm.recording import Record, Routers
 from moec.codegen.tvm.tir import Kernel, Machine
 from moec.ir import CacheType, Function, Module, Op, TensorType, Value, WeightRef
-from moec.ir.mesh import mesh_of
 from moec.ir.module import Operand
 
 STEP = ("layer", "D", "U")
@@ -143,22 +143,6 @@ def build_segmented(
         described["routing"] = routers.as_json()
     by_symbol = {p.entry.symbol: [a["name"] for a in p.entry.args] for p in phases}
     return phases, {**described, "args": list(args.values()), "steps": _with_args(found.steps, by_symbol)}
-
-
-def comm_bounds(module: Module, max_tokens: int) -> dict[str, int]:
-    """Greatest values of sharding's symbols: U tokens of a rank's part, D rows that arrive, G rows of one slot."""
-    tp = mesh_of(module).tp
-    part = -(-max_tokens // tp)
-    out = {"U": part, "D": 1, "G": 1}
-    for _, op in module.ops():
-        if op.name == "comm.dispatch":
-            ids, ranks = op.operands[2].type, int(op.attrs["ranks"])  # type: ignore[arg-type]
-            assert isinstance(ids, TensorType)
-            tokens = part if str(ids.shape[0]) == "U" else max_tokens
-            local = int(op.attrs["slots"]) // ranks  # type: ignore[arg-type]
-            out["G"] = max(out["G"], tokens * ranks)
-            out["D"] = max(out["D"], tokens * ranks * min(int(ids.shape[1]), local))  # type: ignore[arg-type]
-    return out
 
 
 def _with_args(steps: list[dict[str, Any]], args: Mapping[str, list[str]]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence as List
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moec.runtime.cache import PagePool, Sequence
 from moec.runtime.cuda.driver import Driver
@@ -62,13 +63,21 @@ class GpuEngine:
             self.pool.table_width,
             stream,
             progress,
+            self._tables(plan),
         )
-        self._phases = {n: Executor(self.driver, kernels, self.memory, e) for n, e in plan.entries.items()}
+        self._phases = {n: self._executor(kernels, e) for n, e in plan.entries.items()}
         self.batch = self.manifest.batch
         prompt = plan.entries.get("prefill")
         self.chunk = min(self.manifest.chunk, prompt.max_tokens) if prompt else 1
         self.rows = prompt.max_rows if prompt else 1
         self._buckets = buckets(self.batch)
+
+    def _executor(self, kernels: Mapping[str, Kernel], entry: GpuEntry) -> Executor:
+        return Executor(self.driver, kernels, self.memory, entry)
+
+    def _tables(self, plan: GpuPlan) -> NDArray[np.int32] | None:
+        """Which copies of experts tokens go to, where other ranks have some."""
+        return None
 
     @property
     def threads(self) -> int:
@@ -85,8 +94,14 @@ class GpuEngine:
             for token in tokens:
                 logits = self.decode([sequence], [int(token)])
             return logits
+        self.pool.extend(sequence, len(tokens))
+        logits = self._prefill(sequence, tokens, last_only, live=len(tokens))
+        sequence.length += len(tokens)
+        return logits
+
+    def _prefill(self, sequence: Sequence, tokens: Ids, last_only: bool, live: int) -> Logits:
+        """A chunk of a sequence that has room for it; the first `live` of its tokens are somebody's."""
         count, rows = len(tokens), 1 if last_only else len(tokens)
-        self.pool.extend(sequence, count)
         length = sequence.length + count
         put = self.memory.input
         put("ids", count)[:] = tokens
@@ -97,9 +112,7 @@ class GpuEngine:
         put("q_starts", 2)[:] = (0, count)
         put("lengths", 1)[:] = length
         put("rows", rows)[:] = count - 1 if last_only else np.arange(count)
-        sizes = symbols(self.plan, self.pool.table_width, count, rows, 1, length)
-        self._call("prefill", sizes, rows, graph=False)
-        sequence.length = length
+        self._call("prefill", self._symbols(count, rows, 1, length, live), rows, graph=False)
         return self.memory.result(rows, self.manifest.vocab)
 
     def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
@@ -107,19 +120,24 @@ class GpuEngine:
         if "decode" not in self._phases:
             (token,) = tokens
             return self.prefill(sequences[0], np.array([token]))
+        for sequence in sequences:
+            self.pool.extend(sequence, 1)
+        return self._decode(sequences, list(tokens), live=len(sequences))
+
+    def _decode(self, sequences: List[Sequence], tokens: List[int], live: int) -> Logits:
+        """A token of each of some sequences that have room for it."""
         count = len(sequences)
         size = next(b for b in self._buckets if b >= count)
         pages = np.full((size, self.pool.table_width), self.spare, dtype=np.int32)
         positions = np.zeros(size, dtype=np.int32)
         for row, sequence in enumerate(sequences):
-            self.pool.extend(sequence, 1)
             pages[row] = sequence.table
             positions[row] = sequence.length
             sequence.length += 1
         put = self.memory.input
         ids = put("ids", size)
         ids[:] = 0
-        ids[:count] = list(tokens)
+        ids[:count] = tokens
         put("seq", size)[:] = np.arange(size)
         put("rows", size)[:] = np.arange(size)
         put("pos", size)[:] = positions
@@ -128,9 +146,12 @@ class GpuEngine:
         put("starts", size + 1)[:] = np.concatenate(([0], np.cumsum(positions + 1)))
         put("q_starts", size + 1)[:] = np.arange(size + 1)
         # One graph serves every length: sizes that follow the longest sequence are taken at the limit.
-        sizes = symbols(self.plan, self.pool.table_width, size, size, size, self.manifest.context)
-        self._call("decode", sizes, size, graph=True)
+        self._call("decode", self._symbols(size, size, size, self.manifest.context, live), size, graph=True)
         return self.memory.result(size, self.manifest.vocab)[:count]
+
+    def _symbols(self, tokens: int, rows: int, sequences: int, longest: int, live: int) -> dict[str, int]:
+        """The sizes of a call, `live` of whose tokens are somebody's."""
+        return symbols(self.plan, self.pool.table_width, tokens, rows, sequences, longest)
 
     def executor(self, phase: str) -> Executor:
         """What runs a phase, "prefill" or "decode"."""
@@ -176,4 +197,8 @@ class GpuEngine:
             self.memory.receive(rows, self.manifest.vocab, executor.main)
 
         (executor.replay if graph else executor.run)(sizes, before, after)
-        self.driver.wait(executor.main)
+        self._end(executor.main)
+
+    def _end(self, stream: int) -> None:
+        """Wait until a call has ended."""
+        self.driver.wait(stream)

@@ -53,15 +53,27 @@ class Executor:
 
     def _around(self, actions: Sequence[Action]) -> None:
         """Actions on all streams, which start after what the main one has done and end before what it does next."""
-        sides = [s for s in self.streams.values() if s != self.main]
-        if sides:
+        self._fork()
+        for action in actions:
+            action()
+        self._join()
+
+    @property
+    def sides(self) -> list[int]:
+        """Streams besides the main one."""
+        return [s for s in self.streams.values() if s != self.main]
+
+    def _fork(self) -> None:
+        """Let all streams wait for what the main one has been given."""
+        if sides := self.sides:
             start = self._event(-1)
             self.driver.record(start, self.main)
             for side in sides:
                 self.driver.wait_for(side, start)
-        for action in actions:
-            action()
-        for number, side in enumerate(sides, start=2):
+
+    def _join(self) -> None:
+        """Let the main stream wait for what all have been given."""
+        for number, side in enumerate(self.sides, start=2):
             end = self._event(-number)
             self.driver.record(end, side)
             self.driver.wait_for(self.main, end)

@@ -30,7 +30,9 @@ class DeviceMemory:
         table_width: int,
         stream: int,
         progress: Callable[[int, int], None] | None = None,
+        tables: NDArray[np.int32] | None = None,
     ) -> None:
+        """`tables`: which copy of an expert a token goes to, `Replicas.table` of each layer one behind the other."""
         self.driver = driver
         entries = plan.entries.values()
         largest = {
@@ -50,6 +52,10 @@ class DeviceMemory:
         self.logits = driver.allocate(_up(self.logits_bytes), "the logits")
         self.weights = self._load(weights, stream, progress) if isinstance(weights, Weights) else weights
         driver.zero(self.cache, plan.cache_bytes, stream)
+        self.tables = 0
+        if tables is not None:
+            self.tables = driver.allocate(_up(tables.nbytes), "the placement of experts")
+            driver.upload(self.tables, int(tables.ctypes.data), tables.nbytes, stream)
         self.host_inputs = driver.host_memory(size)
         self.host_logits = driver.host_memory(self.logits_bytes)
         driver.wait(stream)
@@ -101,6 +107,8 @@ class DeviceMemory:
                 return self.weights[str(name)] + offset
             case "cache":
                 return self.cache + offset
+            case "placement":
+                return self.tables + offset
             case _:
                 return self.logits + offset
 

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moec.ir.expr import BadExpression, evaluate
 from moec.runtime.fields import Fields
 from moec.runtime.manifest import Manifest
+from moec.runtime.plan import MeshPlan, parse_mesh, stage_of
 
 Sizes = Mapping[str, int]
 INPUTS = {
     "ids": "T", "seq": "T", "pos": "T", "pages": "B * N", "starts": "B + 1", "rows": "R", "lengths": "B",
-    "q_starts": "B + 1",
+    "q_starts": "B + 1", "live": "2",
 }  # fmt: skip
 """What a call gives as int32, and how many. As for CPUs, and besides: `lengths`, the cached positions of every sequence
-with this call's, and `q_starts`, the sum of the sequences' new tokens before each."""
+with this call's; `q_starts`, the sum of the sequences' new tokens before each; `live`, how many of the tokens, and of
+this rank's part of them, are somebody's: the others only fill a batch up and are sent nowhere."""
+SYMBOLS = ("T", "R", "B", "N", "S", "C", "U", "D", "RANK")
+"""Run-time sizes: tokens, rows of logits, sequences, pages of each, cached positions of all and of the longest; of one
+of several ranks its part of the tokens, the rows that a dispatch brought, and its place among those with experts."""
+EXCHANGES = (
+    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "rows", "send", "recv", "dispatch_rows", "combine_rows",
+)  # fmt: skip
+DTYPES = ("f32", "bf16", "f16", "i32", "u8")
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,9 @@ class GpuPlan:
     pages: int
     cache: tuple[int, ...]
     cache_row_bytes: int
+    mesh: MeshPlan = field(default_factory=MeshPlan)
+    slots: tuple[int, int] = (0, 0)
+    """Experts, and slots for them on all ranks together."""
 
     @property
     def cache_bytes(self) -> int:
@@ -48,12 +60,47 @@ class GpuPlan:
         return layers * pages * tokens * self.cache_row_bytes
 
 
-def parse_gpu_plan(raw: bytes, file: str, manifest: Manifest) -> GpuPlan:
-    """Read and check plan.json against the manifest's limits; raises MalformedFile."""
+@dataclass(frozen=True)
+class DeviceView:
+    """A tensor on the device: where it begins, its element type, shape over run-time sizes, elements between rows."""
+
+    at: Mapping[str, Any]
+    dtype: str
+    shape: tuple[str, ...]
+    ld: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Communication with the ranks along `axis`; `where` is the model's line."""
+
+    name: str
+    axis: str
+    attrs: Mapping[str, Any]
+    inputs: tuple[DeviceView, ...]
+    outputs: tuple[DeviceView, ...]
+    where: str
+
+
+def parse_gpu_plan(raw: bytes, file: str, manifest: Manifest, rank: int = 0) -> GpuPlan:
+    """Read and check plan.json, of a pipeline the stage of `rank`, against the manifest's limits.
+
+    Raises MalformedFile.
+    """
     fields = Fields.parse(raw, file)
-    cache = fields.table("cache")
+    mesh, whole = parse_mesh(fields), fields
+    if stage := stage_of(mesh, rank):
+        stages = fields.tables("stages")
+        if len(stages) < stage:
+            raise fields.problem("stages", f"lacks stage {stage}")
+        fields = stages[stage - 1]
+    cache = whole.table("cache")
     shape = tuple(d for d in cache.dims("shape") if isinstance(d, int))
-    page_size = fields.integer("page_size", 1)
+    page_size = whole.integer("page_size", 1)
+    slots = (0, 0)
+    if "slots" in whole.data:
+        found = whole.table("slots")
+        slots = found.integer("experts", 1), found.integer("slots", 1)
     needed = manifest.batch * -(-manifest.context // page_size) + 1
     if len(shape) != 4 or shape[1] < needed:
         raise cache.problem("shape", f"has not the {needed} pages of {manifest.batch} full sequences and one to spare")
@@ -61,7 +108,8 @@ def parse_gpu_plan(raw: bytes, file: str, manifest: Manifest) -> GpuPlan:
     entries = {name: _entry(name, programs.table(name), manifest) for name in programs.data}
     if not entries or set(entries) - {"prefill", "decode"}:
         raise fields.problem("programs", "must be prefill, decode or both")
-    return GpuPlan(entries, fields.integer("arena_bytes", 0), page_size, shape[1], shape, cache.integer("row_bytes", 1))
+    arena, row_bytes = fields.integer("arena_bytes", 0), cache.integer("row_bytes", 1)
+    return GpuPlan(entries, arena, page_size, shape[1], shape, row_bytes, mesh, slots)
 
 
 def _entry(name: str, fields: Fields, manifest: Manifest) -> GpuEntry:
@@ -77,14 +125,17 @@ def _entry(name: str, fields: Fields, manifest: Manifest) -> GpuEntry:
 
 def _check(step: Fields) -> None:
     """Raise MalformedFile for a step that the executor does not know or whose sizes cannot be evaluated."""
-    sizes = dict.fromkeys("TRBNSC", 1)
+    sizes = dict.fromkeys(SYMBOLS, 1)
     if "repeat" in step.data:
         step.integers("repeat")
         for inner in step.tables("steps"):
             _check(inner)
         return
+    if "collective" in step.data:
+        parse_exchange(step)
+        return
     if not {"kernel", "fill", "copy", "record", "wait"} & set(step.data):
-        raise step.problem("kernel", "is missing: a launch, fill, copy, record, wait or repeat is wanted")
+        raise step.problem("kernel", "is missing: a launch, fill, copy, collective, record, wait or repeat is wanted")
     texts = [*step.data.get("grid", ()), step.data.get("bytes", 0)]
     texts += [v for v in step.data.get("arguments", {}).values() if isinstance(v, str)]
     for text in texts:
@@ -92,6 +143,27 @@ def _check(step: Fields) -> None:
             evaluate(str(text), sizes)
         except BadExpression as error:
             raise step.problem("arguments", f"has an {error}") from None
+
+
+def parse_exchange(step: Fields) -> Exchange:
+    """A step that the communicator runs; raises MalformedFile."""
+    name, attrs = step.text("collective"), step.table("attrs")
+    if name not in EXCHANGES:
+        raise step.problem("collective", f"is {name!r}, known: {', '.join(EXCHANGES)}")
+    inputs, outputs = (tuple(_view(v) for v in step.tables(key)) for key in ("inputs", "outputs"))
+    return Exchange(name, attrs.text("axis"), attrs.data, inputs, outputs, step.text("where"))
+
+
+def _view(fields: Fields) -> DeviceView:
+    dtype, shape = fields.text("dtype"), fields.texts("shape")
+    if dtype not in DTYPES:
+        raise fields.problem("dtype", f"is {dtype!r}, known: {', '.join(DTYPES)}")
+    try:
+        for size in shape:
+            evaluate(size, dict.fromkeys(SYMBOLS, 1))
+    except BadExpression as error:
+        raise fields.problem("shape", f"has an {error}") from None
+    return DeviceView(fields.table("at").data, dtype, shape, fields.integer("ld", 1))
 
 
 def symbols(plan: GpuPlan, table_width: int, tokens: int, rows: int, sequences: int, longest: int) -> dict[str, int]:

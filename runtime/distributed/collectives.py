@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from moec.ir.mesh import part
 from moec.ir.replicas import Replicas
+from moec.runtime.distributed import plain
 from moec.runtime.distributed.world import Axis, World
 from moec.runtime.steps import Collective, View
 
@@ -44,7 +44,11 @@ class Collectives:
     def run(self, op: Collective, layer: int, buffers: Buffers) -> None:
         """Run one collective; raises RuntimeError when a peer is gone or late."""
         axis = self.world.axes[op.axis]
-        getattr(self, f"_{op.name}")(op, axis, layer, buffers)
+        if op.name in plain.PLAIN:
+            inputs, outputs = ([torch.from_numpy(buffers.array(v)) for v in views] for views in (op.inputs, op.outputs))
+            plain.run(op.name, axis, op.attrs, inputs, outputs)
+        else:
+            getattr(self, f"_{op.name}")(op, axis, layer, buffers)
 
     def moves(self, op: Collective, layer: int, b: Buffers) -> Iterator[dist.Work]:
         """A dispatch or combine in steps: what is yielded has been started, and has to have ended to go on.
@@ -78,73 +82,6 @@ class Collectives:
         pairs = _Pairs.arrived(axis, local, order, sent, got, arrived, theirs)
         self._deliver(op, b, _Direct(pairs))
 
-    def _all_reduce(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
-        x, y = b.array(op.inputs[0]), b.array(op.outputs[0])
-        if not x.size:
-            return
-        t = _tensor(x)
-        dist.all_reduce(t, group=axis.group)
-        axis.count(x.nbytes * 2 * (axis.size - 1) // axis.size)
-        y[...] = t.numpy()
-
-    def _all_gather(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
-        x, y = b.array(op.inputs[0]), b.array(op.outputs[0])
-        if not y.size:
-            return
-        if op.attrs["dim"] != 0:
-            parts = [torch.empty(x.shape) for _ in range(axis.size)]
-            dist.all_gather(parts, _tensor(x), group=axis.group)
-            np.concatenate([p.numpy() for p in parts], op.attrs["dim"], out=y)
-        else:
-            # Parts of one size: the last ones are filled up.
-            each = -(-len(y) // axis.size)
-            mine = torch.zeros((each, *x.shape[1:]))
-            mine[: len(x)] = torch.from_numpy(x)
-            parts = [torch.empty_like(mine) for _ in range(axis.size)]
-            dist.all_gather(parts, mine, group=axis.group)
-            for i, p in enumerate(parts):
-                first, stop = part(len(y), axis.size, i)
-                y[first:stop] = p.numpy()[: stop - first]
-        axis.count(x.nbytes * (axis.size - 1))
-
-    def _reduce_scatter(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
-        x, y = b.array(op.inputs[0]), b.array(op.outputs[0])
-        if not x.size:
-            return
-        each = -(-len(x) // axis.size)
-        whole = torch.zeros((each * axis.size, *x.shape[1:]))
-        whole[: len(x)] = torch.from_numpy(x)
-        mine = torch.empty((each, *x.shape[1:]))
-        dist.reduce_scatter_tensor(mine, whole, group=axis.group)
-        axis.count(x.nbytes * (axis.size - 1) // axis.size)
-        y[...] = mine.numpy()[: len(y)]
-
-    def _all_to_all(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
-        x, y = b.array(op.inputs[0]), b.array(op.outputs[0])
-        sent = torch.stack(_tensor(x).chunk(axis.size, op.attrs["split"]))
-        got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=axis.group)
-        axis.count(x.nbytes * (axis.size - 1) // axis.size)
-        np.concatenate(list(got.numpy()), op.attrs["join"], out=y)
-
-    def _rows(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
-        x = b.array(op.inputs[0])
-        first, stop = part(len(x), axis.size, axis.index)
-        b.array(op.outputs[0])[...] = x[first:stop]
-
-    def _send(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
-        x = b.array(op.inputs[0])
-        if x.size:
-            dist.send(_tensor(x), axis.ranks[op.attrs["to"]])
-            axis.count(x.nbytes)
-
-    def _recv(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
-        y = b.array(op.outputs[0])
-        if y.size:
-            got = torch.empty(y.shape)
-            dist.recv(got, axis.ranks[op.attrs["source"]])
-            y[...] = got.numpy()
-
     def _dispatch(self, op: Collective, axis: Axis, layer: int, b: Buffers) -> None:
         x, ids, weights = (b.array(v) for v in op.inputs)
         slots = self._replicas(layer, op.attrs).choose(ids, axis.index)
@@ -168,11 +105,6 @@ class Collectives:
 
 def _forwards(op: Collective, axis: Axis) -> bool:
     return bool(op.attrs["via"] == "node" and 1 < op.attrs["per_node"] < axis.size)
-
-
-def _tensor(x: Array) -> torch.Tensor:
-    """A contiguous tensor of its own: collectives may write into it."""
-    return torch.from_numpy(np.ascontiguousarray(x).copy())
 
 
 @dataclass

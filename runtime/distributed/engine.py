@@ -14,6 +14,7 @@ from moec.ir.mesh import part
 from moec.runtime.artifact import Artifact
 from moec.runtime.cache import Sequence
 from moec.runtime.distributed.collectives import Collectives
+from moec.runtime.distributed.meeting import DECODE, PREFILL, Meeting
 from moec.runtime.distributed.monitor import Monitor
 from moec.runtime.distributed.overlapped import Overlapped
 from moec.runtime.distributed.world import World
@@ -22,11 +23,8 @@ from moec.runtime.memory import Memory
 from moec.runtime.plan import Argument, Entry, Plan, Routing
 from moec.runtime.steps import Collective, Loop, Segment, Step, View
 
-NOTHING, DECODE, PREFILL = range(3)
-"""What a rank has to do next; the greatest of all ranks is done by all, by some with no token."""
 
-
-class DistributedEngine(Engine):
+class DistributedEngine(Meeting, Engine):
     """An engine whose calls every rank of the mesh takes part in."""
 
     def __init__(
@@ -73,35 +71,24 @@ class DistributedEngine(Engine):
 
     def prefill(self, sequence: Sequence, tokens: Ids, last_only: bool = True) -> Logits:
         """As `Engine.prefill`; the ranks of this one's tensor-parallel and pipeline groups give the same tokens."""
-        self._meet(PREFILL)
+        self.meet(PREFILL)
         return super().prefill(sequence, tokens, last_only)
 
     def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
         """As `Engine.decode`; waits while other ranks have prompts to feed."""
-        self._meet(DECODE)
+        self.meet(DECODE)
         if self.overlapped is not None:
             return self.overlapped.decode(sequences, list(tokens))
         return super().decode(sequences, tokens)
 
-    def drain(self) -> None:
-        """Take part in the others' calls until no rank has anything to do."""
-        self._meet(NOTHING)
-
-    def _meet(self, wanted: int) -> None:
-        """Return when all ranks do what this one wants; take part with no token in what comes before."""
-        if self.world.mesh.dp == 1:
-            return  # every rank has the same sequences
-        while (agreed := self._agree(wanted)) != wanted:
-            if agreed == DECODE and self.overlapped is not None:
-                self.overlapped.decode([], [])
-                continue
-            call = self._prefill if agreed == PREFILL else self._decode
-            if isinstance(call, SteppedCall):  # without steps nothing is exchanged: nobody waits
-                call.function(*call.idle()[1])
-
-    def _agree(self, wanted: int) -> int:
-        with self.monitor.communication("the agreement on the next step", layer=None):
-            return self.world.agree(wanted)
+    def idle(self, phase: int) -> None:
+        """Take part in a call with no token."""
+        if phase == DECODE and self.overlapped is not None:
+            self.overlapped.decode([], [])
+            return
+        call = self._prefill if phase == PREFILL else self._decode
+        if isinstance(call, SteppedCall):  # without steps nothing is exchanged: nobody waits
+            call.function(*call.idle()[1])
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,6 @@ from moec.runtime.distributed.errors import OtherArtifact, RankFailed, RankInput
 from moec.runtime.distributed.monitor import Monitor
 from moec.runtime.distributed.world import World, backend, join
 from moec.runtime.engine import Logits
-from moec.runtime.errors import NotForCpu
 from moec.runtime.generate import Completions, Stream
 from moec.runtime.launch import TIMEOUT
 from moec.runtime.loads import Loads
@@ -31,6 +30,9 @@ from moec.runtime.plan import Plan
 from moec.runtime.sampling import Sampling
 from moec.runtime.scheduler import Rates
 from moec.runtime.tokens import as_batch
+
+if TYPE_CHECKING:
+    from moec.runtime.cuda.ranks import RankEngine
 
 
 def load_distributed(
@@ -72,15 +74,21 @@ def load_distributed(
 class DistributedModel(Model):
     """A rank of a loaded artifact. All ranks make the same calls with the same arguments and get the same results."""
 
-    engine: DistributedEngine
+    engine: DistributedEngine | RankEngine
 
-    def __init__(self, artifact: Artifact, world: World, monitor: Monitor, threads: int | None) -> None:
+    def __init__(
+        self, artifact: Artifact, world: World, monitor: Monitor, threads: int | None, library: Any = None
+    ) -> None:
+        """`library` stands in for the driver library of a GPU in tests."""
         self.world = world
         self.monitor = monitor
-        if not isinstance(artifact.plan, Plan):
-            raise NotForCpu(path=str(artifact.path), target=artifact.manifest.target)
         mesh = artifact.plan.mesh
         world.lay_out(Mesh(mesh.pp, mesh.dp, mesh.tp, mesh.ep))
+        if not isinstance(artifact.plan, Plan):
+            from moec.runtime.cuda.ranks import RankEngine
+
+            super().__init__(artifact, threads, RankEngine(artifact, world, monitor, library))
+            return
 
         def replicas(layer: int, attrs: dict[str, Any]) -> Replicas:
             key = layer - attrs["first"]
@@ -119,6 +127,7 @@ class DistributedModel(Model):
 
     def recorded_loads(self) -> Loads:
         """As `Model.recorded_loads`, of all ranks together."""
+        assert isinstance(self.engine, DistributedEngine)
         mine = self.engine.recorder
         return Loads.joined(part for part in self._gather(mine and mine.loads()) if part is not None)
 

@@ -62,10 +62,14 @@ class Axis:
         """Start `exchange_rows`; the result is there once the work, which keeps `x`, has been waited for."""
         rows = torch.from_numpy(np.ascontiguousarray(x))
         out = torch.empty((sum(got), *x.shape[1:]), dtype=rows.dtype)
-        work = dist.all_to_all_single(out, rows, list(got), list(sent), group=self.group, async_op=True)
-        width = x.itemsize * int(np.prod(x.shape[1:], dtype=np.int64))
+        return self.move_rows(out, rows, sent, got), out.numpy()
+
+    def move_rows(self, out: torch.Tensor, x: torch.Tensor, sent: Sequence[int], got: Sequence[int]) -> dist.Work:
+        """Start to send consecutive rows of `x`, `sent[i]` of them to rank i; `out` takes `got[i]` rows from each."""
+        work: dist.Work = dist.all_to_all_single(out, x, list(got), list(sent), group=self.group, async_op=True)
+        width = x.element_size() * int(np.prod(x.shape[1:], dtype=np.int64))
         self.sent += np.asarray(sent, dtype=np.int64) * width * (np.arange(self.size) != self.index)
-        return work, out.numpy()
+        return work
 
 
 @dataclass

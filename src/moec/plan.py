@@ -91,12 +91,15 @@ class Plan:
         on_cpu = self.context.target.kind == "cpu"
         if source and not on_cpu:
             say("the source of GPU kernels lies beside them in any case")
-        base, turns = self._arranged() if on_cpu else (self.ir, {})
+        base, turns = self._arranged() if on_cpu else (self._whole(say), {})
         modules = [stage_module(base, stage) for stage in range(mesh.pp)]
         with artifact.artifact_folder(Path(out)) as work, self._partial(Path(out), tensors, say) as partial:
             (work / "kernels").mkdir()
             kernels = work / "kernels"
-            interface = self._cpu_kernels(kernels, modules, source, say) if on_cpu else self._gpu_kernels(kernels, say)
+            if on_cpu:
+                interface = self._cpu_kernels(kernels, modules, source, say)
+            else:
+                interface = self._gpu_kernels(kernels, base, say)
             if turns:
                 interface["entries"]["decode"] |= turns
             self._write_program(work, interface)
@@ -156,14 +159,26 @@ class Plan:
         artifact.write_json(folder / "kernels.json", list(kernels.values()))
         return {**interfaces[0], **({"stages": interfaces[1:]} if len(interfaces) > 1 else {})}
 
-    def _gpu_kernels(self, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    def _whole(self, say: Callable[[str], None]) -> Module:
+        """The module that GPU ranks run: one whose batch is not split into micro-batches."""
+        entries = [f for f in self.ir.functions.values() if f.name.partition(".")[0] in ("prefill", "decode")]
+        split = [f.name for f in entries if int(str(f.attrs.get("micro_batches", 1))) > 1]
+        if not split or self.unscheduled is None:
+            return self.ir
+        names = ", ".join(f"@{name}" for name in split)
+        say(f"{names}: compiled without micro-batches and streams: GPU ranks run a batch whole so far")
+        return self.unscheduled
+
+    def _gpu_kernels(self, folder: Path, module: Module, say: Callable[[str], None]) -> dict[str, Any]:
         from moec.codegen.triton.program import lower_module
 
-        program = lower_module(self.ir, self.context.target, self._sizes)
+        program = lower_module(module, self.context.target, self._sizes)
         compiled = program.compile()
         say(program.note(compiled))
+        for line in program.notes:
+            say(line)
         program.write(compiled, folder)
-        return program.plan(self.ir)
+        return program.plan(module)
 
     def _partial(
         self, out: Path, tensors: Tensors | None, say: Callable[[str], None]

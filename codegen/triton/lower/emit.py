@@ -11,7 +11,7 @@ from moec.codegen.triton.fused.groups import Group
 from moec.codegen.triton.fused.products import Add, Bias, Product, Store, SwiGlu
 from moec.codegen.triton.fused.products import Step as TileStep
 from moec.codegen.triton.fused.rows import rows_kernel
-from moec.codegen.triton.lower import emit_attention, emit_control, emit_moe
+from moec.codegen.triton.lower import emit_attention, emit_comm, emit_control, emit_moe
 from moec.codegen.triton.lower.launching import bound, launch_product, typed
 from moec.codegen.triton.spec import serving
 from moec.ir import Value, WeightRef
@@ -24,11 +24,6 @@ def emit(low: Lowering, group: Group) -> None:
     """Append the steps of a group. Raises NoKernel for an op that no kernel computes."""
     if group.rowwise:
         return rows(low, group)
-    if group.anchor.name.startswith("comm."):
-        raise NoKernel(
-            op=group.anchor.name,
-            reason="ranks exchange data in plans and on CPUs so far; --ranks 1 compiles one device",
-        )
     HANDLERS.get(group.anchor.name, served)(low, group)
     return None
 
@@ -115,4 +110,11 @@ HANDLERS: dict[str, Callable[[Lowering, Group], None]] = {
     "attn.mla": emit_attention.attention,
     "attn.mla_absorbed": emit_attention.absorbed,
     "attn.heads": emit_attention.heads,
+    "comm.all_reduce": emit_comm.all_reduce,
+    "comm.dispatch": emit_comm.dispatch,
+    "comm.combine": emit_comm.combine,
+    **dict.fromkeys(
+        ("comm.all_gather", "comm.reduce_scatter", "comm.all_to_all", "comm.rows", "comm.send", "comm.recv"),
+        emit_comm.plain,
+    ),
 }

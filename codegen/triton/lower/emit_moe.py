@@ -10,7 +10,7 @@ from moec.codegen.triton.fused.groups import Group
 from moec.codegen.triton.fused.products import Bias, Product, Store, SwiGlu
 from moec.codegen.triton.fused.products import Step as TileStep
 from moec.codegen.triton.lower.launching import launch_product, typed
-from moec.codegen.triton.lower.places import Place, Step
+from moec.codegen.triton.lower.places import Place
 from moec.codegen.triton.spec import kernel
 from moec.codegen.triton.specs.routing import router
 from moec.ir import Op, TensorType, Value, WeightRef
@@ -35,9 +35,7 @@ def route(low: Lowering, group: Group) -> None:
     launch_product(low, group, Product(x, gate, "dense", steps), tokens)
     count = Place(low.slot(experts * 4), 0, experts, experts, 4)
     low.extra["count", op.results[0]] = count
-    fill: Step = {"fill": None, "bytes": str(experts * 4)}
-    low.steps.append(fill)
-    low.later(fill, "fill", count)
+    low.later(low.step({"fill": None, "bytes": str(experts * 4)}), "fill", count)
     attrs, top_k = op.attrs, int(op.attrs["top_k"])  # type: ignore[arg-type]
     if attrs["score"] == "sparsemixer":
         spec, dims = kernel("route_sparsemixer"), {"NORMALISE": int(bool(attrs["normalise"]))}
@@ -101,8 +99,11 @@ def dispatched(low: Lowering, op: Op, rows_: Value) -> tuple[str, Op]:
     made = producer.get(rows_)
     while made is not None and made.name in ("moe.weigh", "quant.cast"):
         made = producer.get(made.operands[0])  # type: ignore[arg-type]
+    if made is not None and made.name == "comm.dispatch":
+        local = int(made.attrs["slots"]) // int(made.attrs["ranks"])  # type: ignore[arg-type]
+        return padded_rows(low, str(made.attrs["rows"]), 1, local), made
     if made is None or made.name != "moe.dispatch":
-        raise NoKernel(op=op.name, reason=f"%{rows_.name} is not made by moe.dispatch in this function")
+        raise NoKernel(op=op.name, reason=f"%{rows_.name} is not made by a dispatch in this function")
     x, ids = made.operands
     return padded_rows(low, str(tensor_of(x).shape[0]), width(ids), int(made.attrs["experts"])), made  # type: ignore[arg-type]
 

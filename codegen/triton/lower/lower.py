@@ -10,7 +10,7 @@ from moec.codegen.arena import Slot, assign
 from moec.codegen.triton.aot import aligned
 from moec.codegen.triton.errors import NoKernel
 from moec.codegen.triton.fused.binding import Argument, cache_distances, cache_of, width
-from moec.codegen.triton.fused.groups import VIEWS, Group, groups_of
+from moec.codegen.triton.fused.groups import EVENTS, VIEWS, Group, groups_of
 from moec.codegen.triton.lower.places import Base, Place, Step, cache_part, reference
 from moec.codegen.triton.lower.table import KernelTable, grid_of
 from moec.codegen.triton.spec import Instance
@@ -19,6 +19,8 @@ from moec.ir.dims import Size
 from moec.ir.expr import evaluate
 from moec.ir.types import BITS, SCALE_BITS
 
+CONTROL = ("repeat", "call", "index.affine", *EVENTS)
+"""Ops that decide which steps run and when; no kernel computes them."""
 ALIGN = 256
 """Bytes to which buffers are rounded: what cuMemAlloc keeps, and more than any vector load wants."""
 
@@ -34,6 +36,8 @@ class Phase:
     sms: int
     align: int
     """Rows to which an expert's share of the sorted rows is padded."""
+    stage: str = ""
+    """What the names of a later pipeline stage's entries end in."""
 
     @property
     def shape(self) -> str:
@@ -83,6 +87,7 @@ class Lowering:
         self.uses = function.uses()
         self.slots: list[Slot] = []
         self.now = 0
+        self.free = releases(self.groups)
         self.steps: list[Step] = []
         self._pending: list[Callable[[], None]] = []
         self.layers: dict[object, Any] = {}
@@ -94,7 +99,7 @@ class Lowering:
     def slot(self, size: Size | str | int) -> Slot:
         """A buffer of `size` bytes, alive from now until it is last asked for."""
         most = size if isinstance(size, int) else self.phase.most(size)
-        made = Slot(-(-max(most, 1) // ALIGN) * ALIGN, self.now, self.now)
+        made = Slot(-(-max(most, 1) // ALIGN) * ALIGN, self.now, self.free[self.now])
         self.slots.append(made)
         return made
 
@@ -204,7 +209,7 @@ class Lowering:
                 for op in self.uses.get(pending.pop(), []):
                     pending += op.results if op.name in VIEWS else []
                     readers += [] if op.name in VIEWS else [op]
-            if any(self.when[op] > at for op in readers):
+            if any(self._until(op, group) > at for op in readers):
                 return False
             here = [op for op in readers if self.when[op] == at]
             by_element = ("add", "norm.add_rms", "norm.rms") if group.rowwise else ("add",)
@@ -212,10 +217,15 @@ class Lowering:
                 return False
         return True
 
+    def _until(self, op: Op, writer: Group) -> int:
+        """The group behind which an op has ended for a writer."""
+        at = self.when[op]
+        return at if op.attrs.get("stream") == writer.anchor.attrs.get("stream") else self.free[at]
+
     def touch(self, place: Place) -> None:
         # A caller's buffer lives as long as the caller says.
         if isinstance(place.base, Slot) and place.base in self.slots:
-            place.base.last = max(place.base.last, self.now)
+            place.base.last = max(place.base.last, self.free[self.now])
 
     def rotates_in_place(self, op: Op) -> bool:
         """Whether nobody wants the unrotated value: neither directly nor through another view of it."""
@@ -263,9 +273,15 @@ class Lowering:
             if self.place(value) != place:
                 t = value.type
                 assert isinstance(t, TensorType)
-                step: Step = {"copy": None, "bytes": str(t.nbytes())}
-                self.steps.append(step)
+                step = self.step({"copy": None, "bytes": str(t.nbytes())})
                 self.later(step, "copy", (place, self.place(value)))
+
+    def step(self, step: Step) -> Step:
+        """Append a step, on the stream of the current group."""
+        if self.now < len(self.groups) and "stream" in self.groups[self.now].anchor.attrs:
+            step["stream"] = self.groups[self.now].anchor.attrs["stream"]
+        self.steps.append(step)
+        return step
 
     def later(self, step: Step, key: str, places: Sequence[Place] | Place) -> None:
         """Fill in references once the arena is assigned."""
@@ -286,11 +302,10 @@ class Lowering:
         ops += [(self.index[v], v) for v in self._views_of(group)]
         odd = {n for n in instance.signature if _odd(arguments[n])}
         instance = replace(instance, loose=tuple(n for n in instance.signature if n in odd and n in aligned(instance)))
-        name = self.phase.table.add(instance, self.function.name, ops)
+        entry = self.function.name + (self.phase.stage if self.function.name == self.phase.name else "")
+        name = self.phase.table.add(instance, entry, ops)
         given: dict[str, Any] = {}
-        step: Step = {"kernel": name, "grid": grid_of(instance, dict(sizes)), "arguments": given}
-        if "stream" in group.anchor.attrs:
-            step["stream"] = group.anchor.attrs["stream"]
+        self.step({"kernel": name, "grid": grid_of(instance, dict(sizes)), "arguments": given})
         for argument in instance.signature:
             value = arguments[argument]
             if isinstance(value, Place):
@@ -299,7 +314,6 @@ class Lowering:
                 self.later(given, argument, value)
             else:
                 given[argument] = value
-        self.steps.append(step)
 
     def _views_of(self, group: Group) -> list[Op]:
         """The views through which a group reads: they are part of its addressing."""
@@ -337,6 +351,35 @@ class Lowering:
                 assert isinstance(of, Value)
                 return cache_part(self.cache(of, self.layers[of]), cache_of(of), argument.what)
         raise AssertionError(argument)
+
+
+def releases(groups: Sequence[Group]) -> list[int]:
+    """For every group the first one after which all streams know that it has ended: its memory may be used again then.
+
+    That is the group itself where there is one stream; else the last of the other streams' first waits for an event
+    that its own stream records behind it.
+    """
+    streams = [g.anchor.attrs.get("stream") for g in groups]
+    every = {s for g, s in zip(groups, streams, strict=True) if g.anchor.name not in CONTROL}
+    known: dict[tuple[object, object], int] = {}
+    recorded: dict[object, int] = {}
+    for at, group in enumerate(groups):
+        if group.anchor.name == "event.record":
+            recorded[group.anchor.attrs["event"]] = at
+    # Backwards: known[a, b] is the first wait of b, from here on, for something that a records from here on.
+    found = [0] * len(groups)
+    waits = [
+        (recorded[g.anchor.attrs["event"]], at, streams[recorded[g.anchor.attrs["event"]]], streams[at])
+        for at, g in enumerate(groups)
+        if g.anchor.name == "event.wait" and g.anchor.attrs["event"] in recorded
+    ]
+    for at in reversed(range(len(groups))):
+        for record, wait, source, stream in waits:
+            if record == at:
+                known[source, stream] = min(wait, known.get((source, stream), wait))
+        others = every - {streams[at]}
+        found[at] = max([at, *(known.get((streams[at], s), len(groups)) for s in others)])
+    return found
 
 
 def _odd(value: Any) -> bool:

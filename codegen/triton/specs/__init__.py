@@ -1,6 +1,6 @@
 """The kernels' declarations, by group; `ALL` in the order in which they are documented."""
 
-from moec.codegen.triton.specs import attention, gemm, grouped, heads, prefill, rope, routing, rows, sampling
+from moec.codegen.triton.specs import attention, exchange, gemm, grouped, heads, prefill, rope, routing, rows, sampling
 
 ALL = (
     *gemm.SPECS,
@@ -11,5 +11,6 @@ ALL = (
     *rows.SPECS,
     *rope.SPECS,
     *routing.SPECS,
+    *exchange.SPECS,
     *sampling.SPECS,
 )

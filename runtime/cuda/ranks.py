@@ -1,0 +1,103 @@
+"""The engine of one of several ranks with a GPU each: the same phases, between whose kernels ranks exchange rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as List
+from typing import Any
+
+import numpy as np
+
+from moec.ir.mesh import part
+from moec.ir.replicas import Replicas, default_slots
+from moec.runtime.artifact import Artifact
+from moec.runtime.cache import Sequence
+from moec.runtime.cuda.engine import GpuEngine
+from moec.runtime.cuda.executor import Executor
+from moec.runtime.cuda.kernel import Kernel
+from moec.runtime.cuda.pieces import PiecewiseExecutor
+from moec.runtime.cuda.program import Exchange, GpuEntry, GpuPlan
+from moec.runtime.distributed.device import DeviceCollectives, DeviceTensors
+from moec.runtime.distributed.meeting import DECODE, PREFILL, Meeting
+from moec.runtime.distributed.monitor import Monitor
+from moec.runtime.distributed.world import World
+from moec.runtime.engine import Ids, Logits
+
+
+class RankEngine(Meeting, GpuEngine):
+    """An engine whose calls every rank of the mesh takes part in, over NCCL.
+
+    `library` stands in for the driver library in tests; the ranks then exchange host memory over gloo.
+    """
+
+    def __init__(self, artifact: Artifact, world: World, monitor: Monitor, library: Any = None) -> None:
+        self.world, self.monitor = world, monitor
+        self._host = library is not None
+        ordinal = int(os.environ.get("LOCAL_RANK", "0"))
+        if not self._host:
+            import torch
+
+            # NCCL takes the device that torch has chosen; the context is the one that the driver gives.
+            torch.cuda.set_device(ordinal)
+        super().__init__(artifact, 0 if self._host else ordinal, library)
+        self._collectives = DeviceCollectives(world, DeviceTensors(self.memory, self._host))
+
+    def _executor(self, kernels: Mapping[str, Kernel], entry: GpuEntry) -> Executor:
+        return PiecewiseExecutor(self.driver, kernels, self.memory, entry, self)
+
+    def _tables(self, plan: GpuPlan) -> Any:
+        experts, slots = plan.slots
+        if not slots:
+            return None
+        rows, shares = plan.mesh.placement or (tuple(default_slots(experts, slots)),), plan.mesh.shares
+        tables = [Replicas(row, experts, shares[i] if shares else None).table() for i, row in enumerate(rows)]
+        return np.concatenate(tables)
+
+    def begin(self, phase: str) -> None:
+        """A call of a phase begins."""
+        self.monitor.begin(phase)
+
+    def start(self, op: Exchange, layer: int, sizes: dict[str, int], stream: int) -> Iterator[None]:
+        """As `DeviceCollectives.start`, on a stream of this engine, watched."""
+        moves = self._collectives.start(op, layer, sizes)
+        more = True
+        while more:
+            with (
+                self.monitor.communication(f"{op.name}, {op.where}", None if layer < 0 else layer),
+                self._collectives.tensors.stream(stream),
+            ):
+                more = next(moves, self) is not self
+            if more:
+                yield
+
+    def prefill(self, sequence: Sequence, tokens: Ids, last_only: bool = True) -> Logits:
+        """As `Engine.prefill`; the ranks of this one's tensor-parallel and pipeline groups give the same tokens."""
+        if "prefill" in self._phases:  # else decode meets
+            self.meet(PREFILL)
+        return super().prefill(sequence, tokens, last_only)
+
+    def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
+        """As `Engine.decode`; waits while other ranks have prompts to feed."""
+        if "decode" in self._phases:  # else prefill meets
+            self.meet(DECODE)
+        return super().decode(sequences, tokens)
+
+    def idle(self, phase: int) -> None:
+        """Take part in a call with a token that is nobody's: it is sent nowhere and writes where nobody reads."""
+        if phase == DECODE and "decode" in self._phases:
+            self._decode([], [], live=0)
+            return
+        nobody = Sequence(np.full(self.pool.table_width, self.spare, dtype=np.int32))
+        self._prefill(nobody, np.zeros(1, dtype=np.int64), last_only=True, live=0)
+
+    def _symbols(self, tokens: int, rows: int, sequences: int, longest: int, live: int) -> dict[str, int]:
+        mesh, rank = self.world.mesh, self.world.rank
+        first, stop = part(tokens, mesh.tp, mesh.index(rank, "tp"))
+        self.memory.input("live", 2)[:] = live, min(max(live - first, 0), stop - first)
+        sizes = super()._symbols(tokens, rows, sequences, longest, live)
+        return {**sizes, "U": stop - first, "D": 0, "RANK": mesh.index(rank, "ep")}
+
+    def _end(self, stream: int) -> None:
+        with self.monitor.communication("the end of a step", layer=None):
+            super()._end(stream)

@@ -1,0 +1,34 @@
+"""Ranks that feed different prompts do the same phase at the same time."""
+
+from __future__ import annotations
+
+from moec.runtime.distributed.monitor import Monitor
+from moec.runtime.distributed.world import World
+
+NOTHING, DECODE, PREFILL = range(3)
+"""What a rank has to do next; the greatest of all ranks is done by all, by some with no token."""
+
+
+class Meeting:
+    """An engine's side of the agreement. `idle(phase)` takes part in a call with no token."""
+
+    world: World
+    monitor: Monitor
+
+    def idle(self, phase: int) -> None:
+        raise NotImplementedError
+
+    def drain(self) -> None:
+        """Take part in the others' calls until no rank has anything to do."""
+        self.meet(NOTHING)
+
+    def meet(self, wanted: int) -> None:
+        """Return when all ranks do what this one wants; take part with no token in what comes before."""
+        if self.world.mesh.dp == 1:
+            return  # every rank has the same sequences
+        while (agreed := self._agree(wanted)) != wanted:
+            self.idle(agreed)
+
+    def _agree(self, wanted: int) -> int:
+        with self.monitor.communication("the agreement on the next step", layer=None):
+            return self.world.agree(wanted)
