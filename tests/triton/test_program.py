@@ -13,7 +13,8 @@ from whole_models import compile_uncompiled
 import moec
 from moec.codegen.triton.errors import NoKernel
 from moec.codegen.triton.fused.groups import VIEWS, groups_of
-from moec.codegen.triton.program import CONTROL, Program, lower_module
+from moec.codegen.triton.lower.lower import CONTROL
+from moec.codegen.triton.program import Program, lower_module
 from moec.ir import Module, parse_module
 
 PRESETS = ("deepseek-v3", "deepseek-v2-lite", "kimi-k2", "moonlight-16b", "tiny-deepseek-v3")
