@@ -12,7 +12,8 @@ Henry, Tang, Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, reduce
 from typing import Any
 
 import tvm
@@ -69,26 +70,70 @@ def dot(sums: int, x: int, w: int) -> None:
     _emit("tdpbf16ps", sums, x, w)
 
 
-def weight_rows(fmt: Format, v: Any) -> list[Any]:
-    """Rows of a BF16 tile, float32x16 in type, from one packed vector; true value = row * `post_scale`."""
-    if fmt.name == "bf16":
-        return [T.reinterpret("float32x16", v)]
-    if fmt.name == "fp4_e2m1":
-        # An index is the low five bits of 16: the fifth belongs to the next number and does not matter.
-        table = T.Bind(T.Shuffle([const(bits, "int16") for bits in _E2M1 * 2], [const(i) for i in range(32)]))
-        four = T.Bind(T.reinterpret("int16x32", v))
-        indices = [T.shift_right(four, splat(4 * i, 32, "int16")) if i else four for i in range(4)]
-        name = "llvm.x86.avx512.permvar.hi.512"
-        values = [intrinsic(name, table, index, returns="int16x32") for index in indices]
-        return [T.Bind(T.reinterpret("float32x16", value)) for value in values]
-    assert fmt.name in ("fp8_e4m3", "fp8_e4m3_rows"), fmt.name
-    return [T.reinterpret("float32x16", pairs) for pairs in e4m3_as_bf16(v)]
+def weight_rows(fmt: Format, lines: list[Any], use: Callable[[int, list[Any]], None]) -> None:
+    """Emit `use(i, rows)` for each packed vector of `lines`: rows of a BF16 tile, float32x16 in type; true value =
+    row * `post_scale`."""
+    if fmt.bits != 8:
+        widen = {"bf16": _bf16_rows, "fp4_e2m1": _fp4_rows}[fmt.name]
+        for i, v in enumerate(lines):
+            use(i, widen(v))
+        return
+    # Subnormal numbers are rare and take twice the instructions.
+    magnitude, zero = splat(0x78, 64, "int8"), splat(0, 64, "int8")
+    small = [T.bitwise_and(T.reinterpret("int8x64", v), magnitude) == zero for v in lines]
+    some = reduce(T.Or, small)
+    with T.If(intrinsic("llvm.vector.reduce.or", some, returns="bool")):
+        with T.Then():
+            for i, v in enumerate(lines):
+                use(i, _fp8_rows(v))
+        with T.Else():
+            for i, v in enumerate(lines):
+                use(i, _normal_fp8_rows(v))
+
+
+def _bf16_rows(v: Any) -> list[Any]:
+    return [T.reinterpret("float32x16", v)]
+
+
+def _fp4_rows(v: Any) -> list[Any]:
+    # An index is the low five bits of 16: the fifth belongs to the next number and does not matter.
+    table = T.Bind(T.Shuffle([const(bits, "int16") for bits in _E2M1 * 2], [const(i) for i in range(32)]))
+    four = T.Bind(T.reinterpret("int16x32", v))
+    indices = [T.shift_right(four, splat(4 * i, 32, "int16")) if i else four for i in range(4)]
+    name = "llvm.x86.avx512.permvar.hi.512"
+    values = [intrinsic(name, table, index, returns="int16x32") for index in indices]
+    return [T.Bind(T.reinterpret("float32x16", value)) for value in values]
+
+
+_MORE = 8
+"""Binary places by which E4M3 rows are smaller still than `e4m3_as_bf16` makes them: an exponent of four bits plus 16
+needs no addition, plus 8 would."""
+
+
+def _fp8_rows(v: Any) -> list[Any]:
+    larger = splat(_MORE << 7, 32, "int16")
+    zero = splat(0, 32, "int16")
+    out = []
+    for pairs in e4m3_as_bf16(v):
+        mantissa = T.bitwise_and(pairs, splat(0x7FFF, 32, "int16"))
+        out.append(T.reinterpret("float32x16", T.Select(mantissa == zero, pairs, pairs + larger)))
+    return out
+
+
+def _normal_fp8_rows(v: Any) -> list[Any]:
+    half = T.Bind(T.reinterpret("int16x32", v))
+    out = []
+    for bits in (T.shift_left(half, splat(8, 32, "int16")), half):
+        kept = T.bitwise_and(T.shift_right(bits, splat(4, 32, "int16")), splat(0x87F0 - 0x10000, 32, "int16"))
+        out.append(T.reinterpret("float32x16", T.bitwise_or(kept, splat(16 << 7, 32, "int16"))))
+    return out
 
 
 _MAGNITUDES = (0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
 _E2M1 = (*_MAGNITUDES, *(bits - 0x8000 for bits in _MAGNITUDES))
 """BF16 bits of every E2M1 number, as signed integers."""
-_POST = {"bf16": 1.0, "fp8_e4m3": 2.0**E4M3_SHIFT, "fp8_e4m3_rows": 2.0**E4M3_SHIFT, "fp4_e2m1": 1.0}
+_FP8_POST = 2.0 ** (E4M3_SHIFT - _MORE)
+_POST = {"bf16": 1.0, "fp8_e4m3": _FP8_POST, "fp8_e4m3_rows": _FP8_POST, "fp4_e2m1": 1.0}
 _ORDER = {
     "bf16": (0, 1, 2, 3, 4, 5, 6, 7),
     "fp8_e4m3": (0, 2, 1, 3, 4, 6, 5, 7),

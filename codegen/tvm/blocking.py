@@ -13,7 +13,9 @@ from moec.codegen.tvm.tir import Machine
 from moec.ir.lane16 import ROWS
 
 MOST_ROWS_BY_VECTORS = 4
-"""Most rows of one row-lane product; on machines with matrix tiles larger groups go to these."""
+"""Most rows of one row-lane product."""
+MOST_ROWS_BESIDE_TILES = 2
+"""The same on machines with matrix tiles, to which larger groups go."""
 PAD = 16  # keeps rows of a power-of-two length out of one cache set
 
 
@@ -49,7 +51,8 @@ def blocking(machine: Machine) -> Blocking:
     kc = max(128, machine.l1_bytes // 2 // (4 * columns) // 128 * 128)
     mc = max(mr, machine.l2_bytes * 9 // 16 // (4 * (kc + PAD)) // mr * mr)
     results = max(machine.l2_bytes // 4, mc * columns)
-    return Blocking(tiles, vectors, mr, kc, mc, results, chunk=MOST_ROWS_BY_VECTORS, skinny=12)
+    chunk = MOST_ROWS_BESIDE_TILES if machine.tiles else MOST_ROWS_BY_VECTORS
+    return Blocking(tiles, vectors, mr, kc, mc, results, chunk, skinny=12)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Row-lane product of one weight tile with a few rows of x: weights are read once and widened in registers.
+"""Row-lane product of weight tiles with a few rows of x: weights are read once and widened in registers.
 
-`row_lane(fmt, m)` is the kernel behind every product with at most `Blocking.skinny` rows, `row_tiles` walks many tiles
-for a chunk of rows. At one row that runs at the speed of memory; the prefetch distance covers the latency of DRAM and
-runs on into the next tile, which follows in memory.
+`row_lane(fmt, m)` multiplies by one tile, `row_tiles(fmt, m)` by many that follow each other in memory: the kernels
+behind every product with at most `Blocking.skinny` rows. A core's prefetchers follow each run of addresses on its own,
+and one run does not fill its memory channel, so `row_tiles` reads several tiles side by side.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from moec.codegen.tvm.decode import block_scale, decoder
 from moec.codegen.tvm.tir import Kernel, Machine, Param, assign, const, kernel_body, splat, variables
 from moec.ir.lane16 import ROWS, Format
 
-PREFETCH_BYTES = 8192
-"""How far ahead of its use a weight is asked for: the time of more than a hundred lines lets a core that also computes
-keep its memory channel busy."""
+PREFETCH_BYTES = 2048
+"""How far ahead of its use a weight is asked for, in each of the tiles that are read side by side."""
+STREAMS = 4
+"""Most tiles that are read side by side, a divisor of `BATCH`."""
 BATCH = 16
 """Tiles whose results are kept together: a store to memory that is in no cache stops the stream of weights for a while,
 several at once stop it once."""
@@ -50,10 +51,10 @@ def row_lane(fmt: Format, m: int, machine: Machine) -> Kernel:
     with kernel_body(kernel, [*weight_params(fmt), *params, ("k", "int32")]) as args:
         *weights, x, out, ldx, k = args
 
-        def store(r: int, first: int, value: Any) -> None:
+        def store(tile: int, r: int, first: int, value: Any) -> None:
             T.buffer_store(out, value, [T.ramp(r * ROWS + first, 1, machine.lanes)])
 
-        _tile(fmt, m, machine, weights, [const(0, "int64")] * 2, x, ldx, k, store)
+        _Tiles(fmt, m, machine, 1, weights, x, ldx, k).emit(const(0, "int64"), store)
     return kernel
 
 
@@ -69,78 +70,131 @@ def row_tiles(fmt: Format, m: int, machine: Machine) -> Kernel:
     params += [(n, "int32") for n in ("ldx", "k", "tiles")]
     with kernel_body(kernel, [*weight_params(fmt), *params]) as args:
         *weights, x, out, ldx, k, tiles = args
-        per_tile = [k // fmt.per_lane * ROWS, k // (fmt.scale_block or STEP) * fmt.block_scales]
-        with T.serial(0, tiles) as tile:
-            starts = [T.Bind(T.Cast("int64", tile) * size) for size in per_tile]
 
-            def store(r: int, first: int, value: Any, tile: Any = tile) -> None:
-                at = T.Cast("int64", tile) * (m * ROWS) + (r * ROWS + first)
+        def group(first: Any, count: int) -> None:
+            def store(tile: int, r: int, column: int, value: Any) -> None:
+                at = T.Cast("int64", first + tile) * (m * ROWS) + (r * ROWS + column)
                 T.buffer_store(out, value, [T.ramp(at, 1, machine.lanes)])
 
-            _tile(fmt, m, machine, weights, starts, x, ldx, k, store)
+            _Tiles(fmt, m, machine, count, weights, x, ldx, k).emit(T.Cast("int64", first), store)
+
+        in_groups(tiles, streams(m * (ROWS // machine.lanes), machine), group)
     return kernel
 
 
-def _tile(
-    fmt: Format, m: int, machine: Machine, weights: list[Any], starts: list[Any], x: Any, ldx: Any, k: Any,
-    store: Callable[[int, int, Any], None],
-) -> None:  # fmt: skip
-    """Emit the products of the tile at `starts` of w and scale; `store(row of x, first of the tile's rows, sums)`."""
-    lanes, vectors = machine.lanes, ROWS // machine.lanes
-    vtype = f"float32x{lanes}"
-    w, unpack = weights[0], decoder(fmt, machine).unpack
-    # Two FMA pipes of latency four need eight independent sums.
-    copies = max(1, min(STEP, machine.registers // 2 // (vectors * m)))
-    sums = [(h, r) for h in range(vectors) for r in range(m)]
-    acc = variables(len(sums) * copies, vtype)
+def streams(sums: int, machine: Machine) -> int:
+    """How many tiles are read side by side when each has so many vectors of sums: these take half the registers."""
+    count = STREAMS
+    while count > 1 and count * sums > machine.registers // 2:
+        count //= 2
+    return count
 
-    def clear() -> None:
-        for a in acc:
-            assign(a, splat(0.0, lanes))
 
-    def total(i: int) -> Any:
-        value = acc[i * copies][0]
-        for c in range(1, copies):
-            value = value + acc[i * copies + c][0]
+def in_groups(tiles: Any, size: int, group: Callable[[Any, int], None]) -> None:
+    """Emit `group(first tile, size)` for all whole groups of `tiles`, then `group(tile, 1)` for each that is left."""
+    if size == 1:
+        with T.serial(0, tiles) as tile:
+            group(tile, 1)
+        return
+    whole = T.Bind(tiles // size)
+    with T.serial(0, whole) as g:
+        group(T.Bind(g * size), size)
+    with T.serial(0, tiles - whole * size) as rest:
+        group(T.Bind(whole * size + rest), 1)
+
+
+def ahead(position: Any, tile: Any, count: Any) -> Any:
+    """Words from `position` of a tile of `tile` words to what is to be prefetched: behind its end the run goes on in
+    the next group of `count` tiles."""
+    distance = PREFETCH_BYTES // 4
+    groups = const(count - 1) if isinstance(count, int) else count - 1
+    return T.Bind(T.Select(position + distance >= tile, groups, const(0)) * tile + distance)
+
+
+class _Tiles:
+    """Emits the products of `count` tiles that follow each other, side by side."""
+
+    def __init__(
+        self, fmt: Format, m: int, machine: Machine, count: int, weights: list[Any], x: Any, ldx: Any, k: Any
+    ) -> None:
+        self.fmt, self.m, self.machine, self.count = fmt, m, machine, count
+        self.weights, self.x, self.ldx, self.k = weights, x, ldx, k
+        vectors = ROWS // machine.lanes
+        self.sums = [(t, h, r) for t in range(count) for h in range(vectors) for r in range(m)]
+        # Two FMA pipes of latency four need eight independent sums.
+        self.copies = max(1, min(STEP, machine.registers // 2 // len(self.sums)))
+
+    def emit(self, first: Any, store: Callable[[int, int, int, Any], None]) -> None:
+        """Products of the tiles from `first` (int64) on; `store(tile, row of x, first of the tile's rows, sums)`."""
+        fmt, lanes, k = self.fmt, self.machine.lanes, self.k
+        self.words = T.Bind(T.Cast("int64", k // fmt.per_lane * ROWS))
+        self.starts = [T.Bind((first + t) * self.words) for t in range(self.count)]
+        self.acc = variables(len(self.sums) * self.copies, f"float32x{lanes}")
+        if not fmt.scale_block:
+            self._clear()
+            with T.serial(0, k // STEP) as step:
+                self._accumulate(step * STEP, 1)
+            for i, (t, h, r) in enumerate(self.sums):
+                store(t, r, h * lanes, self._total(i))
+            return
+        per_tile = T.Bind(T.Cast("int64", k // fmt.scale_block * fmt.block_scales))
+        scales = [T.Bind((first + t) * per_tile) for t in range(self.count)]
+        totals = variables(len(self.sums), f"float32x{lanes}")
+        for total in totals:
+            assign(total, splat(0.0, lanes))
+        with T.serial(0, k // fmt.scale_block) as block:
+            self._clear()
+            # The scales are another, slower stream, which no hardware follows: those of the next tiles.
+            at = T.Cast("int64", block * fmt.block_scales) + per_tile * self.count
+            for scale in scales:
+                prefetch(self.weights[1], scale + at)
+            self._accumulate(block * fmt.scale_block, fmt.scale_block // STEP)
+            for i, (t, h, _) in enumerate(self.sums):
+                factor = T.Bind(block_scale(fmt, self.weights[1], scales[t], block, h * lanes, lanes))
+                assign(totals[i], totals[i][0] + self._total(i) * factor)
+        for i, (t, h, r) in enumerate(self.sums):
+            store(t, r, h * lanes, totals[i][0])
+
+    def _clear(self) -> None:
+        for a in self.acc:
+            assign(a, splat(0.0, self.machine.lanes))
+
+    def _total(self, i: int) -> Any:
+        value = self.acc[i * self.copies][0]
+        for c in range(1, self.copies):
+            value = value + self.acc[i * self.copies + c][0]
         return value
 
-    def accumulate(k0: Any) -> None:
-        """acc += STEP k from k0 on."""
+    def _accumulate(self, first: Any, steps: int) -> None:
+        """acc += so many times STEP k from `first` on."""
+        position = T.Bind(T.Cast("int64", first // self.fmt.per_lane * ROWS))
+        distance = ahead(position, self.words, self.count)
+
+        def step(i: Any) -> None:
+            for tile in range(self.count):
+                self._step(tile, first + i * STEP, distance)
+
+        if steps == 1:
+            step(0)
+        else:
+            with T.serial(0, steps) as i:
+                step(i)
+
+    def _step(self, tile: int, k0: Any, distance: Any) -> None:
+        """acc += STEP k of one tile from k0 on."""
+        fmt, lanes, w = self.fmt, self.machine.lanes, self.weights[0]
+        unpack = decoder(fmt, self.machine).unpack
         for u in range(STEP // fmt.per_lane):
-            line = T.Bind(starts[0] + T.Cast("int64", (k0 // fmt.per_lane + u) * ROWS))
-            prefetch(w, line + PREFETCH_BYTES // 4)
+            line = T.Bind(self.starts[tile] + T.Cast("int64", (k0 // fmt.per_lane + u) * ROWS))
+            prefetch(w, line + distance)
             parts = []
-            for h in range(vectors):
+            for h in range(ROWS // lanes):
                 v = T.Bind(w.vload([line + h * lanes], f"int32x{lanes}"))
                 parts.append([T.Bind(d) for d in unpack(v, lanes)])
             for b in range(fmt.per_lane):
                 kk = u * fmt.per_lane + b
-                for r in range(m):
-                    a = T.Bind(T.broadcast(x[r * ldx + k0 + kk], lanes))
-                    for h in range(vectors):
-                        i = sums.index((h, r)) * copies + kk % copies
-                        assign(acc[i], acc[i][0] + parts[h][b] * a)
-
-    if not fmt.scale_block:
-        clear()
-        with T.serial(0, k // STEP) as step:
-            accumulate(step * STEP)
-        for i, (h, r) in enumerate(sums):
-            store(r, h * lanes, total(i))
-        return
-    totals = variables(len(sums), vtype)
-    for t in totals:
-        assign(t, splat(0.0, lanes))
-    with T.serial(0, k // fmt.scale_block) as block:
-        clear()
-        # The scales are another, slower stream, which no hardware follows: those of the next tile.
-        prefetch(weights[1], starts[1] + T.Cast("int64", (k // fmt.scale_block + block) * fmt.block_scales))
-        with T.serial(0, fmt.scale_block // STEP) as step:
-            accumulate(block * fmt.scale_block + step * STEP)
-        for h in range(vectors):
-            factor = T.Bind(block_scale(fmt, weights[1], starts[1], block, h * lanes, lanes))
-            for i, (half, _) in enumerate(sums):
-                if half == h:
-                    assign(totals[i], totals[i][0] + total(i) * factor)
-    for i, (h, r) in enumerate(sums):
-        store(r, h * lanes, totals[i][0])
+                for r in range(self.m):
+                    a = T.Bind(T.broadcast(self.x[r * self.ldx + k0 + kk], lanes))
+                    for h, part in enumerate(parts):
+                        i = self.sums.index((tile, h, r)) * self.copies + kk % self.copies
+                        assign(self.acc[i], self.acc[i][0] + part[b] * a)

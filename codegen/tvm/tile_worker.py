@@ -8,7 +8,7 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm import amx, tiles
 from moec.codegen.tvm.blocking import PAD, TileBlocking, blocking, tile_blocking
-from moec.codegen.tvm.gemv import BATCH
+from moec.codegen.tvm.gemv import BATCH, STREAMS
 from moec.codegen.tvm.tir import Machine, const
 from moec.codegen.tvm.worker import Worker
 from moec.ir.lane16 import ROWS, Format
@@ -31,7 +31,7 @@ class TileWorker(Worker):
 
     @staticmethod
     def result_size(limit: int, machine: Machine) -> int:
-        few = max(BATCH * (limit or blocking(machine).chunk), tiles.FEW) * ROWS
+        few = max(BATCH * (limit or blocking(machine).chunk), STREAMS * tiles.FEW) * ROWS
         return few if limit else max(tile_blocking(machine).results, few)
 
     @staticmethod
@@ -77,13 +77,14 @@ class TileWorker(Worker):
             self._call(split, source, high, low, self.args["k"], self.padded, step, const(self._half, "float32"))
         start = T.Bind(first * 2)
         stop = T.Bind(T.min(last * 2, self.tiles))
-        with T.serial(0, stop - start) as i:
-            tile = T.Bind(start + i)
+        product = tiles.few_rows(self.fmt, wide, self.machine)
+        with T.serial(0, (stop - start + STREAMS - 1) // STREAMS) as group:
+            tile = T.Bind(start + group * STREAMS)
+            together = T.Bind(T.min(stop - tile, STREAMS))
             operands = [*self._weight(g, tile, const(0)), self._x(const(0)), self._result(const(0))]
-            self._call(
-                tiles.few_rows(self.fmt, wide, self.machine), *operands, self._panel(const(0)), count, self.padded
-            )
-            self._finish(const(0), g, const(0), count, tile * ROWS, ROWS, self._half)
+            self._call(product, *operands, self._panel(const(0)), together, count, self.padded)
+            with T.serial(0, together) as i:
+                self._finish(i * count * ROWS, g, const(0), count, (tile + i) * ROWS, ROWS, self._half)
         amx.release()
 
     def _many(self, g: Any, count: Any, first: Any, last: Any) -> None:

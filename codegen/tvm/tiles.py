@@ -14,7 +14,7 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.tvm import amx
 from moec.codegen.tvm.amx import LANES, STEP, TILE
 from moec.codegen.tvm.decode import block_scale
-from moec.codegen.tvm.gemv import PREFETCH_BYTES, prefetch
+from moec.codegen.tvm.gemv import PREFETCH_BYTES, ahead, prefetch
 from moec.codegen.tvm.tir import Kernel, Machine, Param, const, kernel_body, splat
 from moec.ir.lane16 import ROWS, Format
 
@@ -41,84 +41,131 @@ def few_floats(rows: int, padded: int) -> int:
     return rows * padded
 
 
-def _widen(fmt: Format, w: Any, tile: Any, target: Any, at: Any) -> None:
-    """The 32 k of a tile as BF16; 4-byte lanes `at` of target."""
+def _widen(fmt: Format, w: Any, start: Any, distance: Any, target: Any, at: Any) -> None:
+    """The 32 k that begin at word `start` of w as a BF16 tile, 4-byte lanes `at` of target; the words at `distance` are
+    prefetched."""
     rows = fmt.per_lane // 2
+    lines = []
     for u in range(LANES // rows):
-        line = T.Bind((tile * (LANES // rows) + u) * ROWS)
-        prefetch(w, line + PREFETCH_BYTES // 4)
-        for r, row in enumerate(amx.weight_rows(fmt, T.Bind(w.vload([line], "int32x16")))):
+        line = T.Bind(start + u * ROWS)
+        prefetch(w, line + distance)
+        lines.append(T.Bind(w.vload([line], "int32x16")))
+
+    def put(u: int, values: list[Any]) -> None:
+        for r, row in enumerate(values):
             T.buffer_store(target, row, [T.ramp(at + (u * rows + r) * LANES, 1, LANES)])
+
+    amx.weight_rows(fmt, lines, put)
 
 
 @cache
 def few_rows(fmt: Format, wide: bool, machine: Machine) -> Kernel:
-    """out[m, 16] = x[m, k'] . (one packed tile)^T for m <= NARROW, tiles configured for 2m rows; `wide`: for m <= FEW,
-    tiles configured for m rows.
+    """out[tiles, m, 16] = x[m, k'] . (packed tiles that follow each other, side by side)^T for m <= NARROW, tiles
+    configured for 2m rows; `wide`: for m <= FEW, tiles configured for m rows.
 
-    Parameters: w int32[k'/q * 16], scale (scaled formats only), x (split rows: for each 32 k, m high and m
-    low rows of a tile), out f32[m, 16], scratch f32[FEW_FLOATS], m, k' (i32).
+    Parameters: w int32[tiles, k'/q * 16], scale (scaled formats only), x (split rows: for each 32 k, m high and m
+    low rows of a tile), out f32[tiles, m, 16], scratch f32[FEW_FLOATS], tiles, m, k' (i32).
     """
     name = f"few_rows_{fmt.name}{'_wide' if wide else ''}"
     kernel = Kernel(name, tvm.ir.GlobalVar(name))
     params: list[Param] = [("w", "int32", (1 << 30,))]
     params += [("scale", fmt.scale_dtype, (1 << 20,))] if fmt.scale_block else []
-    params += [(n, "float32", (1 << 30,)) for n in ("x", "out", "scratch")] + [("m", "int32"), ("k", "int32")]
-    with kernel_body(kernel, params) as (w, *scales, x, out, scratch, m, k):
-        step = T.Bind(m * (2 * LANES))
-        parts = BLOCK // (fmt.scale_block or BLOCK)
-
-        def multiply(j: Any, x_tile: int, sums: int, weights: int) -> None:
-            """sums += both parts of the 32 k of step j times a tile of weights."""
-            amx.load(x_tile, T.address_of(x[j * step]))
-            amx.dot(sums, x_tile, weights)
-            if wide:
-                amx.load(x_tile, T.address_of(x[j * step + m * LANES]))
-                amx.dot(sums, x_tile, weights)
-
-        def widen(tile: Any, slot: int) -> None:
-            with T.If(tile < k // STEP), T.Then():
-                _widen(fmt, w, tile, scratch, slot * TILE)
-
-        def product(b: Any) -> None:
-            """Sums of the 128 k of block b, a tile for each scale block."""
-            for part in range(parts):
-                amx.zero(part)
-            for j in range(_STEPS):
-                widen(b * _STEPS + j + _AHEAD, (j + _AHEAD) % _RING)
-                amx.load(6 + j % 2, T.address_of(scratch[j % _RING * TILE]))
-                multiply(b * _STEPS + j, 4 + j % 2, j * parts // _STEPS, 6 + j % 2)
-
-        def add(factors: list[Any]) -> None:
-            """out += the sums of both parts of x, each tile of sums times its factor."""
-            for part in range(len(factors)):
-                amx.store(part, T.address_of(scratch[_SUMS + part * TILE]))
-            with T.serial(0, m) as r:
-                total = out.vload([r * LANES], "float32x16")
-                for part, factor in enumerate(factors):
-                    value = scratch.vload([_SUMS + part * TILE + r * LANES], "float32x16")
-                    if not wide:
-                        value = value + scratch.vload([_SUMS + part * TILE + (m + r) * LANES], "float32x16")
-                    total = total + value * factor
-                T.buffer_store(out, total, [T.ramp(r * LANES, 1, LANES)])
-
-        with T.serial(0, m) as r:
+    params += [(n, "float32", (1 << 30,)) for n in ("x", "out", "scratch")]
+    params += [(n, "int32") for n in ("tiles", "m", "k")]
+    with kernel_body(kernel, params) as args:
+        w, *scales, x, out, scratch, tiles, m, k = args
+        with T.serial(0, tiles * m) as r:
             T.buffer_store(out, splat(0.0, LANES), [T.ramp(r * LANES, 1, LANES)])
-        if not fmt.scale_block:
-            amx.zero(0)
-            with T.serial(0, k // STEP) as j:
-                amx.load(6, T.address_of(w[j * TILE]))
-                multiply(j, 4, 0, 6)
-            add([splat(1.0, LANES)])
-        else:
-            for tile in range(_AHEAD):
-                widen(const(tile), tile)
-            with T.serial(0, k // BLOCK) as b:
-                # The scales are another, slower stream, which no hardware follows: those of the next tile.
-                prefetch(scales[0], (k // BLOCK + b) * (parts * fmt.block_scales))
-                product(b)
-                add([T.Bind(block_scale(fmt, scales[0], 0, b * parts + p, 0, LANES)) for p in range(parts)])
+        _FewRows(fmt, wide, w, scales, x, out, scratch, tiles, m, k).emit()
     return kernel
+
+
+class _FewRows:
+    """Emits the body of `few_rows`: block by block of k, in each tile by tile."""
+
+    def __init__(
+        self, fmt: Format, wide: bool, w: Any, scales: list[Any], x: Any, out: Any, scratch: Any, tiles: Any, m: Any,
+        k: Any,
+    ) -> None:  # fmt: skip
+        self.fmt, self.wide, self.w, self.scales, self.x, self.out, self.scratch = fmt, wide, w, scales, x, out, scratch
+        self.tiles, self.m = tiles, m
+        self.steps = T.Bind(k // STEP)
+        self.words = T.Bind(k // fmt.per_lane * ROWS)
+        self.x_step = T.Bind(m * (2 * LANES))
+        self.parts = BLOCK // (fmt.scale_block or BLOCK)
+        self.block_words = BLOCK // fmt.per_lane * ROWS
+
+    def emit(self) -> None:
+        """All products."""
+        if not self.fmt.scale_block:
+            with T.serial(0, (self.steps + _STEPS - 1) // _STEPS) as b, T.serial(0, self.tiles) as t:
+                self._unscaled(b, t)
+            return
+        blocks = T.Bind(self.steps // _STEPS)
+        for j in range(_AHEAD):
+            self._widen(const(0), const(0), j)
+        with T.serial(0, blocks) as b, T.serial(0, self.tiles) as t:
+            start = T.Bind(t * self.words + b * self.block_words)
+            more, last = t + 1 < self.tiles, b + 1 == blocks
+            after = T.Bind(T.Select(more, start + self.words, T.Select(last, start, (b + 1) * self.block_words)))
+            self._scaled(b, t, blocks, start, after, T.Bind(T.Select(more, b, T.min(b + 1, blocks - 1))))
+
+    def _unscaled(self, b: Any, t: Any) -> None:
+        """Up to four steps of weights that are tiles as they lie."""
+        amx.zero(0)
+        first = T.Bind(b * _STEPS)
+        with T.serial(0, T.min(self.steps - first, _STEPS)) as i:
+            j = T.Bind(first + i)
+            amx.load(6, T.address_of(self.w[t * self.words + j * TILE]))
+            self._multiply(j, 4, 0, 6)
+        self._add(t, [splat(1.0, LANES)])
+
+    def _scaled(self, b: Any, t: Any, blocks: Any, start: Any, after: Any, block_after: Any) -> None:
+        """Block b of tile t, whose words begin at `start`: sums in a tile for each scale block. Meanwhile the first
+        steps of what follows `after` are widened."""
+        scale = T.Bind((t * blocks + b) * (self.parts * self.fmt.block_scales))
+        # The scales are another, slower stream, which no hardware follows: those of the next tiles.
+        prefetch(self.scales[0], scale + self.tiles * blocks * (self.parts * self.fmt.block_scales))
+        for part in range(self.parts):
+            amx.zero(part)
+        for j in range(_STEPS):
+            if j + _AHEAD < _STEPS:
+                self._widen(start, b, j + _AHEAD)
+            else:
+                self._widen(after, block_after, j + _AHEAD - _STEPS)
+            amx.load(6 + j % 2, T.address_of(self.scratch[j % _RING * TILE]))
+            self._multiply(b * _STEPS + j, 4 + j % 2, j * self.parts // _STEPS, 6 + j % 2)
+        factors = range(self.parts)
+        self._add(t, [T.Bind(block_scale(self.fmt, self.scales[0], scale, p, 0, LANES)) for p in factors])
+
+    def _widen(self, start: Any, block: Any, j: int) -> None:
+        """Step j of the block, whose words begin at `start`, into its place in the ring."""
+        distance = ahead(block * self.block_words, self.words, self.tiles)
+        at = T.Bind(start + j * (STEP // self.fmt.per_lane * ROWS))
+        _widen(self.fmt, self.w, at, distance, self.scratch, j % _RING * TILE)
+
+    def _multiply(self, j: Any, x_tile: int, sums: int, weights: int) -> None:
+        """sums += both parts of the 32 k of step j times a tile of weights."""
+        amx.load(x_tile, T.address_of(self.x[j * self.x_step]))
+        amx.dot(sums, x_tile, weights)
+        if self.wide:
+            amx.load(x_tile, T.address_of(self.x[j * self.x_step + self.m * LANES]))
+            amx.dot(sums, x_tile, weights)
+
+    def _add(self, t: Any, factors: list[Any]) -> None:
+        """out += the sums of both parts of x, each tile of sums times its factor."""
+        scratch, m = self.scratch, self.m
+        for part in range(len(factors)):
+            amx.store(part, T.address_of(scratch[_SUMS + part * TILE]))
+        with T.serial(0, m) as r:
+            at = T.Bind((t * m + r) * LANES)
+            total = self.out.vload([at], "float32x16")
+            for part, factor in enumerate(factors):
+                value = scratch.vload([_SUMS + part * TILE + r * LANES], "float32x16")
+                if not self.wide:
+                    value = value + scratch.vload([_SUMS + part * TILE + (m + r) * LANES], "float32x16")
+                total = total + value * factor
+            T.buffer_store(self.out, total, [T.ramp(at, 1, LANES)])
 
 
 @cache
@@ -128,7 +175,8 @@ def tile_weights(fmt: Format, machine: Machine) -> Kernel:
     kernel = Kernel(name, tvm.ir.GlobalVar(name))
     params: list[Param] = [("w", "int32", (1 << 30,)), ("panel", "float32", (1 << 24,)), ("k", "int32")]
     with kernel_body(kernel, params) as (w, panel, k), T.serial(0, (k + STEP - 1) // STEP) as tile:
-        _widen(fmt, w, tile, panel, tile * TILE)
+        start = T.Bind(tile * (STEP // fmt.per_lane * ROWS))
+        _widen(fmt, w, start, const(PREFETCH_BYTES // 4), panel, tile * TILE)
     return kernel
 
 

@@ -17,7 +17,7 @@ import tvm
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm.decode import block_scale
-from moec.codegen.tvm.gemv import PREFETCH_BYTES, prefetch, weight_params
+from moec.codegen.tvm.gemv import ahead, in_groups, prefetch, streams, weight_params
 from moec.codegen.tvm.tir import Kernel, Machine, Param, assign, const, intrinsic, kernel_body, splat, variables
 from moec.codegen.tvm.vector import max_lanes, sum_lanes
 from moec.ir.lane16 import MXFP4, ROWS, Format
@@ -98,45 +98,62 @@ def row_tiles(m: int, machine: Machine) -> Kernel:
     params += [(n, "int32") for n in ("ldx", "k", "tiles")]
     with kernel_body(kernel, [*weight_params(MXFP4), *params]) as (w, scale, x, out, ldx, k, tiles):
         table = T.Bind(T.Shuffle([const(v, "int8") for v in _TABLE * 4], [const(i) for i in range(64)]))
-        nibble = splat(0x0F0F0F0F, ROWS, "int32")
-        totals = variables(m, "float32x16")
-        sums = variables(m * _PLANES, "int32x16")
-        with T.serial(0, tiles) as tile:
-            for total in totals:
+        words = T.Bind(T.Cast("int64", k // MXFP4.per_lane * ROWS))
+        per_tile = T.Bind(T.Cast("int64", k // BLOCK * ROWS))
+
+        def group(first: Any, count: int) -> None:
+            totals = [variables(m, "float32x16") for _ in range(count)]
+            for total in (t for tile in totals for t in tile):
                 assign(total, splat(0.0, ROWS))
-            line0 = T.Bind(T.Cast("int64", tile) * (k // MXFP4.per_lane * ROWS))
-            scale0 = T.Bind(T.Cast("int64", tile) * (k // BLOCK * ROWS))
+            lines = [T.Bind((T.Cast("int64", first) + t) * words) for t in range(count)]
+            scales = [T.Bind((T.Cast("int64", first) + t) * per_tile) for t in range(count)]
             with T.serial(0, k // BLOCK) as block:
+                position = T.Bind(T.Cast("int64", block * (_LINES * ROWS)))
+                distance = ahead(position, words, count)
                 records = [T.Bind(r * ldx + block * _RECORD) for r in range(m)]
+                for t in range(count):
+                    at = T.Bind(scales[t] + T.Cast("int64", block * ROWS))
+                    # The scales are another stream: those of the next tiles.
+                    prefetch(scale, at + per_tile * count)
+                    values = _block(w, x, T.Bind(lines[t] + position), distance, records, table)
+                    factors = T.Bind(block_scale(MXFP4, scale, at, 0, 0, ROWS))
+                    for r, value in enumerate(values):
+                        factor = factors * T.broadcast(x[records[r] + _FACTOR], ROWS)
+                        assign(totals[t][r], totals[t][r][0] + T.Cast("float32x16", value) * factor)
+            for t in range(count):
                 for r in range(m):
-                    for p in range(_PLANES):
-                        assign(sums[r * _PLANES + p], _spread(x, records[r] + _SUMS + p))
-                for u in range(_LINES):
-                    line = T.Bind(line0 + T.Cast("int64", (block * _LINES + u) * ROWS))
-                    prefetch(w, line + PREFETCH_BYTES // 4)
-                    v = T.Bind(w.vload([line], "int32x16"))
-                    for half, bits in enumerate((v, T.shift_right(v, splat(4, ROWS, "int32")))):
-                        index = T.reinterpret("int8x64", T.bitwise_and(bits, nibble))
-                        number = intrinsic("llvm.x86.avx512.pshuf.b.512", table, index, returns="int8x64")
-                        number = T.Bind(number)
-                        for r in range(m):
-                            for p in range(_PLANES):
-                                s = sums[r * _PLANES + p]
-                                assign(s, _dot(s[0], number, _spread(x, records[r] + (p * 8 + u * 2 + half))))
-                # The scales are another stream: those of the next tile.
-                prefetch(scale, scale0 + T.Cast("int64", (k // BLOCK + block) * ROWS))
-                factors = T.Bind(block_scale(MXFP4, scale, scale0, block, 0, ROWS))
-                digit = splat(_DIGIT, ROWS, "int32")
-                for r in range(m):
-                    value = sums[r * _PLANES][0]
-                    for p in range(1, _PLANES):
-                        value = T.shift_left(value, digit) + sums[r * _PLANES + p][0]
-                    factor = factors * T.broadcast(x[records[r] + _FACTOR], ROWS)
-                    assign(totals[r], totals[r][0] + T.Cast("float32x16", value) * factor)
-            for r in range(m):
-                at = T.Cast("int64", tile) * (m * ROWS) + r * ROWS
-                T.buffer_store(out, totals[r][0], [T.ramp(at, 1, ROWS)])
+                    at = T.Cast("int64", first + t) * (m * ROWS) + r * ROWS
+                    T.buffer_store(out, totals[t][r][0], [T.ramp(at, 1, ROWS)])
+
+        in_groups(tiles, streams(2 * m, machine), group)
     return kernel
+
+
+def _block(w: Any, x: Any, start: Any, distance: Any, records: list[Any], table: Any) -> list[Any]:
+    """The exact sums of one block of the tile whose words begin at `start`, for each row of digits."""
+    nibble = splat(0x0F0F0F0F, ROWS, "int32")
+    sums = [[variables(1, "int32x16")[0] for _ in range(_PLANES)] for _ in records]
+    for record, planes in zip(records, sums, strict=True):
+        for p, s in enumerate(planes):
+            assign(s, _spread(x, record + _SUMS + p))
+    for u in range(_LINES):
+        line = T.Bind(start + u * ROWS)
+        prefetch(w, line + distance)
+        v = T.Bind(w.vload([line], "int32x16"))
+        for half, bits in enumerate((v, T.shift_right(v, splat(4, ROWS, "int32")))):
+            index = T.reinterpret("int8x64", T.bitwise_and(bits, nibble))
+            number = T.Bind(intrinsic("llvm.x86.avx512.pshuf.b.512", table, index, returns="int8x64"))
+            for record, planes in zip(records, sums, strict=True):
+                for p, s in enumerate(planes):
+                    assign(s, _dot(s[0], number, _spread(x, record + (p * 8 + u * 2 + half))))
+    digit = splat(_DIGIT, ROWS, "int32")
+    out = []
+    for planes in sums:
+        value = planes[0][0]
+        for s in planes[1:]:
+            value = T.Bind(T.shift_left(value, digit) + s[0])
+        out.append(value)
+    return out
 
 
 def _spread(x: Any, at: Any) -> Any:

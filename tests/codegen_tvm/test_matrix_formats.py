@@ -85,6 +85,25 @@ def test_every_finite_e4m3_value_is_exact(tokens: int, machine: Machine) -> None
         assert torch.equal(y, exact.expand(tokens, n))
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 6, 9, 32])
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.name)
+def test_e4m3_is_exact_where_no_number_is_subnormal_and_where_one_is(tokens: int, machine: Machine) -> None:
+    """Kernels may widen the one and the other in different ways, tile by tile."""
+    n, k = 64, 32
+    codes = torch.tensor([c for c in range(256) if c & 0x78 > 0 and c & 0x7F != 0x7F])
+    weight = torch.stack([codes.roll(-7 * i)[:n] for i in range(k)], 1)
+    weight[20, 11], weight[50, 31], weight[63, 0] = 0x01, 0x85, 0x80
+    operands = packed_weight(packed(weight, FP8_E4M3)).operands
+    spec = LinearSpec(n, k, FP8_E4M3, k, n, max_tokens=32)
+    scratch = torch.zeros(scratch_size(spec, machine))
+    exact = weight.to(torch.uint8).view(torch.float8_e4m3fn).float().T
+    for first in range(0, k, tokens):
+        x = torch.eye(k).roll(-first, 0)[:tokens].contiguous()
+        y = normal(tokens, n)
+        run(build, spec, x, *operands, y, scratch, tokens, machine=machine)
+        assert torch.equal(y, exact.roll(-first, 0)[:tokens])
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 6, 9])
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.name)
 def test_every_mxfp4_value_and_scale_is_exact(tokens: int, machine: Machine) -> None:
