@@ -30,7 +30,7 @@ from moec.codegen.tvm.cache import CacheLayout
 from moec.codegen.tvm.compile import machine_of
 from moec.codegen.tvm.mla_decode import MlaDecodeSpec, build_mla_decode, scratch_elements
 from moec.runtime.machine import allow_tiles
-from moec.targets.detect import measure_read_bandwidth
+from moec.targets.read_bandwidth import measure_read_bandwidth
 
 RANK, ROPE, PAGE = 512, 64, 64
 POOL = 256 << 20

@@ -21,15 +21,19 @@ from moec.runtime.launch import TIMEOUT, loaded
 from moec.runtime.model import Model, load
 from moec.runtime.scheduler import Rates
 from moec.runtime.touched import bytes_read
-from moec.targets.detect import measure_read_bandwidth
+from moec.targets.read_bandwidth import ReadTest
 
 _PROMPT: Final = 256
 _NEW: Final = 64
+_READS: Final = 5
 
 
 @dataclass(frozen=True)
 class Result:
     """What was measured. Rates are medians in tokens a second over all sequences; bytes, seconds, bytes a second.
+
+    `read_runs` are the rates at which as many threads read memory, measured after each run, and `read_bandwidth` their
+    median. The share of the bound is the median over runs, each with its own rate: on a shared machine both change.
 
     Of several ranks, load time, memory and bytes are those of the first. `step_weight_bytes` are the bytes of weights
     that one decode step read (None where the system does not tell, and over several ranks), and `decode_bound` is the
@@ -55,6 +59,7 @@ class Result:
     weight_bytes: int
     step_weight_bytes: int | None
     read_bandwidth: float
+    read_runs: list[float]
     decode_bound_tokens_per_s: float | None
     share_of_bound: float | None
 
@@ -82,22 +87,26 @@ def bench(
         _check(model, prompt, new, repeat, batch)
         model.engine.weights.settle()
         ids = np.random.default_rng(0).integers(0, model.vocab, (batch, prompt))
-        runs = []
-        for run in range(repeat + 1):
-            rates = model.complete(ids, new, stop=()).rates
-            progress(f"{'warm-up' if run == 0 else f'run {run} of {repeat}'}: {_shown(rates)}")
-            runs.append(rates)
+        progress(f"warm-up: {_shown(model.complete(ids, new, stop=()).rates)}")
         peak = peak_memory()  # before the bandwidth test takes its own buffers
+        reading = ReadTest(model.engine.threads)
+        runs, read_runs = [], []
+        for run in range(repeat):
+            rates = model.complete(ids, new, stop=()).rates
+            runs.append(rates)
+            read_runs.append(median(reading.run() for _ in range(_READS)))
+            progress(f"run {run + 1} of {repeat}: {_shown(rates)}, reading {read_runs[-1] / 1e9:.1f} GB/s")
         used, weight_bytes, manifest = model.engine.threads, model.engine.weights.nbytes, model.artifact.manifest
         ranks = model.ranks
-    prefill = [rates.prefill or 0.0 for rates in runs[1:]]
-    decode = [rates.decode or 0.0 for rates in runs[1:]]
+    prefill = [rates.prefill or 0.0 for rates in runs]
+    decode = [rates.decode or 0.0 for rates in runs]
     # Where both do not fit, the system would take back pages of the second model before they are counted.
-    del model
+    del model, reading
     gc.collect()
     touched = _step_bytes(load(path, threads=threads, huge_pages=False), ids) if ranks == 1 else None
-    bandwidth = measure_read_bandwidth(used)
+    bandwidth = median(read_runs)
     bound = batch * bandwidth / touched if touched else None
+    shares = [rate * (touched or 0) / (batch * read) for rate, read in zip(decode, read_runs, strict=True)]
     return Result(
         artifact=path,
         model=manifest.model,
@@ -118,8 +127,9 @@ def bench(
         weight_bytes=weight_bytes,
         step_weight_bytes=touched,
         read_bandwidth=bandwidth,
+        read_runs=read_runs,
         decode_bound_tokens_per_s=bound,
-        share_of_bound=median(decode) / bound if bound else None,
+        share_of_bound=median(shares) if touched else None,
     )
 
 

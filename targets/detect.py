@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import platform
 import re
-import threading
-import time
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
 from moec.targets.document import Leaf, Value
+from moec.targets.read_bandwidth import measure_read_bandwidth
 
 # Read bandwidth that one core sustains, and what a socket's memory controllers give at most: typical of
 # recent server parts, replaced by a measurement with `moec targets show cpu --measure`.
@@ -110,48 +107,6 @@ def detected_leaves(measure: bool = False) -> dict[str, Leaf]:
         rows.append(("device.matrix.bf16", cpu.cores * cpu.clock * 1024, tiles))
     rows.extend((f"device.cache.{k}", size, "detected: /sys cache sizes") for k, size in cpu.cache_bytes.items())
     return {path: Leaf(value, source, "this-machine", 1) for path, value, source in rows}
-
-
-def measure_read_bandwidth(threads: int, size: int = 256 << 20, rounds: int = 3) -> float:
-    """Bytes/s that `threads` threads read together: libc's memcmp of the halves of `size` bytes each, in huge pages
-    where the system gives them. Two streams keep more reads under way than one."""
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    libc.memcmp.restype = ctypes.c_int
-    libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-    memory = [_private_memory(size) for _ in range(threads)]
-    for part in memory:
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):
-                part.madvise(mmap.MADV_HUGEPAGE)
-        part.write(b"\1" * size)
-    buffers = [(ctypes.c_char * size).from_buffer(part) for part in memory]
-    best = 0.0
-    for _ in range(rounds):
-        start = threading.Barrier(threads + 1)
-
-        def scan(buffer: ctypes.Array[ctypes.c_char], start: threading.Barrier = start) -> None:
-            start.wait()
-            first = ctypes.addressof(buffer)
-            libc.memcmp(first, first + size // 2, size // 2)
-
-        workers = [threading.Thread(target=scan, args=(buffer,)) for buffer in buffers]
-        for worker in workers:
-            worker.start()
-        start.wait()
-        began = time.perf_counter()
-        for worker in workers:
-            worker.join()
-        best = max(best, threads * size / (time.perf_counter() - began))
-    return best
-
-
-def _private_memory(size: int) -> mmap.mmap:
-    """Anonymous memory; shared memory, the default, gets no huge pages on Linux."""
-    if hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return mmap.mmap(-1, size)
 
 
 def _read(path: str) -> str:

@@ -27,7 +27,7 @@ def measure(threads: int) -> Limits:
 
     from moec import targets
     from moec.codegen.tvm.compile import machine_of
-    from moec.targets.detect import measure_read_bandwidth
+    from moec.targets.read_bandwidth import measure_read_bandwidth
 
     machine = replace(machine_of(targets.load("cpu")), cores=threads)
     bandwidth = max(measure_read_bandwidth(threads, rounds=6), read_bandwidth(machine, rounds=4))

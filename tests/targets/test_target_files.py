@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 from moec import targets
 from moec.cli import targets as command
 from moec.targets import describe, units
-from moec.targets.detect import detect, measure_read_bandwidth
+from moec.targets.detect import detect
 from moec.targets.fields import FIELDS
 from moec.targets.load import merged_leaves
 from moec.targets.parameters import PARAMETERS
+from moec.targets.read_bandwidth import measure_read_bandwidth
 
 SHIPPED = [
     "a100",

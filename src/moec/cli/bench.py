@@ -202,7 +202,7 @@ def _table(r: Result) -> str:
         bound = "not measured over several ranks"
     if r.step_weight_bytes and r.decode_bound_tokens_per_s and r.share_of_bound:
         read = f"{r.step_weight_bytes / 1e6:,.1f} MB of weights a step at {r.read_bandwidth / 1e9:.1f} GB/s measured"
-        bound = f"{r.decode_bound_tokens_per_s:,.1f} tokens/s ({read}); reached {r.share_of_bound:.0%}"
+        bound = f"{r.decode_bound_tokens_per_s:,.1f} tokens/s ({read}); reached {r.share_of_bound:.0%} run by run"
     rows = [
         ("model", f"{r.model}, {r.recipe}, target {r.target}, {r.threads} threads, batch {r.batch}{ranks}"),
         ("prefill", f"{r.prefill_tokens_per_s:,.1f} tokens/s, median of {r.repeat} x {r.prompt_tokens} tokens"),

@@ -25,7 +25,7 @@ from moec.runtime.memory import Memory
 from moec.runtime.plan import Argument, parse_entry
 from moec.targets import Target
 from moec.targets.cost import op_time
-from moec.targets.detect import measure_read_bandwidth
+from moec.targets.read_bandwidth import measure_read_bandwidth
 
 _PRODUCTS = ("linear", "linear.heads", "moe.experts")
 
@@ -99,6 +99,7 @@ def profile(model: Model, phase: str, context: int, repeat: int = 8) -> Profile:
     library = Library(watched.library, engine.threads)
     described = watched.phases[phase]
     tokens = 1 if phase == "decode" else context
+    before = measure_read_bandwidth(library.threads)
     samples, walls, plain = _run(model.vocab, engine, library, described["entry"], phase, context, repeat)
     rate = median((s[-1] - s[0]) / w for s, w in zip(samples, walls, strict=True)) / 1e6
     best = samples[int(np.argsort(walls)[len(walls) // 2])]
@@ -112,7 +113,7 @@ def profile(model: Model, phase: str, context: int, repeat: int = 8) -> Profile:
         )
         for p in points
     )
-    bandwidth = measure_read_bandwidth(library.threads)
+    bandwidth = (before + measure_read_bandwidth(library.threads)) / 2
     machine = _as_measured(target, library.threads, bandwidth)
     us = np.median([np.diff(s) for s in samples], axis=0) / rate
     ops = _ops(module, points, us, call_of(module, phase, tokens, context), machine)
@@ -142,10 +143,10 @@ def _as_measured(target: Target, threads: int, bandwidth: float) -> Target:
 def product_peak(target: Target, tokens: int) -> float:
     """Operations a second of products with `tokens` rows: matrix tiles, where there are some, take BF16 numbers and
     multiply both halves of an activation."""
-    from moec.codegen.tvm.blocking import MOST_ROWS_BY_VECTORS
+    from moec.codegen.tvm.blocking import MOST_ROWS_BESIDE_TILES
 
     device = target.device
-    if "amx_bf16" not in device.isa or tokens <= MOST_ROWS_BY_VECTORS:
+    if "amx_bf16" not in device.isa or tokens <= MOST_ROWS_BESIDE_TILES:
         return device.vector_rate
     return max(device.vector_rate, device.matrix_rate("bf16") / 2)
 
