@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from moec.codegen.tvm.tir import Machine
 from moec.ir.lane16 import ROWS
@@ -59,14 +60,24 @@ def blocking(machine: Machine) -> Blocking:
 class TileBlocking:
     """Block sizes of products by matrix tiles; panels have 32 columns."""
 
-    kc: int  # k of a panel, a multiple of 128
-    mc: int  # rows of x kept in L2, split into pairs of BF16 numbers
-    results: int  # floats of the results that share one copy of an x block
+    kc: int  # k of a panel
+    kx: int  # most k of a block of x
+    x: int  # floats of a block of x, split into pairs of BF16 numbers
+
+    def rows(self, k: Any) -> Any:
+        """Rows of a block of x with kc <= k <= kx numbers each: whole pairs of tiles."""
+        return self.x // k // 32 * 32
+
+    @property
+    def results(self) -> int:
+        """Floats of the results that share one copy of an x block: a panel's at least."""
+        return self.x // 4
 
 
 @cache
 def tile_blocking(machine: Machine) -> TileBlocking:
-    """Block sizes for `machine`: a BF16 panel fills half of L1, the x block half of L2."""
-    kc = max(128, machine.l1_bytes // 2 // (2 * 2 * ROWS) // 128 * 128)
-    mc = max(16, machine.l2_bytes // 2 // (4 * kc) // 16 * 16)
-    return TileBlocking(kc, mc, max(machine.l2_bytes // 4, mc * 2 * ROWS))
+    """Block sizes for `machine`. Of 128 k a panel (8 KiB), 32 rows of x (16 KiB) and their results fit L1 together,
+    whatever the machine, and the panel stays there for all rows. An x block fills half of L2 and results an eighth:
+    what lies in L3 is too slow for tiles. A panel is widened once for each x block, so it has 128 rows at least."""
+    x = max(machine.l2_bytes // 2 // 4, 128 * 128)
+    return TileBlocking(128, x // 128 // 128 * 128, x)

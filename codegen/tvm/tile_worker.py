@@ -38,8 +38,9 @@ class TileWorker(Worker):
     def x_size(k: int, fmt: Format, max_rows: int, machine: Machine) -> int:
         sizes, chunk = tile_blocking(machine), min(max_rows, blocking(machine).chunk)
         few = max(tiles.few_floats(min(max_rows, tiles.FEW), fmt.padded_k(k)), chunk * (fmt.padded_k(k) + PAD))
-        rows = -(-min(max_rows, sizes.mc) // 16) * 16
-        return max(few, rows * sizes.kc) if max_rows > tiles.FEW else few
+        width = min(fmt.padded_k(k), sizes.kx)
+        rows = -(-min(max_rows, sizes.rows(max(width, tiles.BLOCK))) // 16) * 16
+        return max(few, rows * width) if max_rows > tiles.FEW else few
 
     @property
     def blocks(self) -> TileBlocking:
@@ -88,29 +89,35 @@ class TileWorker(Worker):
         amx.release()
 
     def _many(self, g: Any, count: Any, first: Any, last: Any) -> None:
-        """Blocks of x rows in L2; for each, groups of panels whose results fit their memory; for these, blocks of k."""
+        """Blocks of x rows; for each, groups of panels whose results fit their memory; for these, blocks of k."""
         sizes, half = self.blocks, const(self._half, "float32")
         amx.configure(const(16))
-        blocks = T.Bind((count + sizes.mc - 1) // sizes.mc)
+        most = T.Bind(sizes.rows(T.max(T.min(self.padded, sizes.kx), tiles.BLOCK)))
+        blocks = T.Bind((count + most - 1) // most)
+        parts = T.Bind((self.padded + sizes.kx - 1) // sizes.kx)
         with T.serial(0, blocks) as b:
             row0 = T.Bind(b * count // blocks)
             rows = T.Bind((b + 1) * count // blocks - row0)
             row_tiles = T.Bind((rows + 15) // 16)
             one_panel = T.Bind(row_tiles * (16 * _COLUMNS))
-            fitting = T.Bind(const(self.result_floats) // one_panel)
+            # With one block of k a panel is done before the next begins, and their results share their place.
+            kept = T.Bind(T.Select(parts == 1, const(0), one_panel))
+            fitting = T.Bind(T.Select(parts == 1, last - first, const(self.result_floats) // one_panel))
             with T.serial(0, (last - first + fitting - 1) // fitting) as pb:
                 panel0 = T.Bind(first + pb * fitting)
                 panels = T.Bind(T.min(last - panel0, fitting))
-                self._clear(panels * one_panel)
-                with T.serial(0, (self.padded + sizes.kc - 1) // sizes.kc) as kb:
-                    k0 = T.Bind(kb * sizes.kc)
-                    length = T.Bind(T.min(self.padded - k0, sizes.kc))
+                with T.serial(0, parts) as kb:
+                    k0 = T.Bind(kb * sizes.kx)
+                    length = T.Bind(T.min(self.padded - k0, sizes.kx))
                     self._split_rows(g, row0, rows, k0, length, half)
                     with T.serial(0, panels) as p:
-                        self._panel_product(g, panel0 + p, p * one_panel, row_tiles, k0, length)
-                with T.serial(0, panels) as p:
-                    column = (panel0 + p) * _COLUMNS
-                    self._finish(p * one_panel, g, row0, rows, column, _COLUMNS, self._half)
+                        result = T.Bind(p * kept)
+                        with T.If(kb == 0), T.Then():
+                            self._clear(result, one_panel)
+                        self._panel_product(g, panel0 + p, result, row_tiles, k0, length)
+                        with T.If(kb == parts - 1), T.Then():
+                            column = (panel0 + p) * _COLUMNS
+                            self._finish(result, g, row0, rows, column, _COLUMNS, self._half)
         amx.release()
 
     def _split_rows(self, g: Any, row0: Any, rows: Any, k0: Any, length: Any, half: Any) -> None:
@@ -123,16 +130,22 @@ class TileWorker(Worker):
             self._call(split, source, self._x(at), self._x(at + amx.TILE), given, length, const(2 * amx.TILE), half)
 
     def _panel_product(self, g: Any, panel: Any, result: Any, row_tiles: Any, k0: Any, length: Any) -> None:
-        scales, stride = [], const(0)
-        for side in range(2):
-            # A panel past the last tile repeats it; those columns are not stored.
-            tile = T.Bind(T.min(panel * 2 + side, self.tiles - 1))
-            weight, *scale = self._weight(g, tile, k0)
-            scales += scale
-            target = self._panel(T.Bind(tiles.PAIR_FLOATS + side * (length // 2 * ROWS)))
-            self._call(tiles.tile_weights(self.fmt, self.machine), weight, target, length)
-        stride = T.Bind(length // 2 * ROWS)
-        self._call(
-            tiles.tile_panel(self.fmt, self.machine), self._panel(const(tiles.PAIR_FLOATS)), *scales,
-            self._x(const(0)), self._result(result), self._panel(const(0)), row_tiles, length, stride,
-        )  # fmt: skip
+        """result += the block of x times a panel, `kc` at a time."""
+        x_stride = T.Bind(length // amx.STEP * (2 * amx.TILE))
+        with T.serial(0, (length + self.blocks.kc - 1) // self.blocks.kc) as i:
+            inner = T.Bind(i * self.blocks.kc)
+            size = T.Bind(T.min(length - inner, self.blocks.kc))
+            stride = T.Bind(size // 2 * ROWS)
+            scales = []
+            for side in range(2):
+                # A panel past the last tile repeats it; those columns are not stored.
+                tile = T.Bind(T.min(panel * 2 + side, self.tiles - 1))
+                weight, *scale = self._weight(g, tile, k0 + inner)
+                scales += scale
+                target = self._panel(T.Bind(tiles.PAIR_FLOATS + side * stride))
+                self._call(tiles.tile_weights(self.fmt, self.machine), weight, target, size)
+            x = self._x(inner // amx.STEP * (2 * amx.TILE))
+            self._call(
+                tiles.tile_panel(self.fmt, self.machine), self._panel(const(tiles.PAIR_FLOATS)), *scales, x,
+                self._result(result), self._panel(const(0)), row_tiles, size, stride, x_stride,
+            )  # fmt: skip

@@ -185,25 +185,25 @@ def tile_panel(fmt: Format, machine: Machine) -> Kernel:
     """c[16 * tiles, 32] += x . panel, two weight tiles side by side; tiles configured for 16 rows.
 
     Parameters: panel (BF16 tiles [2][k'/32], `stride` lanes from the first weight tile's to the second's), scale0,
-    scale1 (scaled formats only), x (split rows [tiles][k'/32][high, low] tiles), c f32, scratch
-    f32[PAIR_FLOATS], tiles, k' (i32, a multiple of 32; of 128 with scales), stride.
+    scale1 (scaled formats only), x (split rows [tiles][k'/32][high, low] tiles, `x_stride` lanes from one tile's
+    to the next's), c f32, scratch f32[PAIR_FLOATS], tiles, k' (i32, a multiple of 32; of 128 with scales), stride,
+    x_stride.
     """
     name = f"tile_panel_{fmt.name}"
     kernel = Kernel(name, tvm.ir.GlobalVar(name))
     params: list[Param] = [("panel", "float32", (1 << 30,))]
     params += [(f"scale{i}", fmt.scale_dtype, (1 << 20,)) for i in range(2)] if fmt.scale_block else []
     params += [(n, "float32", (1 << 30,)) for n in ("x", "c", "scratch")]
-    params += [("tiles", "int32"), ("k", "int32"), ("stride", "int32")]
-    with kernel_body(kernel, params) as (panel, *scales, x, c, scratch, tiles, k, stride):
+    params += [(n, "int32") for n in ("tiles", "k", "stride", "x_stride")]
+    with kernel_body(kernel, params) as (panel, *scales, x, c, scratch, tiles, k, stride, x_stride):
         steps = T.Bind(k // STEP)
-        per_tile = T.Bind(steps * (2 * TILE))
 
         def multiply(first: Any, height: int, j: Any) -> None:
             for side in range(2):
                 amx.load(6 + side, T.address_of(panel[j * TILE + side * stride]))
             for part in range(2):
                 for r in range(height):
-                    amx.load(4 + r, T.address_of(x[(first + r) * per_tile + (j * 2 + part) * TILE]))
+                    amx.load(4 + r, T.address_of(x[(first + r) * x_stride + (j * 2 + part) * TILE]))
                     for side in range(2):
                         amx.dot(2 * r + side, 4 + r, 6 + side)
 

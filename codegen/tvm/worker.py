@@ -213,7 +213,7 @@ class Worker:
             with T.serial(0, (last - first + fitting - 1) // fitting) as pb:
                 panel0 = T.Bind(first + pb * fitting)
                 panels = T.Bind(T.min(last - panel0, fitting))
-                self._clear(panels * one_panel)
+                self._clear(const(0), panels * one_panel)
                 with T.serial(0, (k + sizes.kc - 1) // sizes.kc) as kb:
                     k0 = T.Bind(kb * sizes.kc)
                     length = T.Bind(T.min(k - k0, sizes.kc))
@@ -228,10 +228,10 @@ class Worker:
                 with T.serial(0, panels) as p:
                     self._finish(p * one_panel, g, row0, rows, (panel0 + p) * sizes.columns, sizes.columns, post)
 
-    def _clear(self, floats: Any) -> None:
+    def _clear(self, result: Any, floats: Any) -> None:
         lanes = self.machine.lanes
         with T.serial(0, floats // lanes) as i:
-            at = T.ramp(self.base + self.panel_floats + i * lanes, 1, lanes)
+            at = T.ramp(self.base + self.panel_floats + result + i * lanes, 1, lanes)
             T.buffer_store(self.args["scratch"], splat(0.0, lanes), [at])
 
     def _unpacked(self, g: Any, panel: Any, k0: Any, length: Any) -> Any:
