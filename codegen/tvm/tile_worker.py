@@ -145,7 +145,12 @@ class TileWorker(Worker):
                 target = self._panel(T.Bind(tiles.PAIR_FLOATS + side * stride))
                 self._call(tiles.tile_weights(self.fmt, self.machine), weight, target, size)
             x = self._x(inner // amx.STEP * (2 * amx.TILE))
+            # The panel's next k, or the next panel's first ones.
+            over = T.Bind(T.Select(k0 + inner + size >= self.padded, self.padded, const(0)))
+            following = T.Bind(panel * 2 + T.Select(over > 0, const(2), const(0)))
+            upcoming = [self._weight(g, following + side, k0 + inner + size - over)[0] for side in range(2)]
+            lines = size // self.fmt.per_lane
             self._call(
                 tiles.tile_panel(self.fmt, self.machine), self._panel(const(tiles.PAIR_FLOATS)), *scales, x,
-                self._result(result), self._panel(const(0)), row_tiles, size, stride, x_stride,
+                self._result(result), self._panel(const(0)), *upcoming, row_tiles, size, stride, x_stride, lines,
             )  # fmt: skip

@@ -14,7 +14,7 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.tvm import amx
 from moec.codegen.tvm.amx import LANES, STEP, TILE
 from moec.codegen.tvm.decode import block_scale
-from moec.codegen.tvm.gemv import PREFETCH_BYTES, ahead, prefetch
+from moec.codegen.tvm.gemv import ahead, prefetch
 from moec.codegen.tvm.tir import Kernel, Machine, Param, const, kernel_body, splat
 from moec.ir.lane16 import ROWS, Format
 
@@ -41,14 +41,15 @@ def few_floats(rows: int, padded: int) -> int:
     return rows * padded
 
 
-def _widen(fmt: Format, w: Any, start: Any, distance: Any, target: Any, at: Any) -> None:
-    """The 32 k that begin at word `start` of w as a BF16 tile, 4-byte lanes `at` of target; the words at `distance` are
-    prefetched."""
+def _widen(fmt: Format, w: Any, start: Any, target: Any, at: Any, distance: Any = None) -> None:
+    """The 32 k that begin at word `start` of w as a BF16 tile, 4-byte lanes `at` of target; the words at `distance`, if
+    any, are prefetched."""
     rows = fmt.per_lane // 2
     lines = []
     for u in range(LANES // rows):
         line = T.Bind(start + u * ROWS)
-        prefetch(w, line + distance)
+        if distance is not None:
+            prefetch(w, line + distance)
         lines.append(T.Bind(w.vload([line], "int32x16")))
 
     def put(u: int, values: list[Any]) -> None:
@@ -142,7 +143,7 @@ class _FewRows:
         """Step j of the block, whose words begin at `start`, into its place in the ring."""
         distance = ahead(block * self.block_words, self.words, self.tiles)
         at = T.Bind(start + j * (STEP // self.fmt.per_lane * ROWS))
-        _widen(self.fmt, self.w, at, distance, self.scratch, j % _RING * TILE)
+        _widen(self.fmt, self.w, at, self.scratch, j % _RING * TILE, distance)
 
     def _multiply(self, j: Any, x_tile: int, sums: int, weights: int) -> None:
         """sums += both parts of the 32 k of step j times a tile of weights."""
@@ -176,26 +177,29 @@ def tile_weights(fmt: Format, machine: Machine) -> Kernel:
     params: list[Param] = [("w", "int32", (1 << 30,)), ("panel", "float32", (1 << 24,)), ("k", "int32")]
     with kernel_body(kernel, params) as (w, panel, k), T.serial(0, (k + STEP - 1) // STEP) as tile:
         start = T.Bind(tile * (STEP // fmt.per_lane * ROWS))
-        _widen(fmt, w, start, const(PREFETCH_BYTES // 4), panel, tile * TILE)
+        _widen(fmt, w, start, panel, tile * TILE)
     return kernel
 
 
 @cache
 def tile_panel(fmt: Format, machine: Machine) -> Kernel:
-    """c[16 * tiles, 32] += x . panel, two weight tiles side by side; tiles configured for 16 rows.
+    """c[16 * tiles, 32] += x . panel, two weight tiles side by side; tiles configured for 16 rows. Meanwhile the words
+    that will be widened next come into the caches: `lines` lines of 64 bytes from each of next0 and next1 on.
 
     Parameters: panel (BF16 tiles [2][k'/32], `stride` lanes from the first weight tile's to the second's), scale0,
     scale1 (scaled formats only), x (split rows [tiles][k'/32][high, low] tiles, `x_stride` lanes from one tile's
-    to the next's), c f32, scratch f32[PAIR_FLOATS], tiles, k' (i32, a multiple of 32; of 128 with scales), stride,
-    x_stride.
+    to the next's), c f32, scratch f32[PAIR_FLOATS], next0, next1, tiles, k' (i32, a multiple of 32; of 128 with
+    scales), stride, x_stride, lines.
     """
     name = f"tile_panel_{fmt.name}"
     kernel = Kernel(name, tvm.ir.GlobalVar(name))
     params: list[Param] = [("panel", "float32", (1 << 30,))]
     params += [(f"scale{i}", fmt.scale_dtype, (1 << 20,)) for i in range(2)] if fmt.scale_block else []
     params += [(n, "float32", (1 << 30,)) for n in ("x", "c", "scratch")]
-    params += [(n, "int32") for n in ("tiles", "k", "stride", "x_stride")]
-    with kernel_body(kernel, params) as (panel, *scales, x, c, scratch, tiles, k, stride, x_stride):
+    params += [(f"next{i}", "int32", (1 << 30,)) for i in range(2)]
+    params += [(n, "int32") for n in ("tiles", "k", "stride", "x_stride", "lines")]
+    with kernel_body(kernel, params) as args:
+        panel, *scales, x, c, scratch, next0, next1, tiles, k, stride, x_stride, lines = args
         steps = T.Bind(k // STEP)
 
         def multiply(first: Any, height: int, j: Any) -> None:
@@ -235,7 +239,13 @@ def tile_panel(fmt: Format, machine: Machine) -> Kernel:
                         total = c.vload([place], "float32x16") + value
                         T.buffer_store(c, total, [T.ramp(place, 1, LANES)])
 
-        with T.serial(0, tiles // 2) as pair:
+        pairs = T.Bind(tiles // 2)
+        with T.serial(0, pairs) as pair:
+            # As many at a time as a core can wait for: together they would hold up the products.
+            begin, end = T.Bind(pair * lines // pairs), T.Bind((pair + 1) * lines // pairs)
+            with T.serial(begin, end) as line:
+                prefetch(next0, line * ROWS)
+                prefetch(next1, line * ROWS)
             strip(T.Bind(pair * 2), 2)
         with T.If(tiles % 2 == 1), T.Then():
             strip(T.Bind(tiles - 1), 1)
