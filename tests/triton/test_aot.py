@@ -229,7 +229,7 @@ CONTROL = {"split", "unflatten", "flatten", "repeat", "call", "index.affine", "e
 LACKING = {
     "attn.index", "cache.append_heads", "cache.append_index", "clamp", "gate.rows", "moe.weigh",
     "norm.layer", "scale", "tensor.pointwise",
-    *(name for name in OPS if name.startswith("comm.")),
+    *(name for name in OPS if name.startswith("comm.") and name != "comm.dispatch"),
 }  # fmt: skip
 """Ops without a kernel declared by hand: generated around others, or refused by name (exchanges, sparse attention)."""
 
