@@ -18,6 +18,8 @@ from typing import Any
 # Pools of TVM and OpenMP that spin against each other would time each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count()))
+# The calling thread is bound to no core, and starts beside the one that a bound thread waits on.
+os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 import numpy as np
 import torch
@@ -26,8 +28,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from moec import targets
+from moec.codegen.tvm import amx
 from moec.codegen.tvm.compile import machine_of
-from moec.codegen.tvm.gemm import panel_product
 from moec.codegen.tvm.gemv import PREFETCH_BYTES, prefetch
 from moec.codegen.tvm.linear import LinearSpec, build, scratch_size
 from moec.codegen.tvm.tir import (
@@ -71,16 +73,42 @@ def read_kernel(machine: Machine) -> Kernel:
     return kernel
 
 
-def peak_kernel(machine: Machine) -> Kernel:
-    """`repeats` register-tile products on data in L1, on every core: the FMA rate that the micro-kernel can reach."""
-    product = panel_product(machine)
-    kernel = Kernel("fma_peak", tvm.ir.GlobalVar("fma_peak"), helpers=[product])
-    params: list[Param] = [(n, "float32", (1 << 30,)) for n in ("panel", "x", "c")]
-    params += [("rows", "int32"), ("repeats", "int32")]
-    with kernel_body(kernel, params) as (*buffers, rows, repeats), T.parallel(0, machine.cores) as part:
-        pointers = [T.address_of(b[part * (1 << 16)]) for b in buffers]
+_SETTLED = 40  # calls until the system has given every thread a core of its own
+_SUMS = 12  # independent sums: two units, each with a result after four cycles, need eight
+
+
+def fma_kernel(machine: Machine) -> Kernel:
+    """`repeats` times `_SUMS` vectors of multiply-adds on registers, on every core."""
+    kernel = Kernel("fma_peak", tvm.ir.GlobalVar("fma_peak"))
+    params: list[Param] = [("x", "float32", (1 << 30,)), ("out", "float32", (1 << 30,)), ("repeats", "int32")]
+    with kernel_body(kernel, params) as (x, out, repeats), T.parallel(0, machine.cores) as part:
+        factor, term = (T.Bind(T.broadcast(x[i], machine.lanes)) for i in range(2))
+        sums = variables(_SUMS, f"float32x{machine.lanes}")
+        for s in sums:
+            assign(s, term)
         with T.serial(0, repeats):
-            call(product, *pointers, rows, const(128))
+            for s in sums:
+                assign(s, s[0] * factor + term)
+        for i, s in enumerate(sums):
+            T.buffer_store(out, s[0], [T.ramp((part * _SUMS + i) * machine.lanes, 1, machine.lanes)])
+    return kernel
+
+
+def dot_kernel(machine: Machine) -> Kernel:
+    """`repeats` times four products of matrix tiles (`amx`) on registers, on every core."""
+    kernel = Kernel("tile_peak", tvm.ir.GlobalVar("tile_peak"))
+    params: list[Param] = [("x", "float32", (1 << 30,)), ("out", "float32", (1 << 30,)), ("repeats", "int32")]
+    with kernel_body(kernel, params) as (x, out, repeats), T.parallel(0, machine.cores) as part:
+        amx.configure(const(16))
+        for tile in range(4):
+            amx.zero(tile)
+            amx.load(4 + tile, T.address_of(x[0]))
+        with T.serial(0, repeats):
+            for tile in range(4):
+                amx.dot(tile, 4 + tile // 2, 6 + tile % 2)
+        for tile in range(4):
+            amx.store(tile, T.address_of(out[(part * 4 + tile) * amx.TILE]))
+        amx.release()
     return kernel
 
 
@@ -119,12 +147,20 @@ def best(run: Callable[[int], None], rounds: int, copies: int) -> float:
 
 
 def fma_peak(machine: Machine, rounds: int) -> float:
-    """GFLOP/s of all cores."""
-    main = compiled(peak_kernel(machine), machine)
-    data = [torch.zeros(machine.cores << 16) for _ in range(3)]
-    rows, repeats = 12, 2000
-    seconds = best(lambda _: main(*[v for d in data for v in (d, 0)], rows, repeats), 4 * rounds, 1)
-    return machine.cores * repeats * 2 * rows * ROWS * 128 / seconds / 1e9
+    """GFLOP/s of all cores by multiply-adds of FP32 vectors."""
+    return _peak(fma_kernel(machine), machine, machine.cores * _SUMS * 2 * machine.lanes, rounds)
+
+
+def tile_peak(machine: Machine, rounds: int) -> float:
+    """GFLOP/s of all cores by matrix tiles of BF16; 0 without them."""
+    return _peak(dot_kernel(machine), machine, machine.cores * 4 * 2 * 16 * 16 * 32, rounds) if machine.tiles else 0.0
+
+
+def _peak(kernel: Kernel, machine: Machine, flops: int, rounds: int) -> float:
+    main = compiled(kernel, machine)
+    x, out, repeats = torch.zeros(1 << 10), torch.zeros(1 << 16), 400_000
+    seconds = best(lambda _: main(x, 0, out, 0, repeats), _SETTLED + 4 * rounds, 1)
+    return repeats * flops / seconds / 1e9
 
 
 def pool_of(lanes: int) -> torch.Tensor:
@@ -208,16 +244,21 @@ def main() -> None:
         tokens = [int(t) for t in options.tokens.split(",")]
     # Larger than the last-level cache of most servers.
     rounds, pool = (1, 8 << 20) if options.small else (5, 1 << 30)
-    peak = fma_peak(machine, rounds)
+    peak, tile = fma_peak(machine, rounds), tile_peak(machine, rounds)
     rows = []
     for shape in shapes:
         for fmt in (FORMATS[name] for name in options.formats.split(",")):
             print(f"{shape[0]} x {shape[1]} {fmt.name}", file=sys.stderr)
             rows += measure(shape, fmt, tokens, pool, rounds, machine)
     if options.json:
-        print(json.dumps({"cores": machine.cores, "fma_peak_gflop_per_s": peak, "rows": rows}))
+        print(
+            json.dumps(
+                {"cores": machine.cores, "fma_peak_gflop_per_s": peak, "tile_peak_gflop_per_s": tile, "rows": rows}
+            )
+        )
         return
-    print(f"{machine.cores} cores, FMA peak {peak:.0f} GFLOP/s")
+    tiles = f", of matrix tiles {tile:.0f} (BF16)" if tile else ""
+    print(f"{machine.cores} cores, FMA peak {peak:.0f} GFLOP/s{tiles}")
     titles = ("us", "GB/s", "/read", "GFLOP/s", "/peak", "/torch")
     print(f"{'format':9} {'N':>5} {'K':>5} {'M':>5}", *[f"{t:>9}" for t in titles])
     for r in rows:
