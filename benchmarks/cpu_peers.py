@@ -170,7 +170,12 @@ def compare(o: argparse.Namespace) -> None:
     best = Limits(o.threads, 0.0, 0.0)
     for number in range(1, rounds + 1):
         found = Limits(**child("limits", ["peers.limits", str(o.threads)], o.threads))
-        best = Limits(o.threads, max(best.bandwidth, found.bandwidth), max(best.peak, found.peak))
+        best = Limits(
+            o.threads,
+            max(best.bandwidth, found.bandwidth),
+            max(best.peak, found.peak),
+            max(best.tiles, found.tiles),
+        )
         for name, job in jobs.items():
             result = run(job)
             measured[name].append(result)

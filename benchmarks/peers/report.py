@@ -98,7 +98,10 @@ def table(limits: Limits, found: dict[str, Row]) -> str:
     """Lines of text: a block for each prompt length and context, then start and memory."""
     first = next(iter(found.values()))
     gbps, gflops = limits.bandwidth / 1e9, limits.peak / 1e9
-    lines = [f"{limits.threads} threads; read bandwidth {gbps:.1f} GB/s, FMA peak {gflops:.0f} GFLOP/s, both measured"]
+    tiles = f", of matrix tiles in BF16 {limits.tiles / 1e9:,.0f}" if limits.tiles else ""
+    lines = [
+        f"{limits.threads} threads; measured: read bandwidth {gbps:.1f} GB/s, FMA peak {gflops:.0f} GFLOP/s{tiles}"
+    ]
     titles = {"prefill": "prefill of {} tokens", "decode": "decode at context {}", "batched": "decode, batch of {}"}
     for phase, title in titles.items():
         for size in getattr(first, phase):
