@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from moec.runtime.model import Model, load
 from moec.runtime.scheduler import Rates
 from moec.runtime.touched import bytes_read
 from moec.targets.read_bandwidth import ReadTest
+
+if TYPE_CHECKING:
+    from moec.runtime.distributed.bench import OverlapResult
 
 _PROMPT: Final = 256
 _NEW: Final = 64
@@ -37,7 +40,8 @@ class Result:
 
     Of several ranks, load time, memory and bytes are those of the first. `step_weight_bytes` are the bytes of weights
     that one decode step read (None where the system does not tell, and over several ranks), and `decode_bound` is the
-    rate at which `read_bandwidth` would deliver them.
+    rate at which `read_bandwidth` would deliver them. `overlap` is measured over several ranks; where it is not,
+    `no_overlap` says why.
     """
 
     artifact: str
@@ -62,6 +66,8 @@ class Result:
     read_runs: list[float]
     decode_bound_tokens_per_s: float | None
     share_of_bound: float | None
+    overlap: OverlapResult | None = None
+    no_overlap: str = "one process"
 
 
 def bench(
@@ -72,12 +78,14 @@ def bench(
     batch: int = 1,
     threads: int | None = None,
     progress: Callable[[str], None] = lambda note: None,
+    link_gbit: float | None = None,
 ) -> Result:
     """Load the artifact and time `repeat` runs, after one that warms up.
 
     Each run feeds `batch` prompts of `prompt_tokens` random ids (default 256, or half the context) and generates
     `new_tokens` (default 64, or what fits) for each. Raises WrongOption, PromptTooLong or NoRoom for sizes beyond the
-    artifact's limits. Under torchrun every rank calls this alike.
+    artifact's limits. Under torchrun every rank calls this alike; overlap is then measured too, with an emulated
+    network card of `link_gbit` Gbit/s for each rank where one is given.
     """
     began = perf_counter()
     with loaded(path, False, threads, TIMEOUT) as model:
@@ -96,6 +104,7 @@ def bench(
             runs.append(rates)
             read_runs.append(median(reading.run() for _ in range(_READS)))
             progress(f"run {run + 1} of {repeat}: {_shown(rates)}, reading {read_runs[-1] / 1e9:.1f} GB/s")
+        overlap, no_overlap = _overlap(model, ids, repeat, link_gbit, progress)
         used, weight_bytes, manifest = model.engine.threads, model.engine.weights.nbytes, model.artifact.manifest
         ranks = model.ranks
     prefill = [rates.prefill or 0.0 for rates in runs]
@@ -130,7 +139,25 @@ def bench(
         read_runs=read_runs,
         decode_bound_tokens_per_s=bound,
         share_of_bound=median(shares) if touched else None,
+        overlap=overlap,
+        no_overlap=no_overlap,
     )
+
+
+def _overlap(
+    model: Model, ids: Ids, repeat: int, link_gbit: float | None, progress: Callable[[str], None]
+) -> tuple[OverlapResult | None, str]:
+    """What `runtime.distributed.bench` measures of several ranks, or why there is nothing to measure."""
+    if model.ranks == 1:
+        return None, "one process"
+    from moec.runtime.distributed.bench import bench_overlap, unsuited
+    from moec.runtime.distributed.model import DistributedModel
+
+    assert isinstance(model, DistributedModel)
+    if why := unsuited(model, len(ids)):
+        return None, why
+    progress("decode steps in micro-batches, with exchanges awaited and hidden")
+    return bench_overlap(model, ids, repeat, link_gbit), ""
 
 
 def peak_memory() -> int:
@@ -151,8 +178,9 @@ def _check(model: Model, prompt: int, new: int, repeat: int, batch: int) -> None
         raise WrongOption(option="new-tokens", expected="at least 2 (the first comes from the prefill)", value=new)
     if repeat < 1:
         raise WrongOption(option="repeat", expected="at least 1", value=repeat)
-    if not 1 <= batch <= model.engine.batch:
-        raise WrongOption(option="batch", expected=f"1 to {model.engine.batch}, as compiled", value=batch)
+    room = model.engine.batch * model.replicas
+    if not 1 <= batch <= room:
+        raise WrongOption(option="batch", expected=f"1 to {room}, as compiled", value=batch)
 
 
 def _step_bytes(model: Model, ids: Ids) -> int | None:

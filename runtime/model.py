@@ -75,6 +75,11 @@ class Model:
         return 1
 
     @property
+    def replicas(self) -> int:
+        """Data-parallel replicas, each of which takes its share of the sequences."""
+        return 1
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether the artifact can take and give text."""
         return (self.artifact.tokenizer / "tokenizer.json").is_file()

@@ -109,6 +109,11 @@ class DistributedModel(Model):
         return self.world.size
 
     @property
+    def replicas(self) -> int:
+        """Data-parallel replicas, each of which takes its share of the sequences."""
+        return self.world.mesh.dp
+
+    @property
     def replica(self) -> tuple[int, int]:
         """This rank's data-parallel replica, and how many there are."""
         return self.world.mesh.index(self.world.rank, "dp"), self.world.mesh.dp

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,15 +18,22 @@ from torch.distributed.rendezvous import rendezvous
 from moec.ir.mesh import AXES, Mesh
 from moec.runtime.distributed.errors import NoBackend, RanksMissing, WrongRankCount
 
+if TYPE_CHECKING:
+    from moec.runtime.distributed.card import Card
+
 
 @dataclass
 class Axis:
-    """The ranks along one axis of the mesh, as this rank sees them. `sent` counts bytes to each of them."""
+    """The ranks along one axis of the mesh, as this rank sees them. `sent` counts bytes to each of them.
+
+    With a `card` rows are under way as long as it takes to send them.
+    """
 
     index: int
     ranks: tuple[int, ...]
     group: Any
     sent: NDArray[np.int64] = field(init=False)
+    card: Card | None = None
 
     def __post_init__(self) -> None:
         self.sent = np.zeros(len(self.ranks), dtype=np.int64)
@@ -58,18 +65,19 @@ class Axis:
         work.wait()
         return out
 
-    def start_rows(self, x: NDArray[Any], sent: Sequence[int], got: Sequence[int]) -> tuple[dist.Work, NDArray[Any]]:
+    def start_rows(self, x: NDArray[Any], sent: Sequence[int], got: Sequence[int]) -> tuple[Any, NDArray[Any]]:
         """Start `exchange_rows`; the result is there once the work, which keeps `x`, has been waited for."""
         rows = torch.from_numpy(np.ascontiguousarray(x))
         out = torch.empty((sum(got), *x.shape[1:]), dtype=rows.dtype)
         return self.move_rows(out, rows, sent, got), out.numpy()
 
-    def move_rows(self, out: torch.Tensor, x: torch.Tensor, sent: Sequence[int], got: Sequence[int]) -> dist.Work:
+    def move_rows(self, out: torch.Tensor, x: torch.Tensor, sent: Sequence[int], got: Sequence[int]) -> Any:
         """Start to send consecutive rows of `x`, `sent[i]` of them to rank i; `out` takes `got[i]` rows from each."""
         work: dist.Work = dist.all_to_all_single(out, x, list(got), list(sent), group=self.group, async_op=True)
         width = x.element_size() * int(np.prod(x.shape[1:], dtype=np.int64))
-        self.sent += np.asarray(sent, dtype=np.int64) * width * (np.arange(self.size) != self.index)
-        return work
+        leaving = np.asarray(sent, dtype=np.int64) * width * (np.arange(self.size) != self.index)
+        self.sent += leaving
+        return self.card.send(work, int(leaving.sum())) if self.card else work
 
 
 @dataclass

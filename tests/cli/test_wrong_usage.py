@@ -47,3 +47,11 @@ def test_a_timeout_of_one_process_is_refused() -> None:
     done = moec("run", "any", "--prompt-ids", "1", "--timeout", "3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "moec: error: --timeout is for several processes: start them with torchrun\n"
+
+
+def test_an_emulated_card_of_one_process_is_refused() -> None:
+    done = moec("bench", "any", "--link", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "moec: error: --link emulates the network card of each of several ranks: start them with torchrun\n"
+    )

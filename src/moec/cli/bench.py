@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moec.profile import Profile
     from moec.runtime.bench import Result
     from moec.runtime.bench_speculate import Speculated
+    from moec.runtime.distributed.bench import OverlapResult
 
 
 class TextWithoutSpeculation(InputError):
@@ -31,9 +32,21 @@ class SpeculationAlone(InputError):
 
 
 class TraceWithoutProfile(InputError):
-    """--trace alone."""
+    """--trace alone, in one process."""
 
-    template = "--trace writes what --profile measures: give both"
+    template = "--trace writes what --profile measures, or the overlap on several ranks: give --profile or use torchrun"
+
+
+class LinkWithoutRanks(InputError):
+    """--link in one process."""
+
+    template = "--link emulates the network card of each of several ranks: start them with torchrun"
+
+
+class NothingToTrace(InputError):
+    """--trace where no overlap was measured."""
+
+    template = "--trace: no overlap was measured ({why}), nothing is written"
 
 
 class OneProcess(InputError):
@@ -70,7 +83,14 @@ def bench(
         bool, typer.Option("--profile", help="Time every op of a step instead, beside what the machine allows.")
     ] = False,
     trace: Annotated[
-        Path | None, typer.Option(metavar="OUT.json", help="With --profile: one step of each phase for Perfetto.")
+        Path | None,
+        typer.Option(
+            metavar="OUT.json", help="For Perfetto: with --profile a step of each phase, on ranks the overlapped one."
+        ),
+    ] = None,
+    link: Annotated[
+        float | None,
+        typer.Option(metavar="GBIT", min=1e-6, help="On ranks: emulate a network card of so many Gbit/s for each."),
     ] = None,
     calibration_rows: Annotated[
         Path | None,
@@ -86,6 +106,8 @@ def bench(
 
     if launched() and (profile or calibration_rows is not None or speculate):
         raise OneProcess()
+    if link is not None and not launched():
+        raise LinkWithoutRanks()
     if speculate and (profile or calibration_rows is not None):
         raise SpeculationAlone()
     if calibration_rows is not None:
@@ -94,7 +116,7 @@ def bench(
     if profile:
         _profile(artifact, prompt_tokens, repeat, threads, trace, as_json)
         return
-    if trace is not None:
+    if trace is not None and not launched():
         raise TraceWithoutProfile()
     if text is not None and not speculate:
         raise TextWithoutSpeculation()
@@ -113,10 +135,30 @@ def bench(
         return
     from moec.runtime import bench as measuring
 
-    result = measuring.bench(artifact, prompt_tokens, new_tokens, repeat, batch, threads, note)
+    result = measuring.bench(artifact, prompt_tokens, new_tokens, repeat, batch, threads, note, link)
+    if trace is not None:
+        _trace_overlap(trace, result)
     if not first():
         return
-    print(json.dumps(asdict(result)) if as_json else _table(result))
+    if as_json:
+        fields = asdict(result)
+        if fields["overlap"] is not None:
+            del fields["overlap"]["ran"]  # that is what --trace writes
+        print(json.dumps(fields))
+        return
+    print(_table(result))
+
+
+def _trace_overlap(trace: Path, result: Result) -> None:
+    """The overlapped step of every rank, written by the first one."""
+    from moec.runtime.launch import first
+    from moec.simulate.measured import measured
+    from moec.simulate.trace import write_trace
+
+    if result.overlap is None:
+        raise NothingToTrace(why=result.no_overlap)
+    if first():
+        write_trace(trace, [s for k, ran in enumerate(result.overlap.ran) for s in measured(ran, f"rank {k}")])
 
 
 def _profile(
@@ -203,7 +245,7 @@ def _table(r: Result) -> str:
     if r.step_weight_bytes and r.decode_bound_tokens_per_s and r.share_of_bound:
         read = f"{r.step_weight_bytes / 1e6:,.1f} MB of weights a step at {r.read_bandwidth / 1e9:.1f} GB/s measured"
         bound = f"{r.decode_bound_tokens_per_s:,.1f} tokens/s ({read}); reached {r.share_of_bound:.0%} run by run"
-    rows = [
+    rows: list[tuple[str, str]] = [
         ("model", f"{r.model}, {r.recipe}, target {r.target}, {r.threads} threads, batch {r.batch}{ranks}"),
         ("prefill", f"{r.prefill_tokens_per_s:,.1f} tokens/s, median of {r.repeat} x {r.prompt_tokens} tokens"),
         ("decode", f"{r.decode_tokens_per_s:,.1f} tokens/s, median of {r.repeat} x {r.new_tokens} tokens"),
@@ -211,4 +253,24 @@ def _table(r: Result) -> str:
         ("load", f"{r.load_s:.2f} s"),
         ("peak memory", f"{r.peak_memory_bytes / 2**20:,.0f} MiB; weights {r.weight_bytes / 2**20:,.0f} MiB"),
     ]
+    if r.overlap is not None:
+        rows += _overlap_rows(r.overlap)
+    elif ranks:
+        rows.append(("overlap", f"not measured: {r.no_overlap}"))
     return "\n".join(f"{name:13} {value}" for name, value in rows)
+
+
+def _overlap_rows(o: OverlapResult) -> list[tuple[str, str]]:
+    link = "data as processes of these machines exchange them"
+    if o.link_gbit is not None:
+        link = f"an EMULATED network card of {o.link_gbit:.3g} Gbit/s a rank"
+    how = "in the order of the artifact's schedule" if o.scheduled else "changing at every exchange"
+    hidden = f", {1 - o.exposed_ms / o.exchange_ms:.0%} hidden" if o.exposed_ms <= o.exchange_ms else ""
+    gains = [f"{ms / o.hidden_ms - 1:+.1%}" for ms in (o.awaited_ms, o.whole_ms)]
+    return [
+        ("overlap", f"{o.parts} micro-batches {how}, {o.sequences} sequences in all; {link}"),
+        ("exchanges", f"{o.exchange_ms:,.2f} ms a step awaited, {o.exposed_ms:,.2f} ms exposed when hidden{hidden}"),
+        ("step", f"{o.hidden_ms:,.2f} ms hidden, {o.awaited_ms:,.2f} awaited ({gains[0]} rate), "
+                 f"{o.whole_ms:,.2f} as one batch ({gains[1]})"),
+        ("same logits", "yes, bit for bit, hidden and awaited" if o.same_logits else "NO"),
+    ]  # fmt: skip
