@@ -7,20 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moec.errors import MoecError
-from moec.ir import CacheType, Function, Module, Op, TensorType, Value, WeightRef
+from moec.ir import Function, Module, Op
 from moec.ir.issue import CALLS, EVENTS, entries
 from moec.ir.mesh import mesh_of
 from moec.passes.base import Context
 from moec.passes.laid_out import layout_of
-from moec.passes.planning.precision import Recipe
+from moec.passes.planning.precision import RECIPES
 from moec.passes.planning.rank_rows import rank_layout, rank_rows
 from moec.passes.planning.rows import Rows
 from moec.passes.planning.sharding import roles
+from moec.passes.planning.stated import low, quantised_inputs, stated_recipe
 from moec.passes.planning.timing import Setting
 from moec.passes.streams.costs import Work, split_step, whole_step
 from moec.targets.cost import Cost, op_time
-
-LOW = ("fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "i8")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class OpTime:
     @property
     def low(self) -> bool:
         """Whether it computes on, or makes, numbers of 8 bits or fewer."""
-        return any(_low(t) for t in [o.type for o in self.op.operands] + [r.type for r in self.op.results])
+        return any(low(t) for t in [o.type for o in self.op.operands] + [r.type for r in self.op.results])
 
 
 def op_times(module: Module, ctx: Context) -> list[OpTime]:
@@ -86,7 +85,7 @@ def step_us(module: Module, times: Sequence[OpTime], phase: str) -> tuple[float,
 def _entry(module: Module, ctx: Context, entry: Function) -> Iterator[OpTime]:
     phase, label = str(entry.attrs["phase"]), entry.name.partition(".")[0]
     parts = split_step(whole_step(phase, ctx), int(str(entry.attrs.get("micro_batches", 1))))
-    setting = Setting(ctx.layout or layout_of(module), _recipe(None), ctx.target)
+    setting = Setting(ctx.layout or layout_of(module), RECIPES["bf16"], ctx.target)  # not asked: ops state theirs
     work = Work(setting, parts, rank=mesh_of(module).ranks > 1)
     runs = Counter({entry.name: 1})
     for op in entry.ops:
@@ -117,33 +116,11 @@ def _costs(function: Function, work: Work) -> dict[Op, tuple[Cost | None, str]]:
         for op in function.ops:
             if op.name in (*CALLS, *EVENTS) or int(str(op.attrs.get("micro_batch", 0))) != step.index:
                 continue
-            rows.recipe = _recipe(op)
-            # What a quant.cast made is paid for there.
-            rows.quantised |= {o for o in op.operands if isinstance(o, Value) and _low(o.type)}
+            rows.recipe = stated_recipe(op)
+            rows.quantised |= quantised_inputs(op)
             try:
                 made = rank_rows(rows, op, kinds[id(op)]) if work.rank else rows.of(op, kinds[id(op)])
                 found[op] = sum((op_time(row, setting.target) for row in made), start=Cost(0.0)), ""
             except (MoecError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
                 found[op] = None, str(error) or type(error).__name__
     return found
-
-
-def _low(t: object) -> bool:
-    return isinstance(t, TensorType | CacheType) and t.dtype in LOW
-
-
-def _recipe(op: Op | None) -> Recipe:
-    """The planner's recipe that stands for an op's own types."""
-    weights = (
-        [o.type.dtype for o in op.operands if isinstance(o, WeightRef) and isinstance(o.type, TensorType)] if op else []
-    )
-    inputs = [o.type for o in op.operands if isinstance(o, Value) and isinstance(o.type, TensorType)] if op else []
-    low = any(map(_low, inputs))
-    matrix = "bf16"
-    if any(w == "fp4_e2m1" for w in weights):
-        matrix = "mxfp4_weight"
-    elif any(w in LOW for w in weights):
-        matrix = "fp8_block" if low else "fp8_weight"
-    elif weights and all(w == "f32" for w in weights) and all(t.dtype == "f32" for t in inputs if t.dtype[0] != "i"):
-        matrix = "f32"
-    return Recipe("as stated", matrix, matrix, "fp8" if low else "bf16")

@@ -13,6 +13,7 @@ from moec.passes.planning.precision import Recipe
 from moec.passes.planning.rank_rows import rank_layout, rank_rows
 from moec.passes.planning.rows import COMMUNICATION, Row, Rows, Step
 from moec.passes.planning.sharding import roles
+from moec.passes.planning.stated import quantised_inputs, stated_recipe
 from moec.targets import Target
 from moec.targets.cost import Cost, op_time
 
@@ -254,11 +255,17 @@ def functions_of(module: Module, phase: str) -> Iterator[tuple[Function, int]]:
 
 
 def rows_of(
-    function: Function, step: Step, setting: Setting, chosen: Callable[[Op], bool] = lambda op: True, rank: bool = False
+    function: Function,
+    step: Step,
+    setting: Setting,
+    chosen: Callable[[Op], bool] = lambda op: True,
+    rank: bool = False,
+    stated: bool = False,
 ) -> Iterator[tuple[Op, Row]]:
     """The rows of the cost model of the chosen ops, in order; an op may have several, one after the other.
 
-    rank: the function is sharded, its types are those of one rank.
+    rank: the function is sharded, its types are those of one rank. stated: casts have been made, an op runs in the
+    precision of its own types; else in that of the setting's recipe.
     """
     route = next((op for op in function.ops if op.name == "moe.route"), None)
     top_k = int(route.attrs["top_k"]) if route else 1  # type: ignore[arg-type]
@@ -269,6 +276,9 @@ def rows_of(
     rule = rank_rows if rank else Rows.of
     for op in function.ops:
         if op.name not in CALLS and op.name not in EVENTS and chosen(op):
+            if stated:
+                rows.recipe = stated_recipe(op)
+                rows.quantised |= quantised_inputs(op)
             for row in rule(rows, op, kinds[id(op)]):
                 yield op, row
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from moec.ir import Module, TensorType
 from moec.ir.cost import amount
 from moec.ir.stats import weight_bytes
-from moec.passes.op_times import LOW, OpTime, step_us
+from moec.passes.op_times import OpTime, step_us
+from moec.passes.planning.stated import LOW
 from moec.passes.report.tables import microseconds, row
 
 MOST = 7

@@ -101,6 +101,8 @@ class Work:
     load: float = 0.0
     rank: bool = False
     """Whether the functions are sharded: their types are those of one rank."""
+    stated: bool = False
+    """Whether casts have been made: ops run in the precision of their own types, not in that of the recipe."""
 
     @property
     def parts(self) -> int:
@@ -135,7 +137,7 @@ def work_of(
     setting = Setting(ctx.layout, recipe, ctx.target, balance or None)
     whole = whole_step(phase, ctx)
     steps = split_prompt(whole, prompt_parts) if prompt_parts else split_step(whole, parts)
-    return Work(setting, steps, rank=mesh_of(module).ranks > 1)
+    return Work(setting, steps, rank=mesh_of(module).ranks > 1, stated=True)
 
 
 def whole_step(phase: str, ctx: Context) -> Step:
@@ -216,7 +218,8 @@ def _times(function: Function, work: Work, target: Target) -> dict[Op, OpTime]:
         def mine(op: Op, part: int = step.index) -> bool:
             return int(str(op.attrs.get("micro_batch", 0))) == part and not is_view(op)
 
-        for op, row in rows_of(function, step, replace(work.setting, target=target), mine, work.rank):
+        setting = replace(work.setting, target=target)
+        for op, row in rows_of(function, step, setting, mine, work.rank, work.stated):
             found[op] = _added(found[op], str(row["op"]), op_time(row, target))
     return found
 
