@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graphlib import TopologicalSorter
+from itertools import permutations
 
 from moec.passes.scheduling.cycles import maximum_cycle_ratio
 from moec.passes.scheduling.graph import TaskGraph
@@ -76,6 +77,36 @@ def recurrence_bound(grid: Grid) -> float:
     """The largest ratio of time to distance over the cycles through `repeat` edges (Rau, 1994: RecMII)."""
     shortest = shortest_durations(grid)
     return maximum_cycle_ratio(grid.size, [(i, j, shortest[i], h) for i, j, h in grid.arcs])
+
+
+def mode_cliques(grid: Grid) -> list[list[tuple[int, int]]]:
+    """Sets of (task, mode) no two of which run side by side: their durations add up, whatever modes are chosen.
+
+    They are tasks of two resources that take one at a time each, say computation and a link, where a third is divided
+    between both: modes that hold more of it than some amount leaves, beside the others' modes that hold that amount or
+    more. Energies alone would let a product run on all SMs for one half of the time and share them for the other.
+    """
+    count = len(grid.capacities)
+    held = [[dict(mode.uses) for mode in modes] for modes in grid.modes]
+    single = [
+        [i for i, modes in enumerate(held) if all(mode.get(r, 0) * 2 > grid.capacities[r] for mode in modes)]
+        for r in range(count)
+    ]
+    found: dict[frozenset[tuple[int, int]], None] = {}
+    for one, other in permutations(range(count), 2):
+        for shared in set(range(count)) - {one, other}:
+            amounts = {mode.get(shared, 0) for i in single[other] for mode in held[i]} - {0}
+            for amount in sorted(amounts):
+                greedy = {
+                    (i, k)
+                    for i in single[one]
+                    for k, mode in enumerate(held[i])
+                    if mode.get(shared, 0) + amount > grid.capacities[shared]
+                }
+                beside = {(i, k) for i in single[other] for k, m in enumerate(held[i]) if m.get(shared, 0) >= amount}
+                if greedy and beside:
+                    found[frozenset(greedy | beside)] = None
+    return [sorted(clique) for clique in found]
 
 
 def shortest_durations(grid: Grid) -> list[int]:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from typing import Any, Generic, TypeVar
 
-from moec.passes.scheduling.bounds import heads_and_tails, shortest_durations
+from moec.passes.scheduling.bounds import heads_and_tails, mode_cliques, shortest_durations
 from moec.passes.scheduling.grid import Grid, GridMode
 from moec.passes.scheduling.search import Effort, Found
 
@@ -175,6 +175,8 @@ class _Model:
         for resource, capacity in enumerate(grid.capacities):
             add_capacity(cp, usages[resource], capacity)
             cp.add(energies[resource] <= capacity * self.makespan)
+        for clique in mode_cliques(grid):
+            cp.add(sum(grid.modes[i][k].duration * self.literals[i][k] for i, k in clique) <= self.makespan)
 
     def _hint(self, found: Found) -> None:
         for i, start in enumerate(found.starts):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from moec.passes.scheduling.bounds import mode_cliques
 from moec.passes.scheduling.exact import Run, add_capacity, add_modes, conflicts, hint_mode
 from moec.passes.scheduling.grid import Grid
 
@@ -137,6 +138,8 @@ class _Model:
         for resource, capacity in enumerate(grid.capacities):
             add_capacity(cp, usages[resource], capacity)
             cp.add(energies[resource] <= capacity * self.interval)
+        for clique in mode_cliques(grid):
+            cp.add(sum(grid.modes[i][k].duration * self.literals[i][k] for i, k in clique) <= self.interval)
 
     def _add_turns(self) -> None:
         """Two tasks that never run side by side take turns on the circle (see `conflicts`)."""
