@@ -163,7 +163,7 @@ def _joined(told: list[Any], parts: int, scheduled: bool, sequences: int, link_g
         return [max(each) * 1e3 for each in zip(*(rank[kind][0] for rank in ranks), strict=True)]
 
     def waited(kind: int) -> float:
-        return median(mean(each) * 1e3 for each in zip(*(rank[kind][1] for rank in ranks), strict=True))
+        return float(median(mean(each) * 1e3 for each in zip(*(rank[kind][1] for rank in ranks), strict=True)))
 
     digests = [rank[kind][2] for rank in ranks for kind in (_AWAITED, _HIDDEN)]
     same = all(len(d) == 1 for d in digests) and digests[::2] == digests[1::2]
