@@ -11,6 +11,7 @@ what the compiler says of it, with times PREDICTED from the data sheet's rates: 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,18 +35,23 @@ from gpu_model import (
     CONTEXT,
     REPEATS,
     SMALL,
+    compiled_for,
     engine_for,
     event_timer,
+    experts_timer,
     logits_error,
     measured_launches,
     measured_steps,
     predicted_step,
     program_for,
+    sized,
     target_here,
     with_folder,
 )
+from gpu_peers import compiled_experts
 from gpu_predict import SHEETS, predicted_us, sizes
-from gpu_timing import Packed, Row, layers, measure, wanted
+from gpu_shapes import published
+from gpu_timing import Packed, Row, measure, timed_us, wanted
 
 from moec.codegen.triton import aot
 from moec.codegen.triton.arch import ARCHITECTURES, architecture
@@ -74,35 +81,28 @@ def dry_run(architectures: list[str], cold: bool, jobs: int) -> dict[str, Any]:
     """Compiles everything and prints one table per architecture."""
     result: dict[str, Any] = {"measured": False}
     for arch in architectures:
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as empty:
-            folder = Path(empty) if cold else None
-            compiled = aot.compile_kernels(instances(arch), jobs=jobs, folder=folder, strict=False)
-        seconds = time.perf_counter() - started
+        target = load(SHEETS[arch])
+        with tempfile.TemporaryDirectory() as empty, cache_in(empty if cold else None):
+            started = time.perf_counter()
+            _, program, of_program = compiled_for(target)
+            seconds = time.perf_counter() - started
+            others = [*instances(arch), *published(target)]
+            compiled = aot.compile_kernels(others, jobs=jobs, strict=False)
+        named = [(sized(program, name), k) for name, k in zip(program.table.entries, of_program, strict=True)]
+        named += [(k.instance, k) for k in compiled]
         rows = [
-            (
-                k.instance.name, k.facts["tensor_instruction"] or "-", str(k.facts["registers"]),
-                f"{k.facts['spill_stores']}{' listed' if k.spills_listed else ''}", str(k.facts["shared_bytes"]),
-                f"{k.seconds:.2f}", f"{predicted_us(k.instance):.1f}", "; ".join(k.problems()) or "ok",
-            )
-            for k in compiled
-        ]  # fmt: skip
-        head = (
-            "kernel",
-            "instruction",
-            "registers",
-            "spill bytes",
-            "shared bytes",
-            "compile s",
-            "PREDICTED us",
-            "checks",
-        )
-        cached = sum(k.cached for k in compiled)
+            (*facts_of(k), f"{k.seconds:.2f}", f"{predicted_us(i, target):.1f}", "; ".join(k.problems()) or "ok")
+            for i, k in named
+        ]
+        head = ("kernel", "instruction", "tile", "registers", "spill bytes", "shared bytes", "compile s",
+                "PREDICTED us", "checks")  # fmt: skip
+        cached = sum(k.cached for k in of_program)
         print(
-            f"\n{arch}: {len(rows)} kernels in {seconds:.1f} s, {cached} from the cache; predicted for {SHEETS[arch]}"
+            f"\n{arch}: {len(of_program)} kernels of four DeepSeek-V3 layers, both phases, in {seconds:.1f} s "
+            f"({cached} from the cache), and {len(compiled)} others; predicted for {target.name}"
         )
         print(table(head, rows))
-        steps = {batch: predicted_step(load(SHEETS[arch]), batch) for batch in BATCHES}
+        steps = {batch: predicted_step(target, batch) for batch in BATCHES}
         print("decode of 4 DeepSeek-V3 layers, context 4096, PREDICTED: " + ", ".join(
             f"batch {batch} {us / 1e3:.2f} ms ({count} launches)" for batch, (us, count) in steps.items()
         ))  # fmt: skip
@@ -110,12 +110,34 @@ def dry_run(architectures: list[str], cold: bool, jobs: int) -> dict[str, Any]:
         print(f"not on {arch}: {', '.join(left_out) or 'none'}")
         result[arch] = {
             "seconds": seconds,
-            "cached": cached,
             "predicted_decode_us": {str(batch): us for batch, (us, _) in steps.items()},
-            "kernels": [{**k.record(), "compile_s": k.seconds, "predicted_us": predicted_us(k.instance),
-                         "problems": k.problems()} for k in compiled],
+            "kernels": [{**k.record(), "compile_s": k.seconds, "predicted_us": predicted_us(i, target),
+                         "problems": k.problems()} for i, k in named],
         }  # fmt: skip
     return result
+
+
+def facts_of(k: aot.Compiled) -> tuple[str, ...]:
+    """Name, instruction, tile and what the compiler tells of a kernel."""
+    tile = k.instance.tile
+    blocks = " ".join(f"{n}={v}" for n, v in tile.constants.items() if n != "GROUP_M")
+    spilled = f"{k.facts['spill_stores']}{' listed' if k.spills_listed else ''}"
+    return (
+        k.instance.name, k.facts["tensor_instruction"] or "-", f"{blocks} {tile.num_warps}w {tile.num_stages}s".strip(),
+        str(k.facts["registers"]), spilled, str(k.facts["shared_bytes"]),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def cache_in(folder: str | None) -> Iterator[None]:
+    """Compiled kernels are kept in `folder` meanwhile."""
+    before = os.environ.get("MOEC_CACHE_DIR")
+    if folder is not None:
+        os.environ["MOEC_CACHE_DIR"] = folder
+    yield
+    if folder is not None:
+        os.environ.pop("MOEC_CACHE_DIR")
+        os.environ.update({} if before is None else {"MOEC_CACHE_DIR": before})
 
 
 def this_arch() -> str:
@@ -277,7 +299,7 @@ def run_kernels(session: Session) -> None:
     import torch
 
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    instances_ = wanted(session.arch)
+    instances_ = wanted(load(target_here()))
     packed = Packed(instances_, session.jobs)
     rows = []
     for instance in instances_:
@@ -296,17 +318,35 @@ def run_kernels(session: Session) -> None:
 
 
 def run_layer(session: Session) -> None:
-    """Routed experts of one layer beside torch.compile."""
+    """The routed experts of one layer, from the gate to the sum, as the program launches them, beside torch.compile."""
     import torch
 
+    count, width, inner = 256, 7168, 2048
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    rows = []
-    for row in layers(session.arch, flush):
-        rows.append(row)
-        session.add("rows", asdict(row))
-        if session.late():
-            break
-    print(measured_table(rows), flush=True)
+
+    def work(folder: Path) -> None:
+        program, engine, _kept = engine_for(folder)
+        peer = compiled_experts(count, width, inner, top_k=8, groups=8, kept=4)
+        rows = []
+        for phase, tokens in (*(("decode", b) for b in BATCHES), ("prefill", CONTEXT)):
+            once = experts_timer(engine, program, phase, tokens, (flush.data_ptr(), FLUSH_BYTES))
+            us = median(once() for _ in range(REPEATS))
+            used = min(count, 8 * tokens)
+            flops, moved = 6 * 8 * tokens * width * inner, 3 * used * width * inner
+            row = Row("routed experts", f"T={tokens}", us, flops / us / 1e6, moved / us / 1e3)
+            x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+            try:
+                row.peers["torch.compile, BF16"] = timed_us(partial(peer, x), flush)
+            except Exception as error:
+                said = (str(error).splitlines() or [""])[0]
+                print(f"  torch.compile of the layer: {type(error).__name__}: {said}", file=sys.stderr)
+            rows.append(row)
+            session.add("rows", asdict(row))
+            if session.late():
+                break
+        print(measured_table(rows), flush=True)
+
+    with_folder(work)
 
 
 def measured_table(rows: Sequence[Row]) -> str:

@@ -14,12 +14,14 @@ from gpu_predict import predicted_us
 
 import moec
 from moec.codegen.storage import stored_arrays
-from moec.codegen.triton.program import PAGE, Program, lower_module
+from moec.codegen.triton.aot import Compiled
+from moec.codegen.triton.program import PAGE, Program, compiled_program, lower_module
 from moec.codegen.triton.spec import Instance
 from moec.ir import Module
 from moec.ir.expr import evaluate
 from moec.runtime.artifact import Artifact, read_manifest
 from moec.runtime.cuda.engine import GpuEngine
+from moec.runtime.cuda.executor import Executor
 from moec.runtime.cuda.program import parse_gpu_plan, symbols
 from moec.targets import Target
 
@@ -55,12 +57,31 @@ def launches(steps: Sequence[Any], times: int = 1, layer: int = 0) -> Iterator[L
         fill = step if "fill" in step else None
 
 
+def planned(target: Target | str, settings: Mapping[str, str] = LAYERS) -> Any:
+    """Both phases at the largest batch and chunk."""
+    return moec.trace("deepseek-v3", dict(settings)).optimize(target, batch=BATCHES[-1], context=CONTEXT, chunk=CONTEXT)
+
+
 def program_for(target: Target, settings: Mapping[str, str] = LAYERS) -> tuple[Module, Program]:
-    """The decode program at the largest batch."""
-    plan = moec.trace("deepseek-v3", dict(settings)).optimize(
-        target, phase="decode", batch=BATCHES[-1], context=CONTEXT
-    )
+    """The program, with the tiles that the cost model takes."""
+    plan = planned(target, settings)
     return plan.ir, lower_module(plan.ir, target, vars(plan.context.limits), tiles={})
+
+
+def compiled_for(target: Target) -> tuple[Module, Program, list[Compiled]]:
+    """The program and its kernels, with the tiles that users get."""
+    plan = planned(target)
+    return plan.ir, *compiled_program(plan.ir, target, vars(plan.context.limits))
+
+
+def sized(program: Program, name: str) -> Instance:
+    """A kernel at the sizes of its first launch, for its declared cost."""
+    for phase, lowered in program.phases.items():
+        tokens, sequences = (BATCHES[-1], BATCHES[-1]) if phase == "decode" else (CONTEXT, 1)
+        for launch in launches(lowered.steps):
+            if launch.step["kernel"] == name:
+                return at(program.table.entries[name].instance, launch.step, tokens, sequences)
+    raise KeyError(name)
 
 
 def at(instance: Instance, step: Mapping[str, Any], tokens: int, sequences: int) -> Instance:
@@ -131,10 +152,8 @@ def target_here() -> str:
 
 def engine_for(folder: Path, settings: Mapping[str, str] = LAYERS) -> tuple[Program, GpuEngine, list[Any]]:
     """The artifact of both phases, compiled into `folder`, on the GPU here with random weights."""
-    plan = moec.trace("deepseek-v3", dict(settings)).optimize(
-        target_here(), batch=BATCHES[-1], context=CONTEXT, chunk=CONTEXT
-    )
-    program = lower_module(plan.ir, plan.context.target, vars(plan.context.limits))
+    plan = planned(target_here(), settings)
+    program, _ = compiled_program(plan.ir, plan.context.target, vars(plan.context.limits))
     path = folder / "m.moec"
     plan.compile(path, no_weights=True)
     manifest = read_manifest(path)
@@ -181,6 +200,35 @@ def measured_launches(
         once()
         instance = at(program.table.entries[step["kernel"]].instance, step, tokens, sequences)
         yield step["kernel"], instance, launch.times, median(once() for _ in range(REPEATS))
+
+
+def experts_timer(
+    engine: GpuEngine, program: Program, phase: str, tokens: int, flush: tuple[int, int]
+) -> Callable[[], float]:
+    """Microseconds of one layer's launches from the gate to the sum of its experts, as a graph of their own."""
+    sequences = tokens if phase == "decode" else 1
+    sizes = symbols(engine.plan, engine.pool.table_width, tokens, min(tokens, 128), sequences, CONTEXT)
+    layer = next(s for s in engine.plan.entries[phase].steps if str(s.get("function", "")).startswith("moe_layers"))
+    first, steps, kernels = layer["repeat"][0], [], engine.executor(phase).kernels
+    for step in layer["steps"]:
+        ops = program.table.entries[step["kernel"]].ops if "kernel" in step else set()
+        if "fill" in step or any(op.startswith("moe.") for op in ops):
+            steps.append({n: v for n, v in step.items() if n != "stream"})
+    entry = replace(engine.plan.entries[phase], steps=({"repeat": [first, first], "steps": steps},))
+    executor = Executor(engine.driver, kernels, engine.memory, entry)
+    executor.replay(sizes, lambda: None, lambda: None)
+    driver = engine.driver
+    start, end = driver.event(timing=True), driver.event(timing=True)
+
+    def once() -> float:
+        driver.zero(*flush, executor.main)
+        driver.record(start, executor.main)
+        executor.again()
+        driver.record(end, executor.main)
+        driver.wait(executor.main)
+        return driver.elapsed_us(start, end)
+
+    return once
 
 
 def fill_sequences(engine: GpuEngine, batch: int) -> list[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moec.codegen.triton.compose import Experts
 from moec.codegen.triton.spec import Instance
 
 Call = Callable[[], Any]
@@ -24,8 +23,8 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Call:
 
 
 def operands(x: dict[str, Any]) -> tuple[Any, Any]:
-    """A and B of a product, whatever form they come in."""
-    return x.get("a_ptr", x.get("a_desc")), x.get("b_ptr", x.get("b_desc"))
+    """A and B of a product."""
+    return x["a_ptr"], x["b_ptr"]
 
 
 def bf16_matmul(i: Instance, x: dict[str, Any]) -> Call:
@@ -47,19 +46,11 @@ def scaled_mm(i: Instance, x: dict[str, Any]) -> Call:
     return lambda: torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
 
-def batched_matmul(i: Instance, x: dict[str, Any]) -> Call:
-    import torch
-
-    a = x["a_ptr"].transpose(0, 1)
-    b = x["b_ptr"].transpose(1, 2) if i.constants["B_IS_NK"] else x["b_ptr"]
-    return lambda: torch.bmm(a, b)
-
-
 def expert_loop(i: Instance, x: dict[str, Any]) -> Call:
     """One BF16 product for each expert, rows split evenly."""
     import torch
 
-    parts = x["a_ptr"].to(torch.bfloat16).chunk(i.dims["E"])
+    parts = x["a_ptr"].to(torch.bfloat16).chunk(len(x["b_ptr"]))
     weights = [w.to(torch.bfloat16).T for w in x["b_ptr"]]
     return lambda: [torch.mm(a, w) for a, w in zip(parts, weights, strict=False)]
 
@@ -107,43 +98,6 @@ def prefill_attention(i: Instance, x: dict[str, Any]) -> Call:
     return lambda: attend(q, k, v, is_causal=True, scale=x["softmax_scale"])
 
 
-def quantised(y: Any) -> tuple[Any, Any]:
-    import torch
-
-    groups = y.float().unflatten(-1, (-1, 128))
-    scale = groups.abs().amax(-1, keepdim=True) / 448.0
-    return (groups / scale).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
-
-
-def compiled_norm(i: Instance, x: dict[str, Any]) -> Call:
-    import torch
-
-    constants = i.constants
-
-    def norm(value: Any, weight: Any, residual: Any) -> Any:
-        total = value if residual is None else value + residual
-        y = torch.nn.functional.rms_norm(total.float(), weight.shape, weight.float(), x["eps"])
-        kept = y.to(value.dtype) if constants["KEEP"] else None
-        return total, kept, quantised(y) if constants["QUANTISE"] else None
-
-    return compiled(norm, x["x_ptr"], x["weight_ptr"], x.get("residual_ptr"))
-
-
-def compiled_quantise(i: Instance, x: dict[str, Any]) -> Call:
-    return compiled(quantised, x["x_ptr"])
-
-
-def compiled_swiglu(i: Instance, x: dict[str, Any]) -> Call:
-    import torch
-
-    def swiglu(value: Any) -> Any:
-        gate, up = value.float().chunk(2, -1)
-        y = torch.nn.functional.silu(gate) * up
-        return quantised(y) if i.constants["QUANTISE"] else y.to(value.dtype)
-
-    return compiled(swiglu, x["x_ptr"])
-
-
 def compiled_route(i: Instance, x: dict[str, Any]) -> Call:
     import torch
 
@@ -165,31 +119,33 @@ def compiled_route(i: Instance, x: dict[str, Any]) -> Call:
     return compiled(route, x["logit_ptr"], x.get("bias_ptr"))
 
 
-def compiled_experts(e: Experts) -> Callable[[Any], Any]:
-    """A layer's routed experts in torch: top-k, a sort, two grouped products, in BF16 through torch.compile."""
+def compiled_experts(count: int, width: int, inner: int, top_k: int, groups: int, kept: int) -> Callable[[Any], Any]:
+    """A layer's routed experts in torch: gate, top-k, a sort, two grouped products, in BF16 through torch.compile."""
     import torch
 
-    gate_up = torch.stack([w.bfloat16() for w in e.gate_up]).transpose(1, 2)
-    down = torch.stack([w.bfloat16() for w in e.down]).transpose(1, 2)
-    count = e.router.shape[0]
+    def weight(*shape: int) -> Any:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * shape[1] ** -0.5
+
+    router, gate_up, down = weight(width, count), weight(count, width, 2 * inner), weight(count, inner, width)
+    bias = 0.01 * torch.randn(count, device="cuda")
 
     def layer(x: Any) -> Any:
-        score = (x @ e.router.T).float().sigmoid()
-        groups = (score + e.bias).unflatten(-1, (e.groups, -1))
-        best = groups.topk(2, -1).values.sum(-1).topk(e.top_groups, -1).indices
-        mask = torch.zeros(len(x), e.groups, device=x.device).scatter_(1, best, 1.0)
-        index = groups.masked_fill(mask[..., None] == 0, -torch.inf).flatten(1).topk(e.top_k, -1).indices
-        weight = score.gather(1, index)
-        weight = weight / weight.sum(-1, keepdim=True) * e.route_scale
+        score = (x @ router).float().sigmoid()
+        parts = (score + bias).unflatten(-1, (groups, -1))
+        best = parts.topk(2, -1).values.sum(-1).topk(kept, -1).indices
+        mask = torch.zeros(len(x), groups, device=x.device).scatter_(1, best, 1.0)
+        index = parts.masked_fill(mask[..., None] == 0, -torch.inf).flatten(1).topk(top_k, -1).indices
+        share = score.gather(1, index)
+        share = share / share.sum(-1, keepdim=True)
         order = index.flatten().argsort()
         ends = torch.zeros(count, device=x.device).scatter_add_(
             0, index.flatten(), torch.ones_like(order, dtype=torch.float32)
         )
         offsets = ends.cumsum(0).to(torch.int32)
-        gate, up = torch._grouped_mm(x[order // e.top_k], gate_up, offs=offsets).chunk(2, -1)
+        gate, up = torch._grouped_mm(x[order // top_k], gate_up, offs=offsets).chunk(2, -1)
         y = torch._grouped_mm(torch.nn.functional.silu(gate) * up, down, offs=offsets)
-        y = y * weight.flatten()[order, None].to(y.dtype)
-        return torch.zeros_like(x).index_add_(0, order // e.top_k, y)
+        y = y * share.flatten()[order, None].to(y.dtype)
+        return torch.zeros_like(x).index_add_(0, order // top_k, y)
 
     return torch.compile(layer, mode="max-autotune-no-cudagraphs")
 
@@ -199,19 +155,11 @@ def argmax(i: Instance, x: dict[str, Any]) -> Call:
 
 
 PEERS: dict[str, tuple[tuple[str, Maker], ...]] = {
-    "gemm:fp8_gemm": (("torch bf16 mm", bf16_matmul), ("torch _scaled_mm per tensor", scaled_mm)),
-    "gemm:fp8_gemm_tma": (("torch bf16 mm", bf16_matmul), ("torch _scaled_mm per tensor", scaled_mm)),
-    "gemm:bf16_gemm": (("torch bf16 bmm", batched_matmul),),
-    "grouped:grouped_fp8_gemm": (("torch bf16 mm per expert", expert_loop),),
-    "grouped:grouped_bf16_gemm": (("torch bf16 mm per expert", expert_loop),),
-    "grouped:grouped_fp8_swiglu": (("torch bf16 mm per expert, no SwiGLU", expert_loop),),
-    "grouped:grouped_bf16_swiglu": (("torch bf16 mm per expert, no SwiGLU", expert_loop),),
+    "dense:dense": (("torch bf16 mm", bf16_matmul), ("torch _scaled_mm per tensor", scaled_mm)),
+    "grouped:grouped": (("torch bf16 mm per expert", expert_loop),),
     "attention:mla_decode_split": (("torch SDPA, dense keys", decode_attention),),
     "attention:mla_prefill": (("torch SDPA", prefill_attention),),
     "heads:heads_attention": (("torch SDPA, dense keys", heads_attention),),
-    "rows:rms_norm": (("torch.compile", compiled_norm),),
-    "rows:quantise": (("torch.compile", compiled_quantise),),
-    "rows:swiglu": (("torch.compile", compiled_swiglu),),
     "routing:route": (("torch.compile", compiled_route),),
     "sampling:greedy": (("torch argmax", argmax),),
 }

@@ -1,26 +1,24 @@
-"""Times of kernels and of a layer on a GPU, beside torch on the same problem."""
+"""Times of kernels on a GPU, beside torch on the same problem."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import median
 from typing import Any
 
-from gpu_peers import PEERS, compiled_experts
+from gpu_peers import PEERS
 from gpu_predict import sizes
+from gpu_shapes import published
 
 from moec.codegen.triton import aot
-from moec.codegen.triton.compose import Chain, Experts, routed_experts
 from moec.codegen.triton.errors import CompileFailed
 from moec.codegen.triton.problem import Problem, move
 from moec.codegen.triton.spec import Instance, registry
-from moec.codegen.triton.specs.recipe import quantise_128x128
+from moec.targets import Target
 
 WARM_UP, REPEATS = 3, 30
-GEMM_NK = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 
 
 @dataclass
@@ -35,25 +33,15 @@ class Row:
     peers: dict[str, float] = field(default_factory=dict)
 
 
-def wanted(arch: str) -> list[Instance]:
-    """What is timed: matrix products at DeepGEMM's published shapes, decode at FlashMLA's, the rest as declared."""
-    found = []
+def wanted(target: Target) -> list[Instance]:
+    """What is timed: products at DeepGEMM's published shapes, decode at FlashMLA's, the rest as declared."""
+    arch, found = target.device.arch, published(target)
     for spec in registry().values():
         for shape in spec.tiles.get(arch, {}):
-            base = spec.instance(arch, shape)
-            if spec.name.startswith("fp8_gemm") or spec.name == "bf16_gemm":
-                rows = (64, 128) if shape == "decode" else (4096,)
-                found += [spec.instance(arch, shape, M=m, N=n, K=k) for m in rows for n, k in GEMM_NK]
-            elif spec.name.startswith("mla_decode_split"):
+            if spec.name.startswith("mla_decode_split"):
                 found += [spec.instance(arch, shape, CONTEXT=c, QUERIES=q) for c in (1024, 4096, 8192) for q in (1, 2)]
-            elif "_masked" in spec.name and "capacity" in spec.signature and spec.tensor_core:
-                found += [
-                    spec.instance(arch, shape, E=e, CAPACITY=c, R=e * c, LOAD=-1) for e, c in ((1, 1024), (4, 256))
-                ]
-            elif "_contiguous" in spec.name and spec.tensor_core:
-                found += [spec.instance(arch, shape, E=e, R=e * m, LOAD=-1) for e, m in ((4, 8192), (8, 4096))]
             else:
-                found.append(base)
+                found.append(spec.instance(arch, shape))
     return found
 
 
@@ -138,6 +126,7 @@ class Packed:
         for name, kind in instance.signature.items():
             value = arguments[name]
             if kind.startswith("tensordesc"):
+                value = value.view(-1, value.shape[-1])
                 value = Matrix(value.data_ptr(), tuple(value.shape), tuple(value.stride()))
             values[name] = value
         return Kernel(self.driver, compiled.record(), compiled.binary).bound(instance.grid(), values)
@@ -167,48 +156,3 @@ def measure(instance: Instance, packed: Packed, flush: Any) -> Row:
             said = str(error).splitlines() or [""]
             print(f"  {name} beside {instance.name}: {type(error).__name__}: {said[0]}", file=sys.stderr)
     return row
-
-
-def layer_weights() -> Experts:
-    """One DeepSeek-V3 layer's router and 256 experts, random, quantised on the device one expert at a time."""
-    import torch
-
-    count, width, inner = 256, 7168, 2048
-    gate_up = torch.empty(count, 2 * inner, width, dtype=torch.float8_e4m3fn, device="cuda")
-    down = torch.empty(count, width, inner, dtype=torch.float8_e4m3fn, device="cuda")
-    scales = [torch.empty(count, t.shape[1] // 128, t.shape[2] // 128, device="cuda") for t in (gate_up, down)]
-    for e in range(count):
-        for weight, scale in zip((gate_up, down), scales, strict=True):
-            q, s = quantise_128x128(torch.randn(weight.shape[1:], device="cuda") * weight.shape[2] ** -0.5)
-            weight[e], scale[e] = q, s
-    router = (torch.randn(count, width, device="cuda") * width**-0.5).bfloat16()
-    bias = 0.01 * torch.randn(count, device="cuda")
-    return Experts(router, bias, gate_up, scales[0], down, scales[1], groups=8, top_groups=4, top_k=8, route_scale=2.5)
-
-
-def layers(arch: str, flush: Any) -> Iterator[Row]:
-    """The routed experts of one layer, nine kernels in a CUDA graph, beside torch.compile of the same layer in BF16."""
-    import torch
-
-    experts = layer_weights()
-    peer = compiled_experts(experts)
-    for tokens in (1, 32, 128, 4096):
-        x = torch.randn(tokens, 7168, device="cuda").bfloat16()
-        masked = tokens <= 128
-        chain = Chain(arch, "decode" if masked else "prefill")
-        us = timed_us(partial(routed_experts, chain, x, experts, masked), flush)
-        used = min(256, 8 * tokens)
-        row = Row(
-            "routed experts",
-            f"T={tokens}",
-            us,
-            6 * 8 * tokens * 7168 * 2048 / us / 1e6,
-            3 * used * 7168 * 2048 / us / 1e3,
-        )
-        try:
-            row.peers["torch.compile, BF16"] = timed_us(partial(peer, x), flush)
-        except Exception as error:
-            print(
-                f"  torch.compile of the layer: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr
-            )
-        yield row

@@ -90,6 +90,7 @@ class Compiled:
                 "constants": instance.constants,
                 "warps": instance.tile.num_warps,
                 "stages": instance.tile.num_stages,
+                "tile": instance.origin,
                 "grid": list(instance.spec.grid),
                 "sha256": cache.digest(self.binary),
             },
@@ -254,10 +255,13 @@ def compile_kernels(
     for compiled in try_compile(wanted, jobs=jobs, folder=folder):
         if isinstance(compiled, CompileFailed):
             raise compiled
-        if strict and (wrong := compiled.problems()):
-            instance = compiled.instance
-            raise CheckFailed(name=instance.name, arch=instance.arch, problems="; ".join(wrong))
         results.append(compiled)
+    if strict and (failed := [k for k in results if k.problems()]):
+        first = failed[0].instance
+        raise CheckFailed(
+            name=first.name, arch=first.arch, problems="; ".join(failed[0].problems()),
+            instances=[k.instance for k in failed],
+        )  # fmt: skip
     return results
 
 

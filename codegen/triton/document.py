@@ -10,11 +10,14 @@ PREFACE = """\
 
 Generated from the declarations in `codegen/triton/specs/` by `python -m moec.codegen.triton.document`; edit those.
 
-Each kernel is a plain Triton function in `codegen/triton/kernels/` and one declaration (`KernelSpec`): arguments,
-compile-time constants, tiles for every architecture and shape class, grid, cost, a reference in torch with the bounds
-its results are held to, and the problems it is tested on. The declaration drives
+Most kernels are written from the program (next section). Attention, the indexer of sparse attention, routing, the cache
+and sampling are plain Triton functions in `codegen/triton/kernels/`. Either has one declaration (`KernelSpec`):
+arguments, compile-time constants, tiles, grid, cost, a reference in torch with the bounds its results are held to, and
+the problems it is tested on. The declaration drives
 
-- the test: `pytest tests/triton` runs every kernel in Triton's interpreter against torch in float64;
+- the test: `pytest tests/triton` runs every kernel in Triton's interpreter against torch in float64, at one token, with
+  empty experts and all tokens at one, ragged ends, lengths 1 and 4097, zeros and subnormals; a test reads off the
+  problems that a kernel's cases reach these edges;
 - compilation: `compile_kernels(instances("sm_90a"))` in `codegen/triton/aot.py` needs no GPU and no driver;
 - the launch from the packed cubin: `runtime/cuda/` speaks to the driver and needs neither Triton nor torch;
 - the benchmark: `python benchmarks/gpu.py` on a GPU, `python benchmarks/gpu.py --dry-run` anywhere: compile facts, and
@@ -36,7 +39,7 @@ files in an artifact's `kernels/` begin with the ops that they were written for:
 #   %24 = linear %23, @dense_layers.mlp.gate_up[%l] : bf16[T, 36864]
 #   %25 = swiglu %24 : bf16[T, 18432]
 #   %26 = quant.cast %25 {{dtype = fp8_e4m3, granularity = 1x128, scale = f32}} : ...
-# linear_swiglu_quant_cast.sm_90a: linear, swiglu, quant.cast; 8 warps, 3 stages; EVEN_K=True, BM=64, BN=128, GROUP_M=8
+# linear_swiglu_quant_cast.decode.sm_90a: linear, swiglu, quant.cast; 8 warps, 3 stages; EVEN_K=True, BM=64, ..., TMA=1
 ```
 
 `codegen/triton/lower/` gives every value a place in one arena and writes the launches into plan.json
@@ -51,11 +54,31 @@ gpt-oss, Llama, GLM, Phi and others) run through one loop for prefill and decode
 sinks and bounded scores; norms of heads and the rotation after them are one kernel with the write into the cache. A
 latent cache in FP8 is written and read with its scales. Exchanges between ranks are packed and unpacked by kernels
 (docs/gpu-engine.md). What no kernel computes is refused in one line: other granularities of activations than 1x128,
-head widths of latent attention that are not powers of two, an FP8 cache of heads, experts whose results travel
-in FP8.
+head widths of latent attention that are not powers of two, an FP8 cache of heads or with index keys, experts whose
+results travel in FP8.
 
-`moec tune ARTIFACT` measures other tiles of an artifact's kernels on the GPU at hand and keeps the winners by
-architecture, with device, driver and date, in the cache folder; the next compilation takes them and says so.
+Sparse attention (DeepSeek-V3.2) runs in the absorbed form: index scores of the cached positions on the tensor cores, a
+radix selection of the best in four passes over a row of scores, and attention over those of each token. The scores of a
+call take four bytes for every token and cached position.
+
+What was compiled for every family and architecture is in docs/gpu-artifacts.md.
+
+## Forms and tiles of a product
+
+One text serves three forms of a product, chosen by constants of its tile. Operands are read through pointers; with TMA
+through tensor descriptors, whose boxes the copy engine of Hopper and Blackwell fetches (rows that a dispatch names by
+index stay pointers, the weights beside them do not); with WS in warps of their own besides (sm_90a, four warps).
+plan.json names a descriptor's matrix by place, rows and columns; `runtime/cuda/` encodes the map for every layer with
+`cuTensorMapEncodeTiled` when a launch is packed.
+
+Which form and blocks, warps and stages a product gets is the cost model's choice, by architecture, rows, columns and
+depth (`fused/choice.py`, `targets/cost/tiles.py`): blocks that a core holds, steps that overlap, waves, bytes in flight
+against the latency of memory, traffic out of the level-2 cache. A predicted tile whose kernel spills or fails another
+check gives way to the next, and the compilation says how many did. `moec tune ARTIFACT` measures the best of the menu,
+with and without warps for the loads, on the GPU at hand, and keeps the winners by architecture with device, driver and
+date in the cache folder; the next compilation takes them. kernels.json says of each tile whether it is `predicted` (for
+which target, how many microseconds), `measured` (where and when) or `declared`. The warp-specialised form is measured
+and never predicted: the model sees no difference to the form without.
 
 ## The first session on a GPU
 
@@ -71,8 +94,8 @@ for 16 cores and an H100; nothing of it has been timed there.
    tokens.
 3. `python benchmarks/gpu.py --only kernels --out kernels.json` (6 minutes): products at DeepGEMM's shapes, decode at
    FlashMLA's, beside torch.
-4. `python benchmarks/gpu.py --only layer --out layer.json` (4 minutes, most of it autotuning): routed experts beside
-   `torch.compile`.
+4. `python benchmarks/gpu.py --only layer --out layer.json` (4 minutes, most of it autotuning): the routed experts of
+   one layer, as the program launches them, in a graph of their own beside `torch.compile`.
 5. `moec tune ARTIFACT`, then the second command again (6 minutes): what other tiles are worth.
 
 The artifacts need 40 GB of device memory and a few hundred MB on disk. Where `checks` names wrong kernels, read the

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from moec.errors import InputError, MoecError
+
+if TYPE_CHECKING:
+    from moec.codegen.triton.spec import Instance
 
 
 class UnknownKernel(InputError):
@@ -38,4 +43,6 @@ class CompileFailed(MoecError):
 
 
 class CheckFailed(MoecError):
+    instances: list[Instance]
+    """Every kernel that failed; the message names the first."""
     template = "compiled kernel '{name}' for {arch} fails its checks: {problems}"

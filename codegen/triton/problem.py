@@ -193,7 +193,7 @@ def bind(instance: Instance, arguments: dict[str, Any]) -> dict[str, Any]:
         value = arguments[name]
         if kind.startswith("tensordesc"):
             block = [int(n) for n in kind[kind.index("[") + 1 : kind.index("]")].split(",")]
-            value = TensorDescriptor.from_tensor(value, block)
+            value = TensorDescriptor.from_tensor(value.view(-1, value.shape[-1]), block)
         bound[name] = value
     return bound
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from moec.codegen.exchanged import comm_bounds
 from moec.codegen.stage import stage_module
 from moec.codegen.triton import aot
 from moec.codegen.triton import tiles as measured
-from moec.codegen.triton.errors import NoKernel
+from moec.codegen.triton.errors import CheckFailed, NoKernel
 from moec.codegen.triton.fused.groups import VIEWS
 from moec.codegen.triton.lower.lower import CONTROL, Lowered, Phase, lower_phase
 from moec.codegen.triton.lower.table import KernelTable
-from moec.codegen.triton.spec import Tile
 from moec.ir import CacheType, Module, Op, TensorType
 from moec.ir.mesh import mesh_of
 from moec.targets import Target
@@ -76,7 +75,7 @@ class Program:
     def compile(self, jobs: int = 0) -> list[aot.Compiled]:
         """All kernels, from the cache or compiled into it by `jobs` processes, by default one for each usable CPU.
 
-        Raises CompileFailed, CheckFailed or TritonMissing.
+        Raises CompileFailed, CheckFailed with all that failed as `instances`, or TritonMissing.
         """
         wanted = [e.instance for e in self.table.entries.values()]
         return aot.compile_kernels(wanted, jobs=jobs or len(os.sched_getaffinity(0)))
@@ -87,6 +86,8 @@ class Program:
         spills = [n for n, k in zip(self.table.entries, compiled, strict=True) if k.spills_listed]
         line = f"{len(compiled)} GPU kernels for {self.table.arch}, {cached} from the cache"
         line += f", tiles as measured in {self.table.measured} places" if self.table.measured else ""
+        refused = len(self.table.refused)
+        line += f", {refused} predicted tiles replaced because they spill or do not compile" if refused else ""
         return line + (f"; known spills in {', '.join(spills)}" if spills else "")
 
     def write(self, compiled: list[aot.Compiled], folder: Path) -> list[dict[str, Any]]:
@@ -107,25 +108,43 @@ class Program:
         return records
 
 
+def compiled_program(module: Module, target: Target, limits: Mapping[str, int]) -> tuple[Program, list[aot.Compiled]]:
+    """The lowered module and its kernels; a predicted tile whose kernel fails its checks gives way to the next.
+
+    Raises what `lower_module` and `Program.compile` raise.
+    """
+    refused: set[tuple[str, object]] = set()
+    while True:
+        program = lower_module(module, target, limits, refused=refused)
+        try:
+            return program, program.compile()
+        except CheckFailed as error:
+            more = program.table.refusable(error.instances)
+            if not more - refused or len(more) < len(error.instances):
+                raise
+            refused |= more
+
+
 GATED = ("swiglu", "moe.experts")
 
 
 def lower_module(
-    module: Module, target: Target, limits: Mapping[str, int], tiles: Mapping[str, Tile] | None = None
-) -> Program:
+    module: Module, target: Target, limits: Mapping[str, int], tiles: Mapping[str, measured.Measured] | None = None,
+    refused: Collection[tuple[str, object]] = (),
+) -> Program:  # fmt: skip
     """Lower every phase of a module; `limits`: batch, context, chunk.
 
-    `tiles` replaces the tiles that were measured for the architecture. Raises NoKernel, UnsupportedKernel,
-    UnknownArchitecture or UnmetRequirement.
+    `tiles` replaces the tiles that were measured for the architecture, `refused` are predicted ones not to take. Raises
+    NoKernel, UnsupportedKernel, UnknownArchitecture or UnmetRequirement.
     """
     for _, op in module.ops():
         if op.name in GATED and "act" in op.attrs:
             raise NoKernel(op=op.name, reason=f"only SwiGLU has one, not a gate of {op.attrs['act']}")
     if tiles is None:
-        tiles = {key: m.tile for key, m in measured.load(target.device.arch).items()}
+        tiles = measured.load(target.device.arch)
     if "draft" in module.functions:
         raise NoKernel(op="@draft", reason="drafting runs on CPUs so far; leave --mtp away")
-    table = KernelTable(target.device.arch, tiles)
+    table = KernelTable(target, tiles, refused)
     sms = int(target.device.cores)
     stages: list[dict[str, Lowered]] = []
     bounds: dict[str, dict[str, int]] = {}

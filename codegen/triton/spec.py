@@ -27,6 +27,7 @@ from moec.plugins import plugins
 
 if TYPE_CHECKING:
     from moec.codegen.triton.problem import Expected, Problem
+    from moec.targets import Target
 
 Constant = int | bool | None
 Dims = Mapping[str, int]
@@ -40,6 +41,11 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 3
     spills: int = 0
+
+    @property
+    def facts(self) -> tuple[object, ...]:
+        """What tells tiles apart."""
+        return (tuple(sorted(self.constants.items())), self.num_warps, self.num_stages)
 
 
 TileTable = Mapping[str, Mapping[str, Tile]]
@@ -86,6 +92,8 @@ class KernelSpec:
     the IR operations that the kernel serves; `fallback` the kernel to use where `tiles` has no entry. `source` is the
     module's text where the kernel was generated, and empty where `function` names a file; `loose` names pointers that
     need not lie at a multiple of 16 bytes. With `serve` lowering takes the kernel for `ops` that it has no kernel for.
+    `boxes`: pointers that a tile with the constant TMA turns into tensor descriptors, and their boxes. `menu`: tiles
+    that may fit an instance by their predicted microseconds, the fastest first (fused/choice.py).
     """
 
     name: str
@@ -110,6 +118,8 @@ class KernelSpec:
     source: str = ""
     loose: tuple[str, ...] = ()
     serve: Callable[[Op], Use] | None = None
+    boxes: Mapping[str, str] = field(default_factory=dict)
+    menu: Callable[[Instance, Target], list[tuple[float, Tile]]] | None = None
 
     def jit(self) -> Any:
         """The decorated Triton function. Imports Triton."""
@@ -150,6 +160,8 @@ class Instance:
     types: Mapping[str, str] = field(default_factory=dict)
     loose: tuple[str, ...] = ()
     """Arguments that this use does not keep at multiples of 16, beside the declaration's own."""
+    origin: str = "declared"
+    """Where the tile is from: declared, predicted with its microseconds, or measured on a device."""
 
     def __post_init__(self) -> None:
         for requirement in self.spec.requires:
@@ -173,6 +185,8 @@ class Instance:
     def signature(self) -> dict[str, str]:
         """Run-time arguments and their types, block sizes filled in."""
         kinds = {**self.spec.signature, **self.types}
+        if self.tile.constants.get("TMA"):
+            kinds |= {n: f"tensordesc<{kinds[n].removeprefix('*')}{box}>" for n, box in self.spec.boxes.items()}
         return {name: kind.format(**self.constants) for name, kind in kinds.items()}
 
     def grid(self) -> tuple[int, ...]:
@@ -186,9 +200,9 @@ class Instance:
         return evaluate(self.spec.bytes, self.values)
 
 
-def with_tile(instance: Instance, tile: Tile) -> Instance:
+def with_tile(instance: Instance, tile: Tile, origin: str = "") -> Instance:
     """The same kernel with another tile. Raises UnmetRequirement for a tile that the sizes do not allow."""
-    return replace(instance, tile=tile)
+    return replace(instance, tile=tile, origin=origin or instance.origin)
 
 
 @lru_cache(maxsize=256)

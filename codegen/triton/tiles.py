@@ -11,16 +11,20 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moec.codegen.triton import cache
 from moec.codegen.triton.errors import UnmetRequirement
 from moec.codegen.triton.spec import Instance, Tile, with_tile
+from moec.targets import Target
 
 BLOCKS = ("BM", "BN", "BK", "BH")
+SIZES = ("N", "K", "HEADS")
 SMALLEST, LARGEST = 16, 256
+MENU = 16
+"""Tiles of a menu that are measured: the best by their predicted time."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,13 @@ def table_file(arch: str) -> Path:
 
 
 def key_of(instance: Instance) -> str:
-    """What a measured tile belongs to: text, types, constants but for the tile's, and shape class."""
+    """What a measured tile belongs to: text, types, constants but for the tile's, sizes of a product, shape class."""
     from moec.codegen.triton.aot import source_of
 
     constants = instance.spec.constants(instance.dims)
     parts = [source_of(instance.spec.function, instance.spec.source), instance.spec.signature, dict(instance.types)]
-    text = json.dumps([*parts, constants, instance.shape, instance.arch], sort_keys=True)
+    sizes = {n: instance.dims[n] for n in SIZES if n in instance.dims and instance.spec.menu}
+    text = json.dumps([*parts, constants, sizes, instance.shape, instance.arch], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -80,10 +85,28 @@ def save(arch: str, found: Mapping[str, Measured]) -> Path:
     return file
 
 
-def candidates(instance: Instance) -> Iterator[Instance]:
-    """The kernel with other warps and stages, and with one block half or twice as large."""
-    tile = instance.tile
-    seen = {_facts(tile)}
+def candidates(instance: Instance, target: Target) -> Iterator[Instance]:
+    """The kernel with other tiles: the best of its menu by their predicted time, those with bulk copies also with warps
+    of their own for them; without a menu other warps and stages, and one block half or twice as large."""
+    seen = {instance.tile.facts}
+    for other in _from_menu(instance, target) if instance.spec.menu else _beside(instance.tile):
+        if other.facts not in seen:
+            seen.add(other.facts)
+            try:
+                yield with_tile(instance, other)
+            except UnmetRequirement:
+                continue
+
+
+def _from_menu(instance: Instance, target: Target) -> Iterator[Tile]:
+    assert instance.spec.menu is not None
+    for _, tile in instance.spec.menu(instance, target)[:MENU]:
+        yield tile
+        if tile.constants.get("TMA") and tile.num_warps == 4 and instance.arch == "sm_90a":
+            yield replace(tile, constants={**tile.constants, "WS": 1})
+
+
+def _beside(tile: Tile) -> Iterator[Tile]:
     blocks = [dict(tile.constants)]
     for name in BLOCKS:
         if size := tile.constants.get(name):
@@ -91,18 +114,4 @@ def candidates(instance: Instance) -> Iterator[Instance]:
     for constants in blocks:
         for warps in (4, 8):
             for stages in {max(1, tile.num_stages - 1), tile.num_stages, tile.num_stages + 1}:
-                other = Tile(constants, warps, stages, tile.spills)
-                if _facts(other) in seen:
-                    continue
-                seen.add(_facts(other))
-                align = instance.dims.get("ALIGN", 0)
-                if align and align % constants.get("BM", 1):
-                    continue
-                try:
-                    yield with_tile(instance, other)
-                except UnmetRequirement:
-                    continue
-
-
-def _facts(tile: Tile) -> tuple[Any, ...]:
-    return (tuple(sorted(tile.constants.items())), tile.num_warps, tile.num_stages)
+                yield Tile(constants, warps, stages, tile.spills)

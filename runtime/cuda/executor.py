@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from moec.ir.expr import evaluate
+from moec.runtime.cuda.arguments import Matrix
 from moec.runtime.cuda.driver import Driver
 from moec.runtime.cuda.errors import DamagedKernel
 from moec.runtime.cuda.kernel import Kernel
@@ -121,7 +122,10 @@ class Executor:
 
     def _value(self, value: Any, sizes: Sizes, layer: int) -> Any:
         if isinstance(value, Mapping):
-            return self.memory.address(value, layer)
+            address = self.memory.address(value, layer)
+            if "shape" not in value:
+                return address
+            return Matrix(address, tuple(evaluate(str(n), sizes) for n in value["shape"]), tuple(value["strides"]))
         return evaluate(value, sizes) if isinstance(value, str) else value
 
     def _stream(self, name: str | None) -> int:

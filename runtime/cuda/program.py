@@ -137,7 +137,8 @@ def _check(step: Fields) -> None:
     if not {"kernel", "fill", "copy", "record", "wait"} & set(step.data):
         raise step.problem("kernel", "is missing: a launch, fill, copy, collective, record, wait or repeat is wanted")
     texts = [*step.data.get("grid", ()), step.data.get("bytes", 0)]
-    texts += [v for v in step.data.get("arguments", {}).values() if isinstance(v, str)]
+    for value in step.data.get("arguments", {}).values():
+        texts += [value] if isinstance(value, str) else value.get("shape", []) if isinstance(value, Mapping) else []
     for text in texts:
         try:
             evaluate(str(text), sizes)

@@ -170,10 +170,9 @@ class Plan:
         return self.unscheduled
 
     def _gpu_kernels(self, folder: Path, module: Module, say: Callable[[str], None]) -> dict[str, Any]:
-        from moec.codegen.triton.program import lower_module
+        from moec.codegen.triton.program import compiled_program
 
-        program = lower_module(module, self.context.target, self._sizes)
-        compiled = program.compile()
+        program, compiled = compiled_program(module, self.context.target, self._sizes)
         say(program.note(compiled))
         for line in program.notes:
             say(line)

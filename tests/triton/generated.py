@@ -38,12 +38,21 @@ def generated_names(target: str, recipe: str, shared: bool = False, model: str =
     return [n for n, e in program(target, recipe, shared, model).table.entries.items() if e.instance.spec.source]
 
 
+def bulk_names(target: str, recipe: str) -> list[str]:
+    """The products whose operands tensor descriptors can name."""
+    table = program(target, recipe).table.entries
+    return [n for n in generated_names(target, recipe) if table[n].instance.spec.boxes]
+
+
 def generated_error(
     target: str, recipe: str, name: str, tokens: int, load: int = 0, seed: int = 0, shared: bool = False,
-    model: str = TINY,
+    model: str = TINY, turned: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The worst errors of one kernel, as shares of their bounds."""
+    """The worst errors of one kernel, as shares of their bounds; `turned`: in the form that was not chosen."""
     instance = program(target, recipe, shared, model).table.entries[name].instance
+    if turned:
+        constants = {**instance.tile.constants, "TMA": 1 - instance.tile.constants["TMA"]}
+        instance = replace(instance, tile=replace(instance.tile, constants=constants))
     kernel = instance.spec.build.keywords["kernel"]  # type: ignore[attr-defined]
     rows = evaluate(kernel.rows, symbols(tokens))
     instance = replace(instance, dims={**instance.dims, "T": tokens, "ROWS": rows, "LOAD": load})

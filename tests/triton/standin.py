@@ -38,6 +38,8 @@ class StandIn:
         self.replays, self.handles = 0, 0
         self.order: list[tuple[str, int, int]] = []
         self.last: dict[str, Any] = {}
+        self.maps = 0
+        """Tensor maps that were encoded."""
 
     # -- what is only answered
 
@@ -196,15 +198,45 @@ class StandIn:
     ) -> int:  # fmt: skip
         record = self.modules[function.value - 1]
         arguments: dict[str, Any] = {}
-        kinds = record["launch"]["parameters"]
-        assert len(packed) == len(kinds) + 2
-        for address, (name, kind, _) in zip(packed, kinds, strict=False):
+        addresses = iter(packed)
+        for name, kind, _ in record["launch"]["parameters"]:
+            address = next(addresses)
             if kind.startswith("*"):
                 arguments[name] = self.tensor(ctypes.c_uint64.from_address(address).value, kind)
+            elif kind.startswith("tensordesc"):
+                sizes = [ctypes.c_int32.from_address(next(addresses)).value for _ in range(2)]
+                strides = [ctypes.c_int64.from_address(next(addresses)).value for _ in range(2)]
+                arguments[name] = self.descriptor(kind, address, sizes, strides)
             else:
                 scalar: Any = SCALARS[kind].from_address(address)
                 arguments[name] = scalar.value
+        assert len(list(addresses)) == 2, "two scratch pointers end the parameters"
         return self.do(lambda: self.launch(record, (x, y, z), arguments))
+
+    def cuTensorMapEncodeTiled(
+        self, out: Any, data_type: int, rank: Any, address: Any, sizes: Any, strides: Any, box: Any, steps: Any,
+        interleave: int, swizzle: int, promotion: int, fill: int,
+    ) -> int:  # fmt: skip
+        """Notes what the map describes in its bytes; refuses what the driver's reference refuses of a matrix."""
+        fits = rank.value == 2 and all(1 <= n < 1 << 32 for n in sizes) and all(1 <= n <= 256 for n in box)
+        if not fits or address.value % 16 or strides[0] % 16 or out.value % 64:
+            return 1
+        self.inside(address.value, (sizes[1] - 1) * strides[0] + 1)
+        noted = (ctypes.c_uint64 * 6)(address.value, sizes[1], sizes[0], strides[0], box[1], box[0])
+        ctypes.memmove(out.value, noted, ctypes.sizeof(noted))
+        self.maps += 1
+        return 0
+
+    def descriptor(self, kind: str, address: int, sizes: list[int], strides: list[int]) -> Any:
+        """The descriptor that a tensor map describes, which sizes and strides of the launch must agree with."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        at, rows, columns, distance, *box = (ctypes.c_uint64 * 6).from_address(address)
+        dtype = element_type(kind)
+        assert [rows, columns] == sizes and [distance // dtype.itemsize, 1] == strides
+        raw = (ctypes.c_uint8 * ((rows - 1) * distance + columns * dtype.itemsize)).from_address(at)
+        flat = torch.frombuffer(raw, dtype=torch.uint8).view(dtype)
+        return TensorDescriptor.from_tensor(flat.as_strided(sizes, strides), box)
 
     def tensor(self, address: int, kind: str) -> torch.Tensor:
         """A tensor that begins at an address of the device."""
@@ -224,6 +256,12 @@ class StandIn:
         function[grid](**arguments, **about["constants"])
 
 
+def tensor_map(kind: str) -> dict[str, Any]:
+    """What the compiler records of a descriptor, but for the swizzle."""
+    box = [int(n) for n in kind[kind.index("[") + 1 : kind.index("]")].split(",")]
+    return {"box": box, "element_bytes": element_type(kind).itemsize, "data_type": 0, "swizzle": 0}
+
+
 def fake_compile(instance: Any) -> Any:
     """What ahead-of-time compilation gives, without compiling: the stand-in runs the source."""
     from moec.codegen.triton import aot
@@ -231,6 +269,7 @@ def fake_compile(instance: Any) -> Any:
     name = instance.name + json.dumps(aot.request_of(instance)["key"])
     facts = {
         "registers": 0, "spill_stores": 0, "shared_bytes": 0, "tensor_instruction": None, "symbol": instance.spec.name,
-        "threads": 32 * instance.tile.num_warps, "global_scratch": 0, "tensor_maps": [], "seconds": 0.0,
+        "threads": 32 * instance.tile.num_warps, "global_scratch": 0, "seconds": 0.0,
+        "tensor_maps": [tensor_map(kind) for kind in instance.signature.values() if kind.startswith("tensordesc")],
     }  # fmt: skip
     return aot.Compiled(instance, name.encode(), b"", facts, False)

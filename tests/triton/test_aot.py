@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from generated import program
 
 from moec.codegen.triton import aot, cache
 from moec.codegen.triton.arch import ARCHITECTURES, architecture
@@ -23,18 +24,29 @@ from moec.codegen.triton.errors import (
     UnsupportedKernel,
 )
 from moec.codegen.triton.facts import problems
-from moec.codegen.triton.spec import Instance, Tile, instances, kernel, registry, serving
+from moec.codegen.triton.fused.groups import PRODUCTS, ROWS
+from moec.codegen.triton.spec import Instance, Tile, instances, kernel, registry, serving, with_tile
 from moec.ir import OPS
+
+
+def product(bulk: bool = False, specialised: bool = False, recipe: str = "deepseek-v3", **sizes: int) -> Instance:
+    """A generated linear layer for sm_90a, its operands by pointers or tensor descriptors."""
+    entries = program("h800", recipe).table.entries
+    base = next(e.instance for n, e in entries.items() if n.startswith("linear.decode"))
+    depth = {} if recipe == "deepseek-v3" else {"BK": 64}
+    constants = {"BM": 64, "BN": 64, **depth, "GROUP_M": 8, "TMA": int(bulk), "WS": int(specialised)}
+    return replace(with_tile(base, Tile(constants, 4, 4)), dims={**base.dims, "K": 7168, **sizes})
 
 
 def few() -> list[Instance]:
     return [
-        kernel("fp8_gemm").instance("sm_90a", "decode"),
-        kernel("fp8_gemm_tma").instance("sm_90a", "decode"),
-        kernel("quantise").instance("sm_90a"),
-        kernel("bf16_gemm").instance("sm_80", "decode"),
-        kernel("embedding").instance("sm_100a"),
-        kernel("swiglu").instance("gfx942"),
+        product(),
+        product(bulk=True),
+        kernel("greedy").instance("sm_90a"),
+        kernel("heads_prefill").instance("sm_80"),
+        kernel("cache_read").instance("sm_100a"),
+        kernel("greedy").instance("gfx942"),
+        product(bulk=True, specialised=True),
     ]
 
 
@@ -51,11 +63,21 @@ def compiled(folder: Path) -> list[aot.Compiled]:
 def test_binaries_and_instructions(compiled: list[aot.Compiled]) -> None:
     assert all(k.binary[:4] == b"\x7fELF" for k in compiled)
     found = {(k.instance.arch, k.instance.name): k.facts["tensor_instruction"] for k in compiled}
-    assert found["sm_90a", "fp8_gemm.decode"] == "wgmma"
-    assert found["sm_80", "bf16_gemm.decode"] == "mma"
-    assert found["sm_90a", "quantise"] is None
+    assert found["sm_90a", "linear.decode"] == "wgmma"
+    assert found["sm_80", "heads_prefill"] == "mma"
+    assert found["sm_90a", "greedy"] is None
     assert b"e4m3.e4m3" in compiled[0].assembly
     assert all(k.facts["registers"] > 0 and k.facts["threads"] >= 32 for k in compiled)
+
+
+def test_forms_of_a_product(compiled: list[aot.Compiled]) -> None:
+    """One source: the copy engine fetches tiles where descriptors are asked for, in warps of their own where those."""
+    pointers, bulk, specialised = compiled[0], compiled[1], compiled[6]
+    assert pointers.instance.spec.source == bulk.instance.spec.source == specialised.instance.spec.source
+    assert [b"cp.async.bulk.tensor" in k.assembly for k in (pointers, bulk, specialised)] == [False, True, True]
+    assert bulk.facts["registers"] < pointers.facts["registers"]
+    assert specialised.facts["threads"] > bulk.facts["threads"] == pointers.facts["threads"] == 128
+    assert all(k.problems() == [] and k.facts["spill_stores"] == 0 for k in (pointers, bulk, specialised))
 
 
 def test_facts_agree_with_cuobjdump(compiled: list[aot.Compiled], tmp_path: Path) -> None:
@@ -74,7 +96,7 @@ def test_parameters_follow_the_signature(compiled: list[aot.Compiled]) -> None:
     """Every argument in order and two pointers at the end; a descriptor is a map, two sizes and two strides."""
     plain, descriptors = compiled[0], compiled[1]
     assert plain.facts["parameters"] == len(plain.instance.signature) + 2
-    assert descriptors.facts["parameters"] == 6 + 2 * 5 + 2
+    assert descriptors.facts["parameters"] == 8 + 2 * 5 + 2
     assert [m["box"] for m in descriptors.facts["tensor_maps"]] == [[64, 128], [64, 128]]
 
 
@@ -97,11 +119,11 @@ def test_same_bytes_from_another_cache(compiled: list[aot.Compiled], tmp_path: P
 
 
 def test_damaged_entry_is_made_again(compiled: list[aot.Compiled], folder: Path) -> None:
-    embedding = few()[4]
-    entry = cache.place(folder, aot.request_of(embedding)["key"])
+    reading = few()[4]
+    entry = cache.place(folder, aot.request_of(reading)["key"])
     for damage in (b"", b"\x7fELF but not all of it"):
         (entry / "binary").write_bytes(damage)
-        mended = aot.compile_kernels([embedding], folder=folder)[0]
+        mended = aot.compile_kernels([reading], folder=folder)[0]
         assert not mended.cached
         assert mended.binary == compiled[4].binary
 
@@ -126,18 +148,18 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
 
 
 def test_key_follows_what_decides_the_result() -> None:
-    base = kernel("fp8_gemm").instance("sm_90a", "decode")
+    base = product()
     others = [
-        kernel("fp8_gemm").instance("sm_90a", "prefill"),
-        kernel("fp8_gemm").instance("sm_100a", "decode"),
-        kernel("fp8_gemm").instance("sm_90a", "decode", K=7168 + 16),
-        replace(base, types={"c_ptr": "*fp32"}),
+        product(bulk=True),
+        replace(base, arch="sm_100a"),
+        product(K=7168 + 16),
+        replace(base, types={"c0_ptr": "*fp32"}),
         replace(base, tile=replace(base.tile, num_stages=2)),
     ]
     keys = [aot.request_of(i)["key"] for i in (base, *others)]
     assert len(set(keys)) == len(keys)
-    # M is a run-time argument: no size of it needs a kernel of its own.
-    assert aot.request_of(kernel("fp8_gemm").instance("sm_90a", "decode", M=9))["key"] == keys[0]
+    # Rows are a run-time argument: no number of them needs a kernel of its own.
+    assert aot.request_of(product(ROWS=9))["key"] == keys[0]
 
 
 def test_written_folder(compiled: list[aot.Compiled], tmp_path: Path) -> None:
@@ -149,10 +171,11 @@ def test_written_folder(compiled: list[aot.Compiled], tmp_path: Path) -> None:
         assert (tmp_path / record["cubin"]).read_bytes() == k.binary
         assert (tmp_path / record["ptx"]).read_bytes() == k.assembly
         assert cache.digest(k.binary) == record["launch"]["sha256"]
-    source = (tmp_path / "gemm.py").read_text()
-    assert source.startswith("# fp8_gemm.decode.sm_90a: linear; 4 warps, 5 stages; EVEN_K=True, BM=64")
-    assert source.endswith((aot.KERNELS / "gemm.py").read_text())
-    assert (tmp_path / "common.py").exists()
+    source = (tmp_path / "sampling.py").read_text()
+    assert source.startswith("# greedy.sm_90a: sample.greedy; 8 warps, 2 stages; BLOCK=4096")
+    assert source.endswith((aot.KERNELS / "sampling.py").read_text())
+    assert (tmp_path / "linear.py").read_text().startswith("# linear.decode.sm_90a: linear; 4 warps, 4 stages; ")
+    assert (tmp_path / "common.py").exists() and (tmp_path / "products.py").exists()
 
 
 GOOD = {"tensor_instruction": "wgmma", "spill_stores": 0, "shared_bytes": 1024, "serialised": False}
@@ -181,35 +204,32 @@ def test_checks(change: dict[str, Any], said: str) -> None:
 
 def test_bad_tile_fails_its_check(folder: Path) -> None:
     """16 rows are too few for wgmma: the kernel compiles to mma, and the check says so."""
-    narrow = replace(
-        kernel("bf16_gemm").instance("sm_90a", "decode"), tile=Tile({"BM": 16, "BN": 64, "BK": 64, "GROUP_M": 8})
-    )
-    with pytest.raises(
-        CheckFailed, match=r"'bf16_gemm\.decode' for sm_90a fails its checks: wgmma expected, mma found"
-    ):
+    wide = product(recipe="bf16")
+    narrow = with_tile(wide, replace(wide.tile, constants={**wide.tile.constants, "BM": 16}))
+    with pytest.raises(CheckFailed, match=r"'linear\.decode' for sm_90a fails its checks: wgmma expected, mma found"):
         aot.compile_kernels([narrow], folder=folder)
 
 
 def test_kernel_that_does_not_compile(folder: Path) -> None:
-    odd = replace(kernel("embedding").instance("sm_90a"), tile=Tile({"BLOCK": 1000}))
-    with pytest.raises(CompileFailed, match=r"'embedding' does not compile for sm_90a: .*power of 2") as caught:
+    odd = replace(kernel("greedy").instance("sm_90a"), tile=Tile({"BLOCK": 1000}))
+    with pytest.raises(CompileFailed, match=r"'greedy' does not compile for sm_90a: .*power of 2") as caught:
         aot.compile_kernels([odd], folder=folder)
     assert "\n" not in str(caught.value)
 
 
 def test_wrong_use_is_one_line() -> None:
     with pytest.raises(
-        UnsupportedKernel, match=r"'fp8_gemm' does not run on sm_80: it needs FP8 .*; use 'bf16_gemm' there"
+        UnsupportedKernel, match=r"'permute_fp8' does not run on sm_80: it needs FP8 .*; use 'permute' there"
     ):
-        kernel("fp8_gemm").instance("sm_80")
+        kernel("permute_fp8").instance("sm_80")
     with pytest.raises(UnknownArchitecture, match=r"'sm_90' .*did you mean sm_90a"):
         instances("sm_90")
-    with pytest.raises(UnknownKernel, match=r"'fp8_gem' .*did you mean fp8_gemm"):
-        kernel("fp8_gem")
+    with pytest.raises(UnknownKernel, match=r"'greed' .*did you mean greedy"):
+        kernel("greed")
     with pytest.raises(UnknownShapeClass, match=r"'decod' on sm_90a \(did you mean decode\?\)"):
-        kernel("fp8_gemm").instance("sm_90a", "decod")
-    with pytest.raises(UnmetRequirement, match=r"needs 'INNER % 128 == 0', which does not hold for {'INNER': 192}"):
-        kernel("grouped_fp8_swiglu_masked").instance("sm_90a", INNER=192)
+        product().spec.instance("sm_90a", "decod")
+    with pytest.raises(UnmetRequirement, match=r"needs 'D % 8 == 0', which does not hold for {'D': 60}"):
+        kernel("heads_prefill").instance("sm_90a", D=60)
 
 
 def test_every_fallback_runs_where_it_is_needed() -> None:
@@ -227,11 +247,10 @@ def test_every_fallback_runs_where_it_is_needed() -> None:
 CONTROL = {"split", "unflatten", "flatten", "repeat", "call", "index.affine", "event.record", "event.wait"}
 """Views are read through, and the others steer launches."""
 LACKING = {
-    "attn.index", "cache.append_heads", "cache.append_index", "clamp", "gate.rows", "moe.weigh",
-    "norm.layer", "scale", "tensor.pointwise",
+    *ROWS, *PRODUCTS,
     *(name for name in OPS if name.startswith("comm.") and name != "comm.dispatch"),
 }  # fmt: skip
-"""Ops without a kernel declared by hand: generated around others, or refused by name (exchanges, sparse attention)."""
+"""Ops without a kernel declared by hand: those that are generated, and what is refused by name (exchanges)."""
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))

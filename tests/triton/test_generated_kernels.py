@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from generated import generated_names
+from generated import bulk_names, generated_names
 from small_families import FAMILIES
 
 PROGRAMS = [("h800", "deepseek-v3"), ("h800", "bf16"), ("b200", "deepseek-v3"), ("a100", "weight-only")]
@@ -33,6 +33,13 @@ def test_generated_kernel(interpreter: Any, target: str, recipe: str, name: str,
     worst = interpreter("generated_error", target=target, recipe=recipe, name=name, tokens=tokens, load=load)
     assert worst, "nothing was compared"
     assert all(share <= 1.0 for share in worst.values()), worst
+
+
+@pytest.mark.parametrize("name", bulk_names("h800", "deepseek-v3"))
+def test_the_other_form_of_a_product(interpreter: Any, name: str) -> None:
+    """Operands by pointers where the cost model takes tensor descriptors, and the other way round."""
+    worst = interpreter("generated_error", target="h800", recipe="deepseek-v3", name=name, tokens=5, turned=True)
+    assert worst and all(share <= 1.0 for share in worst.values()), worst
 
 
 @pytest.mark.parametrize(("target", "recipe"), [("h800", "deepseek-v3"), ("h800", "bf16"), ("a100", "weight-only")])

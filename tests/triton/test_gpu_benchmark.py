@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from moec.codegen.triton.spec import Instance, registry
+from moec.targets import load
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -46,11 +47,24 @@ def test_problem_and_peers(benchmark_modules: tuple[Any, Any], name: str) -> Non
         peer(instance, arguments)()
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
-def test_everything_timed_has_a_size(benchmark_modules: tuple[Any, Any], arch: str) -> None:
-    for instance in benchmark_modules[0].wanted(arch):
+@pytest.mark.parametrize("target", ["a100", "h800", "b200"])
+def test_everything_timed_has_a_size(benchmark_modules: tuple[Any, Any], target: str) -> None:
+    for instance in benchmark_modules[0].wanted(load(target)):
         assert all(n > 0 for n in instance.grid()), instance.name
         assert instance.bytes() > 0
+
+
+@pytest.mark.parametrize(("rows", "experts"), [(5, 0), (256, 2)])
+def test_products_at_published_shapes(benchmark_modules: tuple[Any, Any], rows: int, experts: int) -> None:
+    """The same products at small sizes: their problems can be built, and torch's take them."""
+    gpu, peers = benchmark_modules
+    shapes = importlib.import_module("gpu_shapes")
+    instance = shapes.product(shapes.KernelTable(load("h800"), {}), rows, 256, 384, True, experts)
+    arguments = instance.spec.build(gpu.DeviceProblem(instance, torch.Generator(), "cpu"))
+    assert set(arguments) == set(instance.signature) and instance.flops() == 2 * rows * 256 * 384
+    for name, peer in peers.PEERS[instance.spec.function]:
+        if "_scaled_mm" not in name:
+            peer(instance, arguments)()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -67,8 +81,6 @@ def test_a_predicted_step_grows_with_the_batch() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         model = importlib.import_module("gpu_model")
-        from moec.targets import load
-
         times = {name: [model.predicted_step(load(name), b)[0] for b in (1, 32, 128)] for name in ("h800", "b200")}
     assert all(t == sorted(t) for t in times.values())
     assert all(fast < slow for fast, slow in zip(times["b200"], times["h800"], strict=True))

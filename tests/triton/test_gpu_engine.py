@@ -31,6 +31,16 @@ def test_logits_of_a_whole_model(interpreter: Any, target: str, recipe: str, set
     assert found["whole"] < bound and found["steps"] < bound, found
     assert found["replays"] == 4
     assert not found["idle"], "kernels that no launch uses"
+    assert (found["maps"] > 0) == (target != "a100" and recipe != "fp32"), "tensor maps, where the copy engine has work"
+
+
+def test_tensor_maps_of_every_layer_and_bucket(interpreter: Any) -> None:
+    """Decode in FP8: operands of products are named by descriptors, those of weights anew for every layer."""
+    found = interpreter(
+        "prompts_error", target="h800", recipe="deepseek-v3", settings=ALL_CHOSEN, tokens=2, phase="decode"
+    )
+    assert found["whole"] < 0.5 and found["steps"] < 0.5, found
+    assert found["maps"] > 0 and not found["idle"]
 
 
 @pytest.mark.parametrize("scale", ["f32", pytest.param("ue8m0", marks=pytest.mark.slow)])

@@ -16,7 +16,7 @@ from moec.codegen.triton.errors import NoKernel
 from moec.codegen.triton.program import lower_module
 from moec.model_defs.registry import preset_names
 
-WITHOUT_KERNELS = {"deepseek-v3.2": "cache.append_index"}
+WITHOUT_KERNELS: dict[str, str] = {}
 """Presets that are refused by name, and the op that has no kernel."""
 FAST = ("mixtral-8x7b", "gpt-oss-20b")
 

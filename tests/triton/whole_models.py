@@ -56,7 +56,13 @@ def prompts_error(
             errors.append(float(np.abs(row - want).max() / want.std()))
         worst[name] = max(errors)
     waits = [kind for kind, _, _ in driver.order]
-    return {**worst, "replays": driver.replays, "idle": sorted(listed - set(driver.launches)), "events": waits}
+    return {
+        **worst,
+        "maps": driver.maps,
+        "replays": driver.replays,
+        "idle": sorted(listed - set(driver.launches)),
+        "events": waits,
+    }
 
 
 def on_two_streams(module: Module) -> None:

@@ -19,7 +19,6 @@ import interp_fixes
 import interp_kernels
 import torch
 from generated import generated_error
-from layers import attention_error, experts_error
 from whole_models import prompts_error
 
 from moec.codegen.triton.problem import check, make
@@ -64,8 +63,6 @@ CALLS = {
         cast_bits,
         product_error,
         repairs,
-        experts_error,
-        attention_error,
         prompts_error,
         generated_error,
     )

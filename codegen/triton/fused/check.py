@@ -27,6 +27,7 @@ SEQUENCES, PAGES, PAGE = 2, 4, 64
 INTEGERS = {
     ("embed", 0): "ids", ("rows.gather", 1): "rows", ("rope", 1): "pos", ("cache.append", 4): "seq",
     ("cache.append", 5): "pos", ("cache.append", 6): "pages", ("moe.combine", 1): "order", ("moe.weigh", 1): "order",
+    ("cache.append_index", 3): "seq", ("cache.append_index", 4): "pos", ("cache.append_index", 5): "pages",
     ("cache.append_heads", 4): "seq", ("cache.append_heads", 5): "pos", ("cache.append_heads", 6): "pages",
 }  # fmt: skip
 """What an integer operand means, by the op and position that read it."""
@@ -122,14 +123,18 @@ class _Filling:
         return self.caches[what]
 
     def experts(self) -> tuple[Tensor, Tensor]:
-        """`blocks` and `source` of rows sorted by expert: LOAD 0 spreads the tokens, 1 gives all to one, 2 none."""
+        """`blocks` and `source` of rows sorted by expert.
+
+        LOAD 0 spreads the tokens, 1 gives all to one, 2 none, -1 gives even shares.
+        """
         import torch
 
         if self.layout is None:
             align, rows, load = self.p.ALIGN, self.p.ROWS, self.p.LOAD
             blocks = torch.full((rows // align,), -1, dtype=torch.int32)
             source = torch.full((rows,), -1, dtype=torch.int32)
-            counts = {0: [1, 0, self.p.T - 1], 1: [0, self.p.T], 2: []}[load]
+            owners = int(tensor_of(self.kernel.product.b).shape[0])  # type: ignore[union-attr, arg-type]
+            counts = {0: [1, 0, self.p.T - 1], 1: [0, self.p.T], 2: [], -1: [rows // owners] * owners}[load]
             at = 0
             for expert, count in enumerate(counts):
                 source[at : at + count] = torch.arange(count)
@@ -270,6 +275,11 @@ def _cached(op: Op, cache: Tensor, slots: Tensor, names: dict[Any, str]) -> dict
     kind, of = cache_of(op.operands[0]), op.operands[0]
     rounding = 2e-6 if kind.dtype == "f32" else BF16_ROUNDING * 1.001
     if kind.quant is None:
+        columns = torch.arange(cache.shape[1])
+        if op.name == "cache.append_index":
+            written = written & (columns >= cache.shape[1] - width(op.operands[2]))
+        elif op.name == "cache.append":
+            written = written & (columns < width(op.operands[2]) + width(op.operands[3]))
         return {names["cache", of]: Expected(cache, rounding, 2e-6, where=written)}
     latent, exact = cache[:, : -kind.exact], cache[:, -kind.exact :]
     power = kind.quant.scale == "ue8m0"
@@ -281,7 +291,7 @@ def _cached(op: Op, cache: Tensor, slots: Tensor, names: dict[Any, str]) -> dict
 
 
 def _slots(op: Op, value: Any) -> Any:
-    seq, pos, pages = (value(o) for o in op.operands[4:7])
+    seq, pos, pages = (value(o) for o in op.operands[-3:])
     return pages[seq.long(), pos.long() // PAGE].long() * PAGE + pos.long() % PAGE
 
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+from moec.codegen.triton.arch import architecture
 from moec.codegen.triton.fused.binding import Generated, tensor_of
 from moec.codegen.triton.fused.check import build_generated, reference_generated
-from moec.codegen.triton.fused.products import Add, Bias, Product, Store
+from moec.codegen.triton.fused.choice import depths, ranked, start
+from moec.codegen.triton.fused.products import Add, Product, Store
 from moec.codegen.triton.spec import Constant, Dims, KernelSpec, Tile, TileTable, on
 from moec.codegen.triton.specs.recipe import EVERYWHERE, FP8
 from moec.ir import Op, TensorType
@@ -19,37 +21,9 @@ from moec.ir.types import BITS
 LIBRARY = {
     "common": ("grouped_order", "load_scale", "quantise_groups", "silu_mul", "limited_silu_mul"),
     "grouped": ("expert_block",),
-    "products": (
-        "bf16_pair", "bf16_rows", "block_scaled_pair", "block_scaled_rows", "widened_pair", "widened_rows",
-    ),
+    "products": ("product_pair", "product_rows"),
 }  # fmt: skip
 """Functions of the library modules that generated text calls."""
-
-BLOCKS = {"BM": 64, "BN": 128}
-FEW = {"BM": 64, "BN": 64, "BK": 64}
-PRODUCT_TILES: dict[tuple[str, bool, bool], TileTable] = {
-    ("fp8", False, False): on(FP8, decode=Tile({"BM": 64, "BN": 64}, 4, 5), prefill=Tile({"BM": 128, "BN": 128}, 8, 4))
-    | on(("gfx942",), decode=Tile({"BM": 64, "BN": 64}, 4, 2), prefill=Tile({"BM": 128, "BN": 128}, 8, 2)),
-    ("fp8", False, True): on(FP8, decode=Tile(BLOCKS, 4, 4), prefill=Tile({"BM": 128, "BN": 128}, 8, 4))
-    | on(("gfx942",), decode=Tile(BLOCKS, 4, 2), prefill=Tile({"BM": 128, "BN": 128}, 8, 2)),
-    ("fp8", True, False): on(FP8, any=Tile(BLOCKS, 8, 3)) | on(("gfx942",), any=Tile(BLOCKS, 8, 2)),
-    ("plain", False, False): on(("sm_90a", "sm_100a"), decode=Tile(FEW, 4, 4),
-                                prefill=Tile({"BM": 128, "BN": 128, "BK": 64}, 8, 4))
-    | on(("sm_80",), decode=Tile({"BM": 16, "BN": 64, "BK": 128}, 4, 4),
-         prefill=Tile({"BM": 128, "BN": 128, "BK": 64}, 8, 3))
-    | on(("gfx942",), decode=Tile({"BM": 16, "BN": 64, "BK": 64}, 4, 2),
-         prefill=Tile({"BM": 128, "BN": 128, "BK": 64}, 8, 2)),
-    ("plain", True, False): on(("sm_80", "sm_90a", "sm_100a"), any=Tile(FEW, 4, 3))
-    | on(("gfx942",), any=Tile(FEW, 4, 1)),
-    ("widened", False, False): on(EVERYWHERE, any=Tile({"BM": 64, "BN": 64}, 4, 3)),
-    ("widened", True, False): on(EVERYWHERE, any=Tile({"BM": 64, "BN": 64}, 4, 2)),
-}  # fmt: skip
-"""Tiles by form of the product, whether it is a pair, and whether rows are sorted by expert (where that matters)."""
-WIDE_RESULT = on(("sm_90a", "sm_100a"), decode=Tile(FEW, 4, 4), prefill=Tile({"BM": 128, "BN": 64, "BK": 64}, 8, 4))
-"""Wider tiles with a float32 result make ptxas serialise the wgmma of the main loop."""
-
-MORE_WARPS = on(("sm_80",), any=Tile({"BM": 64, "BN": 64}, 8, 2))
-"""For widened products with more addresses: four warps have too few registers there."""
 
 
 def module_text(kernel: Generated) -> str:
@@ -75,32 +49,22 @@ def rows_spec(kernel: Generated) -> KernelSpec:
 def product_spec(kernel: Generated, product: Product) -> KernelSpec:
     """The declaration of a product."""
     form, grouped = product.form, product.rows == "grouped"
-    tiles = PRODUCT_TILES[form, product.pair, grouped and (form, product.pair) == ("fp8", False)]
-    results = [tensor_of(v).dtype for v in kernel.outputs]
-    if form == "plain" and not product.pair and "f32" in results:
-        tiles = {**tiles, **WIDE_RESULT}
-    if form == "widened" and (product.transposed or (product.pair and product.columns % 128)):
-        tiles = {**tiles, **MORE_WARPS}
-    if product.pair and any(isinstance(s, Bias) for s in product.steps):
-        # Biases and limits of both halves take a few words more than there are registers.
-        tiles = {a: {s: replace(t, spills=max(t.spills, 64)) for s, t in on_.items()} for a, on_ in tiles.items()}
-    if not grouped:
-        tiles = _with(tiles, {"GROUP_M": 8})
+    known = [a for a in EVERYWHERE if form != "fp8" or architecture(a).fp8]
+    tiles = {a: dict.fromkeys(("decode", "prefill"), start(product, a)) for a in known}
     grid = ("ceildiv(N, BN)", "ROWS // BM") if grouped else ("ceildiv(ROWS, BM) * ceildiv(N, BN)",)
     dims = {"ROWS": 1, **kernel.dims}
     if product.rows == "heads":
         grid, dims = (*grid, "HEADS"), {**dims, "HEADS": int(tensor_of(product.a).shape[1])}  # type: ignore[arg-type]
     if grouped:
-        dims["ALIGN"] = 0
+        dims["ALIGN"] = 64
     # A tile reaches into two blocks of scales at most.
     widest = ["BN == 128"] if product.quantises else ["BN <= 128"] if form != "plain" else []
-    requires = ["K % 16 == 0", *widest]
-    step = 128 if form != "plain" else max(t.constants["BK"] for s in tiles.values() for t in s.values())
+    requires = ["K % 16 == 0", *widest, *(["ALIGN % BM == 0"] if grouped else [])]
     tensor_core = tensor_of(product.a).dtype != "f32"
     aligned = tuple(a.name for a in kernel.arguments if a.kind == "i64" or a.name == "K")
-    spec = _spec(kernel, tiles, grid, dims, tuple(requires), tensor_core, aligned, step)
+    spec = _spec(kernel, tiles, grid, dims, tuple(requires), tensor_core, aligned, depths(product)[-1])
     flops, moved = _product_cost(product)
-    return replace(spec, flops=flops, bytes=moved)
+    return replace(spec, flops=flops, bytes=moved, boxes=product.boxes, menu=partial(ranked, product=product))
 
 
 def _product_cost(product: Product) -> tuple[str, str]:
@@ -113,13 +77,6 @@ def _product_cost(product: Product) -> tuple[str, str]:
     read = 2 * sum(isinstance(s, Add) for s in product.steps)
     moved = f"({a} * ROWS * K + {written + read} * ROWS * N){heads}"
     return f"2 * {pair} * ROWS * N * K{heads}", f"{moved} + {owners}{pair * b} * N * K{heads}"
-
-
-def _with(tiles: TileTable, more: dict[str, int]) -> TileTable:
-    return {
-        arch: {s: Tile({**t.constants, **more}, t.num_warps, t.num_stages, t.spills) for s, t in shapes.items()}
-        for arch, shapes in tiles.items()
-    }
 
 
 def _spec(

@@ -19,6 +19,7 @@ PRODUCTS = ("linear", "linear.heads", "moe.experts")
 ROWS = (
     "norm.rms", "norm.layer", "norm.add_rms", "add", "scale", "clamp", "tensor.pointwise", "gate.rows", "swiglu",
     "quant.cast", "embed", "rows.gather", "moe.combine", "moe.weigh", "rope", "cache.append", "cache.append_heads",
+    "cache.append_index",
 )  # fmt: skip
 READS_MEMORY = {
     "swiglu": (0,), "rope": (0,), "rows.gather": (0,), "moe.combine": (0, 1, 2), "moe.weigh": (0, 1, 2), "embed": (0,),

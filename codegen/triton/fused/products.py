@@ -79,6 +79,8 @@ class Product:
     """Of a product per head: rows (start, stop) of the rows that each head owns in a matrix."""
     transposed: bool = False
     """Of a product per head: B's rows are summed over, its columns are those of the result."""
+    boxed: bool = True
+    """Whether rows lie where tensor descriptors can name them."""
 
     @property
     def pair(self) -> bool:
@@ -106,6 +108,14 @@ class Product:
         """Rows and columns of one product's part of B."""
         rows, columns = (_integer(d) for d in tensor_of(self.b).shape[-2:])
         return (rows if self.part is None else self.part[1] - self.part[0]), columns
+
+    @property
+    def boxes(self) -> dict[str, str]:
+        """The operands that a tensor descriptor can name, and its boxes; rows that an index names are not in one."""
+        if self.rows == "heads" or not self.boxed or self.raw:
+            return {}
+        depth = "{BK}" if self.form == "plain" else str(GROUP)
+        return {**({} if self.gathered else {"a_ptr": f"[{{BM}}, {depth}]"}), "b_ptr": f"[{{BN}}, {depth}]"}
 
     @property
     def quantises(self) -> bool:
@@ -171,7 +181,7 @@ class _Writer:
             self._step(step, number)
         constants = ["BM", "BN", *(["BK"] if p.form == "plain" else [])]
         constants += ["GROUP_M"] if p.rows != "grouped" else ["ALIGN"]
-        constants += ["EVEN_K"]
+        constants += ["EVEN_K", *(["TMA", "WS"] if p.boxes else [])]
         given = self.pointers + self.numbers
         arguments = [*(a.name for a in given), *(f"{c}: tl.constexpr" for c in constants)]
         indent = "    "
@@ -240,31 +250,34 @@ class _Writer:
         if p.part is not None:
             lead = f"{self._first_row()} * {'N' if p.transposed else 'K'}"
         plus = f" + {lead}" if lead else ""
-        a_row = "a_ptr + am * a_row" + (" + head * a_head" if p.rows == "heads" else "")
+        first = {"dense": "pm * BM", "heads": "0", "grouped": "first.to(tl.int32)"}[p.rows]
+        b_first = f"(expert * {2 if p.pair else 1} * N).to(tl.int32) + pn * BN"
+        a_rows = "a_ptr + am * a_row" + (" + head * a_head" if p.rows == "heads" else "")
+        b_rows = f"b_ptr{plus} + bn" + ("" if p.transposed else " * K")
+        a_tma, b_tma, ws = ("TMA" if "a_ptr" in p.boxes else "False", *(("TMA", "WS") if p.boxes else ("False",) * 2))
         self.body += [
             "rn = pn * BN + tl.arange(0, BN)",
             "bn = tl.where(rn < N, rn, 0).to(tl.int64)",
-            f"a_row_ptr = {a_row}",
-            f"b_row_ptr = b_ptr{plus} + bn" + ("" if p.transposed else " * K"),
+            f"a_from = {'a_ptr if TMA else ' if a_tma == 'TMA' else ''}{a_rows}",
+            f"b_from = {'b_ptr if TMA else ' if b_tma == 'TMA' else ''}{b_rows}",
+            f"b_first = {b_first if p.rows == 'grouped' else 'pn * BN'}",
         ]
         scaled = p.form != "plain"
         if scaled:
             self.body.append(f"groups = tl.cdiv({'N' if p.transposed else 'K'}, 128)")
             self.body.append(f"b_scale_row = {self._scale_row('0')}")
-        a = ["a_row_ptr", *(["a_scale_ptr + am * groups"] if p.form == "fp8" else [])]
-        loop = {"fp8": "block_scaled", "plain": "bf16", "widened": "widened"}[p.form]
-        if not p.pair:
-            step = ["N" if p.transposed else "1"] if p.form != "fp8" else []
-            scale_step = ["groups" if p.transposed else "1"] if p.form == "widened" else []
-            b = ["b_row_ptr", *step, *(["b_scale_row"] if scaled else []), *scale_step]
+        a = ["a_from", first, "a_scale_ptr + am * groups" if p.form == "fp8" else "None"]
+        b_scale = "b_scale_row" if scaled else "None"
+        sizes = ["K", "BM", "BN", "128" if scaled else "BK", "EVEN_K", a_tma, b_tma, ws]
+        if p.pair:
+            self.body.append(f"up_from = {'b_ptr if TMA else ' if b_tma == 'TMA' else ''}b_from + N.to(tl.int64) * K")
+            up = self._up_scales() if scaled else ["None", "None", "None"]
+            b = ["b_from", "b_first", b_scale, "up_from", "b_first + N", *up]
         else:
-            self.body.append("up_row_ptr = b_row_ptr + N.to(tl.int64) * K")
-            b = ["b_row_ptr", "up_row_ptr"]
-            if scaled:
-                b = ["b_row_ptr", "b_scale_row", "up_row_ptr", *self._up_scales()]
-        sizes = ["K", "BM", "BN", *([] if scaled else ["BK"]), "EVEN_K"]
+            b_step, scale_step = ("N", "groups" if scaled else "1") if p.transposed else ("1", "1")
+            b = ["b_from", "b_first", b_step, b_scale, scale_step]
         to, kind = ("gate, up", "pair") if p.pair else ("acc", "rows")
-        self.body.append(f"{to} = {loop}_{kind}({', '.join([*a, *b, *sizes])})")
+        self.body.append(f"{to} = product_{kind}({', '.join([*a, *b, *sizes])})")
         self.body.append("keep = live[:, None] & (rn < N)[None, :]")
 
     def _up_scales(self) -> list[str]:

@@ -55,12 +55,12 @@ def rope(w: RowWriter, op: Op) -> None:
 
 def slot(w: RowWriter, op: Op, cache: CacheType) -> str:
     """The cache row of this row's token, from its sequence, position and page."""
-    pages = op.operands[6]
+    first = len(op.operands) - 3
     page = int(cache.shape[2])  # type: ignore[arg-type]
-    sequence = w.let(f"tl.load({w.input(op, 4)} + row).to(tl.int64)", "sequence")
-    position = w.let(f"tl.load({w.input(op, 5)} + row)", "position")
-    entries = w.argument("max_pages", "i32", "size", str(tensor_of(pages).shape[1]))
-    table = f"{w.input(op, 6)} + {sequence} * {entries} + {position} // {page}"
+    sequence = w.let(f"tl.load({w.input(op, first)} + row).to(tl.int64)", "sequence")
+    position = w.let(f"tl.load({w.input(op, first + 1)} + row)", "position")
+    entries = w.argument("max_pages", "i32", "size", str(tensor_of(op.operands[-1]).shape[1]))
+    table = f"{w.input(op, first + 2)} + {sequence} * {entries} + {position} // {page}"
     return w.let(f"tl.load({table}).to(tl.int64) * {page} + {position} % {page}", "slot")
 
 
@@ -106,6 +106,19 @@ def append_heads(w: RowWriter, op: Op) -> None:
     put(w, value, f"{base} + {width(key)}", str(shape_of(value).columns), element)
 
 
+def append_index(w: RowWriter, op: Op) -> None:
+    """An index key, at the end of the cached row."""
+    cache, _, key = op.operands[:3]
+    kind = cache_of(cache)
+    assert isinstance(key, Value) and isinstance(cache, Value)
+    if kind.quant is not None:
+        raise NoKernel(op=op.name, reason=f"the cache is {kind}; GPU kernels keep index keys as they are")
+    columns = int(kind.shape[3])  # type: ignore[arg-type]
+    to = w.argument("cache_ptr", pointer(kind.dtype), "cache", cache)
+    base = f"{to} + {slot(w, op, kind)} * {columns} + {columns - width(key)}"
+    put(w, key, base, "0", f"{to}.dtype.element_ty")
+
+
 def put(w: RowWriter, part: Value, base: str, head: str, element: str) -> None:
     """Write a value's row, rotated in this kernel or as it is, behind `base` with `head` elements between heads."""
     made = w.env.get(part)
@@ -122,4 +135,9 @@ def put(w: RowWriter, part: Value, base: str, head: str, element: str) -> None:
         w.body.append(f"tl.store({base} + {w.at(shape, head)}, {rest}.to({element}), mask={mask})")
 
 
-OPS = {"rope": rope, "cache.append": append, "cache.append_heads": append_heads}
+OPS = {
+    "rope": rope,
+    "cache.append": append,
+    "cache.append_heads": append_heads,
+    "cache.append_index": append_index,
+}

@@ -39,10 +39,11 @@ def load_latent(
 
 @triton.jit
 def mla_decode_split(
-    q_ptr, q_rope_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr, length_ptr, partial_ptr, lse_ptr,
-    q_row, q_head, q_rope_row, q_rope_head, softmax_scale, max_pages, splits, QUERIES, ROWS,
+    q_ptr, q_rope_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr, length_ptr, seq_ptr, chosen_ptr,
+    partial_ptr, lse_ptr, q_row, q_head, q_rope_row, q_rope_head, softmax_scale, max_pages, splits, QUERIES, ROWS,
     HEADS: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, PAGE: tl.constexpr,
-    LATENT_ROW: tl.constexpr, ROPE_ROW: tl.constexpr, SCALE_ROW: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    LATENT_ROW: tl.constexpr, ROPE_ROW: tl.constexpr, SCALE_ROW: tl.constexpr, TOP: tl.constexpr,
+    BH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Absorbed attention of one share of the keys.
 
@@ -52,6 +53,9 @@ def mla_decode_split(
     QUERIES*HEADS.
     -> partial[B, splits, ROWS, DV], lse[B, splits, ROWS] in float32, lse -inf for a share without keys. SCALE_ROW = 0
     marks a cache that is not quantised.
+
+    With TOP every token attends to positions of its own, chosen[B, TOP] (DeepSeek-V3.2, arXiv 2512.02556): B counts
+    tokens then, seq[B] names their sequences, length[B] is their position, and QUERIES is 1.
     """
     b = tl.program_id(0)
     share = tl.program_id(2)
@@ -60,6 +64,10 @@ def mla_decode_split(
     rv = tl.arange(0, DV)
     rr = tl.arange(0, DR)
     n = tl.load(length_ptr + b)
+    sequence = b
+    if TOP > 0:
+        n = tl.minimum(n + 1, TOP)
+        sequence = tl.load(seq_ptr + b)
     limit = n - QUERIES + 1 + tl.where(real, row, 0) // HEADS
     blocks = tl.cdiv(n, BN)
     per_share = tl.cdiv(blocks, splits)
@@ -75,8 +83,13 @@ def mla_decode_split(
     for block in range(low, high):
         key = block * BN + tl.arange(0, BN)
         inside = key < n
-        page = tl.load(pages_ptr + b * max_pages + (block * BN) // PAGE)
-        slot = page.to(tl.int64) * PAGE + key % PAGE
+        if TOP > 0:
+            position = tl.load(chosen_ptr + b.to(tl.int64) * TOP + key, mask=inside, other=0)
+            page = tl.load(pages_ptr + sequence * max_pages + position // PAGE)
+            slot = page.to(tl.int64) * PAGE + position % PAGE
+        else:
+            page = tl.load(pages_ptr + sequence * max_pages + (block * BN) // PAGE)
+            slot = page.to(tl.int64) * PAGE + key % PAGE
         latent = load_latent(latent_ptr, scale_ptr, slot, inside, DV, LATENT_ROW, SCALE_ROW, q_ptr.dtype.element_ty)
         rope = tl.load(rope_ptr + slot[:, None] * ROPE_ROW + rr[None, :], mask=inside[:, None], other=0.0)
         rope = rope.to(q_rope.dtype)

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Pieces that several kernels share: FP8 scales and casts, tile order, rotations.
+"""Pieces that several kernels share: FP8 scales and casts, tile order.
 
 Quantisation follows the 1x128 recipe of the DeepSeek-V3 technical report (arXiv 2412.19437, sec. 3.3): one scale for
 128 neighbours of a row, `amax / 448`; a power-of-two scale is rounded up *before* the values are divided by it.
@@ -83,15 +83,3 @@ def limited_silu_mul(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: 
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
     return gate * tl.sigmoid(gate * ALPHA) * (up + SHIFT)
-
-
-@triton.jit
-def pair_offsets(pair, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Positions of the two members of each rotated pair: neighbours, or the two halves."""
-    if INTERLEAVED:
-        first = 2 * pair
-        second = 2 * pair + 1
-    else:
-        first = pair
-        second = pair + HALF
-    return first, second

@@ -110,6 +110,7 @@ HANDLERS: dict[str, Callable[[Lowering, Group], None]] = {
     "attn.mla": emit_attention.attention,
     "attn.mla_absorbed": emit_attention.absorbed,
     "attn.heads": emit_attention.heads,
+    "attn.index": emit_attention.index,
     "comm.all_reduce": emit_comm.all_reduce,
     "comm.dispatch": emit_comm.dispatch,
     "comm.combine": emit_comm.combine,

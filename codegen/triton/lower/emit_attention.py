@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moec.codegen.triton.errors import NoKernel
-from moec.codegen.triton.fused.binding import SCALES, cache_of, pointer, tensor_of
+from moec.codegen.triton.fused.binding import SCALES, cache_of, pointer, tensor_of, width
 from moec.codegen.triton.fused.groups import Group
 from moec.codegen.triton.lower.launching import typed
 from moec.codegen.triton.lower.places import Base, Place, cache_part
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 MOST_SPLITS = 16
 
 
-def cache_parts(low: Lowering, op: Op, cache: Value, rank: int) -> tuple[dict[str, Place], dict[str, int]]:
+def cache_parts(low: Lowering, op: Op, cache: Value, rank: int, rotary: int) -> tuple[dict[str, Place], dict[str, int]]:
     """The cache's latent and rotary part, and the sizes that its kernels hold as constants."""
     t = cache_of(cache)
     whole = low.cache(cache, op.operands[3 if op.name == "attn.mla_absorbed" else 1])  # type: ignore[arg-type]
-    dims = {"DV": rank, "DR": int(t.shape[3]) - rank, "PAGE": int(t.shape[2])}  # type: ignore[arg-type]
+    index = int(t.shape[3]) - rank - rotary  # type: ignore[arg-type]
+    dims = {"DV": rank, "DR": rotary, "PAGE": int(t.shape[2]), "INDEX": index}  # type: ignore[arg-type]
     if t.quant is None:
         if t.dtype not in ("bf16", "f32"):
             raise NoKernel(op=op.name, reason=f"the cache is {t}")
@@ -53,9 +54,9 @@ def cache_read(low: Lowering, group: Group) -> None:
     op = group.anchor
     cache, _, pages, starts = op.operands
     assert isinstance(cache, Value) and isinstance(pages, Value)
-    parts, dims = cache_parts(low, op, cache, int(op.attrs["rank"]))  # type: ignore[arg-type]
-    instance = low.phase.table.instance(of_cache("cache_read", cache), "any", **dims)
     latent, rope = op.results
+    parts, dims = cache_parts(low, op, cache, int(op.attrs["rank"]), width(rope))  # type: ignore[arg-type]
+    instance = low.phase.table.instance(of_cache("cache_read", cache), "any", **dims)
     instance = typed(instance, cache_types(cache), latent_out_ptr=latent, rope_out_ptr=rope)
     low.launch(instance, group, {
         **parts, "pages_ptr": low.place(pages), "start_ptr": low.place(starts), "latent_out_ptr": low.place(latent),
@@ -66,8 +67,11 @@ def cache_read(low: Lowering, group: Group) -> None:
 def attention(low: Lowering, group: Group) -> None:
     """Plain attention over expanded keys and values."""
     op = group.anchor
-    q, kv, rope, _, _, starts = op.operands
+    q, kv, rope, _, _, starts, *chosen = op.operands
     assert isinstance(q, Value)
+    if chosen:
+        raise NoKernel(op=op.name, reason="chosen positions have one in the absorbed form: --pass mla-absorb{prefill="
+                       "absorbed,decode=absorbed}")  # fmt: skip
     heads, columns = (int(d) for d in tensor_of(q).shape[1:])  # type: ignore[arg-type]
     nope, v = int(op.attrs["nope"]), int(op.attrs["v"])  # type: ignore[arg-type]
     dims = {"HEADS": heads, "DN": nope, "DV": v, "DR": columns - nope}
@@ -84,26 +88,60 @@ def attention(low: Lowering, group: Group) -> None:
 def absorbed(low: Lowering, group: Group) -> None:
     """Absorbed attention over the paged cache: shares of the keys in parallel, then their sum."""
     op = group.anchor
-    q, rope, cache, _, _, _, pages = op.operands
+    q, rope, cache, _, seq, pos, pages, *chosen = op.operands
     assert isinstance(q, Value) and isinstance(rope, Value) and isinstance(cache, Value) and isinstance(pages, Value)
     heads, rank = (int(d) for d in tensor_of(q).shape[1:])  # type: ignore[arg-type]
-    parts, dims = cache_parts(low, op, cache, rank)
+    parts, dims = cache_parts(low, op, cache, rank, int(tensor_of(rope).shape[-1]))  # type: ignore[arg-type]
     dims["HEADS"] = heads
     powers(op, {"DV": rank, "DR": dims["DR"]})
     at, rope_at = low.place(q), low.place(rope)
-    split = low.phase.table.instance(of_cache("mla_decode_split", cache), "any", **dims)
+    spec, sequences, queries = of_cache("mla_decode_split", cache), "B", "ceildiv(T, B)"
+    seen: dict[str, Any] = {"length_ptr": Place(Base("input", "lengths"), 0, 1, 1, 4)}
+    if chosen:
+        if cache_of(cache).quant is not None:
+            raise NoKernel(op=op.name, reason=f"positions are chosen and the cache is {cache_of(cache)}")
+        # Every token has keys of its own: it is a sequence with one query.
+        spec, sequences, queries = kernel("mla_decode_split_sparse"), "T", "1"
+        dims["TOP"] = width(chosen[0])
+        seen = {"length_ptr": low.place(pos), "seq_ptr": low.place(seq), "chosen_ptr": low.place(chosen[0])}
+    split = low.phase.table.instance(spec, "any", **dims)
     split = typed(split, cache_types(cache), q_ptr=q, q_rope_ptr=rope)
-    rows_ = f"ceildiv(T, B) * {heads}"
-    splits, partial, lse = shares(low, f"B * ceildiv({rows_}, {split.tile.constants['BH']})", heads, rank)
+    rows_ = f"{queries} * {heads}"
+    splits, partial, lse = shares(low, f"{sequences} * ceildiv({rows_}, {split.tile.constants['BH']})", heads, rank)
     low.launch(split, group, {
-        "q_ptr": at, "q_rope_ptr": rope_at, **parts, "pages_ptr": low.place(pages),
-        "length_ptr": Place(Base("input", "lengths"), 0, 1, 1, 4), "partial_ptr": partial, "lse_ptr": lse,
-        "q_row": at.row,
-            "q_head": at.head, "q_rope_row": rope_at.row,
-            "q_rope_head": rope_at.head, "softmax_scale": op.attrs["scale"],
-        "max_pages": str(tensor_of(pages).shape[1]), "splits": splits, "QUERIES": "ceildiv(T, B)", "ROWS": rows_,
-    }, {"B": "B", "QUERIES": "ceildiv(T, B)", "SPLITS": splits})  # fmt: skip
-    join(low, group, partial, lse, splits, rows_)
+        "q_ptr": at, "q_rope_ptr": rope_at, **parts, "pages_ptr": low.place(pages), **seen,
+        "partial_ptr": partial, "lse_ptr": lse, "q_row": at.row, "q_head": at.head, "q_rope_row": rope_at.row,
+        "q_rope_head": rope_at.head, "softmax_scale": op.attrs["scale"], "max_pages": str(tensor_of(pages).shape[1]),
+        "splits": splits, "QUERIES": queries, "ROWS": rows_,
+    }, {"B": sequences, "QUERIES": queries, "SPLITS": splits})  # fmt: skip
+    join(low, group, partial, lse, splits, rows_, sequences)
+
+
+def index(low: Lowering, group: Group) -> None:
+    """The positions that each token attends to: scores of the cached index keys, then the best of them."""
+    op = group.anchor
+    q, weights, cache, layer, seq, pos, pages = op.operands
+    assert isinstance(q, Value) and isinstance(cache, Value) and isinstance(layer, Value) and isinstance(pages, Value)
+    kind = cache_of(cache)
+    if kind.quant is not None:
+        raise NoKernel(op=op.name, reason=f"the cache is {kind}")
+    heads_, dim = (int(d) for d in tensor_of(q).shape[1:])  # type: ignore[arg-type]
+    row, top, page = int(kind.shape[3]), int(op.attrs["top_k"]), int(kind.shape[2])  # type: ignore[arg-type]
+    dims = {"HEADS": heads_, "DIM": dim, "PAGE": page, "KEY_ROW": row, "TOP": top}
+    score = Place(low.slot(low.phase.bounds["T"] * low.phase.bounds["C"] * 4), 0, 1, 1, 4)
+    keys, at, tokens = low.cache(cache, layer).part(row - dim), low.place(q), str(tensor_of(q).shape[0])
+    scores = typed(low.phase.table.instance(kernel("index_scores"), "any", **dims), q_ptr=q, weight_ptr=weights,
+                   key_ptr=cache)  # fmt: skip
+    low.launch(scores, group, {
+        "q_ptr": at, "weight_ptr": low.place(weights), "key_ptr": keys, "pages_ptr": low.place(pages),
+        "seq_ptr": low.place(seq), "pos_ptr": low.place(pos), "score_ptr": score, "q_row": at.row, "q_head": at.head,
+        "weight_row": low.place(weights).row, "scale": op.attrs["scale"], "max_pages": str(tensor_of(pages).shape[1]),
+        "width": "C",
+    }, {"CONTEXT": "C", "T": tokens})  # fmt: skip
+    select = low.phase.table.instance(kernel("index_select"), "any", TOP=top)
+    low.launch(select, group, {
+        "score_ptr": score, "pos_ptr": low.place(pos), "chosen_ptr": low.place(op.result), "width": "C",
+    }, {"T": tokens})  # fmt: skip
 
 
 def heads(low: Lowering, group: Group) -> None:
@@ -153,20 +191,23 @@ def shares(low: Lowering, blocks: str, count: int, width_: int) -> tuple[str, Pl
     """
     splits = f"max(1, min({MOST_SPLITS}, {2 * low.phase.sms} // ({blocks})))"
     bounds = low.phase.bounds
-    tokens = [bounds["T"]] if bounds["B"] == 1 else range(1, bounds["B"] + 1)
+    # From 2 * sms tokens on there is one share.
+    tokens = {*range(1, min(bounds["T"], 2 * low.phase.sms) + 1), bounds["T"]}
     most = max(t * evaluate(splits, {"T": t, "B": min(t, bounds["B"])}) for t in tokens)
     partial = Place(low.slot(most * count * width_ * 4), 0, width_, width_, 4)
     return splits, partial, Place(low.slot(most * count * 4), 0, 1, 1, 4)
 
 
-def join(low: Lowering, group: Group, partial: Place, lse: Place, splits: str, rows_: str) -> None:
+def join(
+    low: Lowering, group: Group, partial: Place, lse: Place, splits: str, rows_: str, sequences: str = "B"
+) -> None:
     """The sum of the shares."""
     result = group.anchor.result
     width_ = int(tensor_of(result).shape[-1])  # type: ignore[arg-type]
     combine = typed(low.phase.table.instance(kernel("mla_decode_combine"), "any", DV=width_), out_ptr=result)
     low.launch(combine, group, {
         "partial_ptr": partial, "lse_ptr": lse, "out_ptr": low.place(result), "splits": splits, "ROWS": rows_,
-    }, {"B": "B", "ROWS": rows_})  # fmt: skip
+    }, {"B": sequences, "ROWS": rows_})  # fmt: skip
 
 
 def powers(op: Op, dims: dict[str, int]) -> None:

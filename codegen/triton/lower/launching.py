@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moec.codegen.triton.arch import architecture
-from moec.codegen.triton.fused.binding import Generated, pointer
+from moec.codegen.triton.fused.binding import Generated, pointer, tensor_of
 from moec.codegen.triton.fused.groups import Group
 from moec.codegen.triton.fused.products import Product, product_kernel
+from moec.codegen.triton.lower.places import Base, Matrix, Place
 from moec.codegen.triton.spec import Instance
 from moec.ir import CacheType, TensorType, Value, WeightRef
 
@@ -36,5 +37,19 @@ def launch_product(low: Lowering, group: Group, product: Product, rows: str, **s
     if product.form == "widened" and not architecture(low.phase.table.arch).fp8:
         product = replace(product, raw=True)
     made = product_kernel(product, "kernel", group.ops, rows)
-    instance = low.phase.table.generated(made, low.phase.shape, product, **sizes)
-    low.launch(instance, group, bound(low, instance.signature, made), {"ROWS": rows})
+    arguments = {a.name: low.bind(a) for a in made.arguments}
+    if not all(mappable(arguments[name]) for name in product.boxes):
+        product = replace(product, boxed=False)
+        made = product_kernel(product, "kernel", group.ops, rows)
+    instance = low.phase.table.generated(made, low.phase.shape, product, ROWS=low.phase.most(rows), **sizes)
+    stored = int(tensor_of(product.b).elements()) // product.inner  # type: ignore[arg-type]
+    for name, count in (("a_ptr", rows), ("b_ptr", stored)):
+        if instance.signature[name].startswith("tensordesc"):
+            arguments[name] = Matrix(arguments[name], count, product.inner)
+    low.launch(instance, group, arguments, {"ROWS": rows})
+
+
+def mappable(place: Place) -> bool:
+    """Whether a tensor descriptor can name rows that lie there: first byte and distance are multiples of 16 bytes."""
+    turn = place.base.turn if isinstance(place.base, Base) else 0
+    return not (place.offset % 16 or turn % 16 or place.row * place.itemsize % 16)

@@ -11,7 +11,7 @@ from moec.codegen.triton.aot import aligned
 from moec.codegen.triton.errors import NoKernel
 from moec.codegen.triton.fused.binding import Argument, cache_distances, cache_of, width
 from moec.codegen.triton.fused.groups import EVENTS, VIEWS, Group, groups_of
-from moec.codegen.triton.lower.places import Base, Place, Step, cache_part, reference
+from moec.codegen.triton.lower.places import Base, Matrix, Place, Step, cache_part, reference
 from moec.codegen.triton.lower.table import KernelTable, grid_of
 from moec.codegen.triton.spec import Instance
 from moec.ir import CacheType, Function, Module, Op, TensorType, Value, WeightRef
@@ -283,11 +283,11 @@ class Lowering:
         self.steps.append(step)
         return step
 
-    def later(self, step: Step, key: str, places: Sequence[Place] | Place) -> None:
+    def later(self, step: Step, key: str, places: Sequence[Place] | Place | Matrix) -> None:
         """Fill in references once the arena is assigned."""
 
         def write() -> None:
-            if isinstance(places, Place):
+            if isinstance(places, Place | Matrix):
                 step[key] = reference(places)
             else:
                 step[key] = [reference(p) for p in places]
@@ -308,8 +308,8 @@ class Lowering:
         self.step({"kernel": name, "grid": grid_of(instance, dict(sizes)), "arguments": given})
         for argument in instance.signature:
             value = arguments[argument]
-            if isinstance(value, Place):
-                self.touch(value)
+            if isinstance(value, Place | Matrix):
+                self.touch(value.place if isinstance(value, Matrix) else value)
                 given[argument] = None
                 self.later(given, argument, value)
             else:

@@ -41,8 +41,20 @@ class Place:
         return replace(self, offset=self.offset + start * self.itemsize)
 
 
-def reference(place: Place) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Matrix:
+    """What a tensor descriptor names: rows from a place on, as many as an expression over the run-time symbols says."""
+
+    place: Place
+    rows: str | int
+    columns: int
+
+
+def reference(place: Place | Matrix) -> dict[str, Any]:
     """The place as an argument of a launch."""
+    if isinstance(place, Matrix):
+        shape = {"shape": [place.rows, place.columns], "strides": [place.place.row, 1]}
+        return {**reference(place.place), **shape}
     if isinstance(place.base, Slot):
         return {"base": "arena", "offset": place.base.offset + place.offset}
     base = place.base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,11 +12,12 @@ from moec.codegen.triton.aot import aligned
 from moec.codegen.triton.fused.binding import Generated
 from moec.codegen.triton.fused.declare import product_spec, rows_spec
 from moec.codegen.triton.fused.products import Product
-from moec.codegen.triton.spec import Instance, KernelSpec, Tile, with_tile
-from moec.codegen.triton.tiles import key_of
+from moec.codegen.triton.spec import Instance, KernelSpec, with_tile
+from moec.codegen.triton.tiles import Measured, key_of
 from moec.ir import Op
 from moec.ir.expr import substitute
 from moec.ir.printer import print_op
+from moec.targets import Target
 
 _MOST = 48
 
@@ -35,16 +36,18 @@ class Entry:
 class KernelTable:
     """Kernels of all phases for one architecture, in the order in which they were first needed."""
 
-    arch: str
-    tiles: Mapping[str, Tile] = field(default_factory=dict)
-    """Measured tiles by `tiles.key_of`, in place of the declared ones."""
+    target: Target
+    tiles: Mapping[str, Measured] = field(default_factory=dict)
+    """Measured tiles by `tiles.key_of`, in place of predicted and declared ones."""
+    refused: Collection[tuple[str, object]] = ()
+    """Predicted tiles, by the same keys, that turned out not to compile as they should."""
     entries: dict[str, Entry] = field(default_factory=dict)
     measured: int = 0
     """How often a measured tile was taken."""
     _names: dict[str, str] = field(default_factory=dict)
 
     def generated(self, kernel: Generated, shape: str, product: Product | None = None, **dims: int) -> Instance:
-        """The instance of a generated kernel, named after its ops; the same text gives the same kernel."""
+        """The instance of a generated kernel, named after its ops; the same text and tile give the same kernel."""
         stem = _stem(kernel.ops)
         anonymous = replace_name(kernel, "kernel")
         key = json.dumps([anonymous.source, [(a.name, a.kind) for a in kernel.arguments]])
@@ -60,11 +63,27 @@ class KernelTable:
         """The spec at the shape class of the phase, or at its first where it has one only."""
         shapes = spec.shapes(self.arch)
         chosen = spec.instance(self.arch, shape if shape in shapes else "", **dims)
-        tile = self.tiles.get(key_of(chosen)) if self.tiles else None
-        if tile is None:
+        if not self.tiles and spec.menu is None:
             return chosen
-        self.measured += 1
-        return with_tile(chosen, tile)
+        key = key_of(chosen)
+        if key in self.tiles:
+            self.measured += 1
+            return with_tile(chosen, self.tiles[key].tile, f"measured: {self.tiles[key].source}")
+        if spec.menu is None:
+            return chosen
+        for us, tile in spec.menu(chosen, self.target):
+            if (key, tile.facts) not in self.refused:
+                return with_tile(chosen, tile, f"predicted: {us:.1f} us on {self.target.name}")
+        return chosen
+
+    @property
+    def arch(self) -> str:
+        """The architecture that kernels are compiled for."""
+        return self.target.device.arch
+
+    def refusable(self, instances: Iterable[Instance]) -> set[tuple[str, object]]:
+        """Of kernels that failed, the predicted tiles: another can take their place."""
+        return {(key_of(i), i.tile.facts) for i in instances if i.origin.startswith("predicted")}
 
     def add(self, instance: Instance, function: str, ops: Sequence[tuple[int, Op]]) -> str:
         """Count a use of a kernel by ops of a function; returns the kernel's name in kernels.json."""

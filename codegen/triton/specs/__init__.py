@@ -1,15 +1,12 @@
 """The kernels' declarations, by group; `ALL` in the order in which they are documented."""
 
-from moec.codegen.triton.specs import attention, exchange, gemm, grouped, heads, prefill, rope, routing, rows, sampling
+from moec.codegen.triton.specs import attention, exchange, heads, indexer, prefill, routing, sampling
 
 ALL = (
-    *gemm.SPECS,
-    *grouped.SPECS,
     *attention.SPECS,
     *prefill.SPECS,
     *heads.SPECS,
-    *rows.SPECS,
-    *rope.SPECS,
+    *indexer.SPECS,
     *routing.SPECS,
     *exchange.SPECS,
     *sampling.SPECS,

@@ -14,6 +14,7 @@ from moec.codegen.triton.specs.recipe import (
     BF16_ROUNDING,
     FP8,
     NVIDIA,
+    hard_rows,
     power_of_two,
     quantise_1x128,
     starts,
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 LENGTHS = ((70, 300), (1, 64), (2, 129), (4097, 5))
 
 
-def cache_row(dv: int, dr: int, fp8: bool) -> dict[str, int]:
-    """Distances between cache rows in elements of each part."""
+def cache_row(dv: int, dr: int, fp8: bool, index: int = 0) -> dict[str, int]:
+    """Distances between cache rows in elements of each part; `index`: width of the index key behind a row."""
     if not fp8:
-        return {"LATENT_ROW": dv + dr, "ROPE_ROW": dv + dr, "SCALE_ROW": 0}
+        return {"LATENT_ROW": dv + dr + index, "ROPE_ROW": dv + dr + index, "SCALE_ROW": 0}
     size = dv + 4 * (dv // 128) + 2 * dr
     return {"LATENT_ROW": size, "ROPE_ROW": size // 2, "SCALE_ROW": size // 4}
 
@@ -54,10 +55,10 @@ def decode_cache(p: Problem, rows: int) -> tuple[dict[str, Any], Tensor]:
     """Cache arguments filled with random keys, and the float64 values [rows, DV+DR] they stand for."""
     import torch
 
-    value = p.normal(rows, p.DV + p.DR)
+    value = hard_rows(p.normal(rows, p.DV + p.DR + p.INDEX))
     if p.SCALE_ROW == 0:
         cache = p.put("latent_ptr", value)
-        return {"latent_ptr": cache[:, : p.DV], "rope_ptr": cache[:, p.DV :]}, cache.double()
+        return {"latent_ptr": cache[:, : p.DV], "rope_ptr": cache[:, p.DV : p.DV + p.DR]}, cache.double()
     latent, scale, rope = fp8_cache(rows, p.DV, p.DR)
     q, s = quantise_1x128(value[:, : p.DV])
     latent.copy_(q)
@@ -88,12 +89,28 @@ def build_split(p: Problem) -> dict[str, Any]:
     q = p.put("q_ptr", p.normal(p.B, rows, p.DV + p.DR))
     return {
         "q_ptr": q[..., : p.DV], "q_rope_ptr": q[..., p.DV :], **cache,
-        "pages_ptr": p.shuffled(total)[: p.B * pages].view(p.B, pages).to(torch.int32),
-        "length_ptr": torch.tensor(lengths, dtype=torch.int32),
+        "pages_ptr": p.shuffled(total)[: p.B * pages].view(p.B, pages).to(torch.int32), **seen_keys(p, lengths),
         "partial_ptr": p.output("partial_ptr", p.B, p.SPLITS, rows, p.DV),
         "lse_ptr": p.output("lse_ptr", p.B, p.SPLITS, rows),
         **query_distances(p.HEADS, p.DV + p.DR), "softmax_scale": 192**-0.5, "max_pages": pages,
         "splits": p.SPLITS, "QUERIES": p.QUERIES, "ROWS": rows,
+    }  # fmt: skip
+
+
+def seen_keys(p: Problem, lengths: list[int]) -> dict[str, Any]:
+    """How many keys a sequence has, or with TOP which of them its token sees: rising positions, then -1."""
+    import torch
+
+    if not p.TOP:
+        return {"length_ptr": torch.tensor(lengths, dtype=torch.int32)}
+    chosen = torch.full((p.B, p.TOP), -1, dtype=torch.int32)
+    for b, n in enumerate(lengths):
+        best = p.shuffled(n)[: p.TOP].sort().values
+        chosen[b, : len(best)] = best
+    # Tokens and their sequences run in opposite orders.
+    return {
+        "length_ptr": torch.tensor(lengths, dtype=torch.int32) - 1,
+        "seq_ptr": torch.arange(p.B - 1, -1, -1, dtype=torch.int32), "chosen_ptr": chosen,
     }  # fmt: skip
 
 
@@ -112,14 +129,19 @@ def reference_split(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
     """Softmax of each share of the keys in float64, and its base-2 log-sum-exp."""
     import torch
 
-    keys = cached(p, x).view(-1, p.PAGE, p.DV + p.DR)
+    keys = cached(p, x).unflatten(0, (-1, p.PAGE))
     rows = x["ROWS"]
     partial = torch.zeros(p.B, p.SPLITS, rows, p.DV, dtype=torch.float64)
     magnitude = torch.zeros_like(partial)
     lse = torch.full((p.B, p.SPLITS, rows), -torch.inf, dtype=torch.float64)
     query = torch.arange(rows) // p.HEADS
     for b, n in enumerate(x["length_ptr"].tolist()):
-        kv = keys[x["pages_ptr"][b].long()].flatten(0, 1)[:n]
+        kv = keys[x["pages_ptr"][int(x["seq_ptr"][b]) if p.TOP else b].long()].flatten(0, 1)
+        if p.TOP:
+            chosen = x["chosen_ptr"][b]
+            kv = kv[chosen[chosen >= 0].long()]
+            n = len(kv)
+        kv = kv[:n]
         query_and_key = torch.cat([x["q_ptr"][b], x["q_rope_ptr"][b]], -1).double()
         score = query_and_key @ kv.T * x["softmax_scale"]
         score.masked_fill_(torch.arange(n)[None] > (n - p.QUERIES + query)[:, None], -torch.inf)
@@ -142,19 +164,21 @@ def reference_split(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
 DISTANCES = ("q_row", "q_head", "q_rope_row", "q_rope_head")
 
 
-def split_signature(fp8: bool) -> dict[str, str]:
+def split_signature(fp8: bool, sparse: bool) -> dict[str, str]:
     cache = {"latent_ptr": "*bf16", "rope_ptr": "*bf16"}
     if fp8:
         cache = {"latent_ptr": "*fp8e4nv", "rope_ptr": "*bf16", "scale_ptr": "*fp32"}
     return {
         "q_ptr": "*bf16", "q_rope_ptr": "*bf16", **cache, "pages_ptr": "*i32", "length_ptr": "*i32",
-        "partial_ptr": "*fp32", "lse_ptr": "*fp32", **dict.fromkeys(DISTANCES, "i64"), "softmax_scale": "fp32",
+        **({"seq_ptr": "*i32", "chosen_ptr": "*i32"} if sparse else {}), "partial_ptr": "*fp32",
+        "lse_ptr": "*fp32", **dict.fromkeys(DISTANCES, "i64"), "softmax_scale": "fp32",
         "max_pages": "i32", "splits": "i32", "QUERIES": "i32", "ROWS": "i32",
     }  # fmt: skip
 
 
 SPLIT_DIMS = {
     "B": 128, "HEADS": 128, "QUERIES": 1, "DV": 512, "DR": 64, "PAGE": 64, "CONTEXT": 4096, "SPLITS": 2, "LOAD": -1,
+    "INDEX": 0, "TOP": 0,
 }  # fmt: skip
 FLOAT = dict.fromkeys(("q_ptr", "q_rope_ptr", "latent_ptr", "rope_ptr"), "*fp32")
 SMALL = {"B": 2, "HEADS": 16, "SPLITS": 3}
@@ -167,11 +191,22 @@ SPLIT_CASES = (
 )
 
 
-def decode_split(fp8: bool) -> KernelSpec:
+SPARSE = {**SMALL, "INDEX": 64, "TOP": 48}
+SPARSE_CASES = (
+    Case("48 of 70 and of 300", {**SPARSE, "LOAD": 0}),
+    Case("48 of 70 and of 300 in float32", {**SPARSE, "LOAD": 0}, FLOAT, interpreted=True),
+    Case("one key and 48 of 64", {**SPARSE, "LOAD": 1, "SPLITS": 4}),
+    Case("130 of 4097, and 5", {**SPARSE, "TOP": 130, "LOAD": 3, "SPLITS": 2}, slow=True),
+)
+
+
+def decode_split(fp8: bool, sparse: bool = False) -> KernelSpec:
     def constants(dims: Dims) -> dict[str, Constant]:
-        keep = {n: dims[n] for n in ("HEADS", "DV", "DR", "PAGE")}
-        rows = cache_row(dims["DV"], dims["DR"], fp8)
-        return {**keep, **rows, **({} if fp8 else {"scale_ptr": None})}
+        keep = {n: dims[n] for n in ("HEADS", "DV", "DR", "PAGE", "TOP")}
+        rows = cache_row(dims["DV"], dims["DR"], fp8, dims["INDEX"])
+        absent: dict[str, Constant] = {} if fp8 else {"scale_ptr": None}
+        absent |= {} if sparse else {"seq_ptr": None, "chosen_ptr": None}
+        return {**keep, **rows, **absent}
 
     many = {"BH": 64, "BN": 64}
     tiles: TileTable = {
@@ -182,22 +217,24 @@ def decode_split(fp8: bool) -> KernelSpec:
         small = {"BH": 16, "BN": 32}
         tiles = {**tiles, **on(("sm_80",), any=Tile(small, 4, 2)), **on(("gfx942",), any=Tile(small, 4, 1))}
     row = "(DV + 4*(DV // 128) + 2*DR)" if fp8 else "2*(DV + DR)"
-    cases = SPLIT_CASES if not fp8 else tuple(c for c in SPLIT_CASES if not c.types)
+    cases = SPARSE_CASES if sparse else SPLIT_CASES if not fp8 else tuple(c for c in SPLIT_CASES if not c.types)
+    seen = "min(CONTEXT, TOP)" if sparse else "CONTEXT"
     return KernelSpec(
-        name="mla_decode_split_fp8" if fp8 else "mla_decode_split",
+        name="mla_decode_split" + ("_fp8" if fp8 else "") + ("_sparse" if sparse else ""),
         function="attention:mla_decode_split",
         ops=("attn.mla_absorbed",),
-        summary=f"Absorbed attention of a share of the keys, paged {'FP8' if fp8 else 'BF16'} latent cache",
-        signature=split_signature(fp8),
-        dims=SPLIT_DIMS,
+        summary=f"Absorbed attention of a share of the {'chosen ' if sparse else ''}keys, paged "
+        f"{'FP8' if fp8 else 'BF16'} latent cache",
+        signature=split_signature(fp8, sparse),
+        dims={**SPLIT_DIMS, **({"INDEX": 128, "TOP": 2048} if sparse else {})},
         constants=constants,
         tiles=tiles,
         grid=("B", "ceildiv(HEADS * QUERIES, BH)", "SPLITS"),
         build=build_split,
         reference=reference_split,
         cases=cases,
-        flops="2*B*QUERIES*HEADS*CONTEXT*(2*DV + DR)",
-        bytes=f"B*CONTEXT*{row} + 2*B*QUERIES*HEADS*(DV + DR) + 4*B*SPLITS*QUERIES*HEADS*(DV + 1)",
+        flops=f"2*B*QUERIES*HEADS*{seen}*(2*DV + DR)",
+        bytes=f"B*{seen}*{row} + 2*B*QUERIES*HEADS*(DV + DR) + 4*B*SPLITS*QUERIES*HEADS*(DV + 1)",
         aligned=DISTANCES,
         requires=("PAGE % BN == 0", "DV % 128 == 0", "DR % 16 == 0"),
         tensor_core=True,
@@ -285,7 +322,7 @@ def read(fp8: bool) -> KernelSpec:
     def constants(dims: Dims) -> dict[str, Constant]:
         absent: dict[str, Constant] = {} if fp8 else {"scale_ptr": None}
         keep = {n: dims[n] for n in ("DV", "DR", "PAGE")}
-        return {**absent, **keep, **cache_row(dims["DV"], dims["DR"], fp8)}
+        return {**absent, **keep, **cache_row(dims["DV"], dims["DR"], fp8, dims["INDEX"])}
 
     cache = {"latent_ptr": "*fp8e4nv", "rope_ptr": "*bf16", "scale_ptr": "*fp32"}
     if not fp8:
@@ -300,7 +337,7 @@ def read(fp8: bool) -> KernelSpec:
             **cache, "pages_ptr": "*i32", "start_ptr": "*i32", "latent_out_ptr": "*bf16", "rope_out_ptr": "*bf16",
             "max_pages": "i32",
         },
-        dims={"B": 4, "DV": 512, "DR": 64, "PAGE": 64, "CONTEXT": 4096, "LOAD": -1},
+        dims={"B": 4, "DV": 512, "DR": 64, "PAGE": 64, "CONTEXT": 4096, "LOAD": -1, "INDEX": 0},
         constants=constants,
         tiles=on((*FP8, "gfx942") if fp8 else (*NVIDIA, "gfx942"), any=Tile({"BN": 8}, 4, 1)),
         grid=("ceildiv(CONTEXT, BN)", "B"),
@@ -318,4 +355,4 @@ def read(fp8: bool) -> KernelSpec:
     )  # fmt: skip
 
 
-SPECS = (decode_split(False), decode_split(True), COMBINE, read(False), read(True))
+SPECS = (decode_split(False), decode_split(True), decode_split(False, sparse=True), COMBINE, read(False), read(True))

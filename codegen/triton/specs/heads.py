@@ -6,7 +6,7 @@ from typing import Any
 
 from moec.codegen.triton.problem import Expected, Problem
 from moec.codegen.triton.spec import Case, Constant, Dims, KernelSpec, Tile, on
-from moec.codegen.triton.specs.recipe import FP8, power_of_two, starts, weight_rounding
+from moec.codegen.triton.specs.recipe import FP8, hard_rows, power_of_two, starts, weight_rounding
 
 LENGTHS = ((5, 70), (1, 64), (133, 37), (4097, 4094))
 QUERIES = ((5, 70), (1, 64), (33, 30), (1, 3))
@@ -30,7 +30,7 @@ def build(p: Problem) -> dict[str, Any]:
     pages = max(-(-n // p.PAGE) for n in lengths)
     total = p.B * pages + 3
     width = p.KV_HEADS * (p.D + p.DV)
-    cache = p.put("cache_ptr", p.normal(total * p.PAGE, width))
+    cache = p.put("cache_ptr", hard_rows(p.normal(total * p.PAGE, width)))
     table = p.shuffled(total)[: p.B * pages].view(p.B, pages).to(torch.int32)
     # What lies behind a sequence's end in its last page belongs to nobody.
     for b, n in enumerate(lengths):
@@ -180,9 +180,14 @@ SPLIT_CASES = (
     Case("lengths 4097 and 4094, chunks of 1024", {**SMALL, "LOAD": 3, "SPLITS": 5, "CHUNK": 1024}, slow=True),
 )  # fmt: skip
 SINK_CASES = {
-    False: (Case("prefix, bounded scores", {**SMALL, "CONTEXT": 33, "LOAD": 2, "SOFTCAP": 1}),),
+    False: (
+        Case("prefix, bounded scores", {**SMALL, "CONTEXT": 33, "LOAD": 2, "SOFTCAP": 1}),
+        Case("1 and 64 tokens", {**SMALL, "CONTEXT": 64, "LOAD": 1}),
+        Case("4097 keys, one query and three", {**SMALL, "CONTEXT": 3, "LOAD": 3}, slow=True),
+    ),
     True: (
         Case("lengths 1 and 64, empty shares", {**SMALL, "LOAD": 1, "SPLITS": 4}),
+        Case("lengths 4097 and 4094", {**SMALL, "LOAD": 3, "SPLITS": 5}, slow=True),
         Case("a window in float32", {**SMALL, "LOAD": 2, "SPLITS": 2, "WINDOW": 9}, {**FLOAT, "sink_ptr": "*fp32"},
              interpreted=True),
     ),

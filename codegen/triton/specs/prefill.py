@@ -6,7 +6,7 @@ from typing import Any
 
 from moec.codegen.triton.problem import Expected, Problem
 from moec.codegen.triton.spec import Case, Constant, Dims, KernelSpec, Tile, on
-from moec.codegen.triton.specs.recipe import FP8, starts, weight_rounding
+from moec.codegen.triton.specs.recipe import FP8, hard_rows, starts, weight_rounding
 
 # Queries and cached prefix of the sequences of a batch: what the test cases vary.
 QUERIES = ((5, 70), (1, 64), (33, 130), (200, 1), (1, 3))
@@ -24,7 +24,7 @@ def build_prefill(p: Problem) -> dict[str, Any]:
     queries, keys = prefill_spans(p)
     return {
         "q_ptr": p.put("q_ptr", p.normal(sum(queries), p.HEADS, p.DN + p.DR)),
-        "kv_ptr": p.put("kv_ptr", p.normal(sum(keys), p.HEADS, p.DN + p.DV)),
+        "kv_ptr": p.put("kv_ptr", hard_rows(p.normal(sum(keys), p.HEADS, p.DN + p.DV))),
         "rope_ptr": p.put("rope_ptr", p.normal(sum(keys), p.DR)),
         "q_start_ptr": starts(queries), "k_start_ptr": starts(keys),
         "out_ptr": p.output("out_ptr", sum(queries), p.HEADS, p.DV), "q_row": p.HEADS * (p.DN + p.DR),

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.codegen.triton.problem import Expected, Problem
 from moec.codegen.triton.spec import Case, Constant, Dims, KernelSpec, Tile, on
-from moec.codegen.triton.specs.recipe import EVERYWHERE, FP8, power_of_two, quantise_1x128
-from moec.codegen.triton.specs.rows import rounding
+from moec.codegen.triton.specs.recipe import BF16_ROUNDING, EVERYWHERE, FP8, hard_rows, power_of_two, quantise_1x128
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +25,10 @@ def build_route(p: Problem) -> dict[str, Any]:
         logits[:, 5] += 40.0
     x = {"logit_ptr": p.put("logit_ptr", logits)}
     if p.BIAS:
-        x["bias_ptr"] = p.put("bias_ptr", p.normal(p.E, scale=0.1))
+        bias = p.normal(p.E, scale=0.1)
+        if p.instance.dims.get("ONE_EXPERT"):
+            bias[5] = 1.0
+        x["bias_ptr"] = p.put("bias_ptr", bias)
     return {
         **x, "index_ptr": p.output("index_ptr", p.T, p.TOP_K), "weight_ptr": p.output("weight_ptr", p.T, p.TOP_K),
         "count_ptr": torch.zeros(p.E, dtype=torch.int32), "T": p.T, "route_scale": 2.5,
@@ -94,8 +96,11 @@ def build_sparsemixer(p: Problem) -> dict[str, Any]:
     """Logits close enough together that several experts share a weight."""
     import torch
 
+    logits = 1.0 + 0.02 * p.normal(p.T, p.E)
+    if p.instance.dims.get("ONE_EXPERT"):
+        logits[:, 5] += 5.0
     return {
-        "logit_ptr": p.put("logit_ptr", 1.0 + 0.02 * p.normal(p.T, p.E)),
+        "logit_ptr": p.put("logit_ptr", logits),
         "index_ptr": p.output("index_ptr", p.T, p.TOP_K), "weight_ptr": p.output("weight_ptr", p.T, p.TOP_K),
         "count_ptr": torch.zeros(p.E, dtype=torch.int32), "T": p.T, "route_scale": 1.5, "jitter": 0.01,
     }  # fmt: skip
@@ -147,6 +152,7 @@ SPARSEMIXER = KernelSpec(
     cases=(
         Case("21 tokens", {"T": 21}),
         Case("one token, three of six, normalised", {"T": 1, "E": 6, "TOP_K": 3, "NORMALISE": 1}),
+        Case("all tokens to one expert", {"T": 9, "ONE_EXPERT": 1}),
     ),
     flops="T*E*TOP_K*6",
     bytes="T*(4*E + 8*TOP_K) + 8*E",
@@ -245,9 +251,9 @@ def build_permute(p: Problem) -> dict[str, Any]:
     source = p.integers(0, p.T, p.R)
     source[::5] = -1
     if not p.SCALED:
-        x = p.put("x_ptr", p.normal(p.T, p.D))
+        x = p.put("x_ptr", hard_rows(p.normal(p.T, p.D)))
         return {"x_ptr": x, "source_ptr": source, "y_ptr": p.output("y_ptr", p.R, p.D), "D": p.D}
-    q, scale = quantise_1x128(p.normal(p.T, p.D))
+    q, scale = quantise_1x128(hard_rows(p.normal(p.T, p.D)))
     return {
         "x_ptr": q, "scale_ptr": scale, "source_ptr": source.to(torch.int32), "y_ptr": p.output("y_ptr", p.R, p.D),
         "y_scale_ptr": p.output("y_scale_ptr", p.R, scale.shape[1]), "D": p.D,
@@ -283,7 +289,7 @@ def permute(scaled: bool) -> KernelSpec:
         grid=("R", "ceildiv(D, BLOCK)"),
         build=build_permute,
         reference=reference_permute,
-        cases=(Case("12 rows", {"T": 5, "R": 12, "D": 2304}), Case("one token twice", {"T": 1, "R": 3, "D": 128})),
+        cases=(Case("12 rows", {"T": 9, "R": 12, "D": 2304}), Case("one token twice", {"T": 1, "R": 3, "D": 128})),
         flops="0",
         bytes="2*R*D + 8*R*ceildiv(D, 128) + 4*R" if scaled else "4*R*D + 4*R",
         aligned=("D",),
@@ -298,7 +304,8 @@ def build_unpermute(p: Problem) -> dict[str, Any]:
         slot[1, 0] = -1
     shared = {"shared_ptr": p.put("shared_ptr", p.normal(p.T, p.D))} if p.SHARED else {}
     return {
-        "x_ptr": p.put("x_ptr", p.normal(p.R, p.D)), "slot_ptr": slot, "weight_ptr": p.uniform(p.T, p.TOP_K), **shared,
+        "x_ptr": p.put("x_ptr", hard_rows(p.normal(p.R, p.D))), "slot_ptr": slot,
+        "weight_ptr": p.uniform(p.T, p.TOP_K), **shared,
         "y_ptr": p.output("y_ptr", p.T, p.D), "D": p.D,
     }  # fmt: skip
 
@@ -309,7 +316,8 @@ def reference_unpermute(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
     value = (x["x_ptr"].double()[at.clamp(min=0)] * weight[..., None]).sum(1)
     if p.SHARED:
         value += x["shared_ptr"].double()
-    return {"y_ptr": Expected(value, rounding(p, "y_ptr"), 1e-6)}
+    rounding = BF16_ROUNDING * 1.001 if p.instance.signature["y_ptr"] == "*bf16" else 0.0
+    return {"y_ptr": Expected(value, rounding, 1e-6)}
 
 
 def unpermute(shared: bool) -> KernelSpec:
@@ -369,11 +377,18 @@ SPECS = (
         (
             Case("160 experts in 8 groups", {"T": 13}),
             Case("64 experts, one group", {"T": 3, "E": 64, "NG": 1, "TOP_GROUPS": 1}),
+            Case("one token", {"T": 1}),
+            Case("all tokens to one expert", {"T": 9, "ONE_EXPERT": 1}),
         ),
     ),
     route(
         "route_softmax_normalised", "Softmax scores, top-k, normalised",
-        {"T": 128, "E": 128, "NG": 1, "TOP_GROUPS": 1, "TOP_K": 8}, False, True, True, (Case("7 tokens", {"T": 7}),),
+        {"T": 128, "E": 128, "NG": 1, "TOP_GROUPS": 1, "TOP_K": 8}, False, True, True,
+        (
+            Case("7 tokens", {"T": 7}),
+            Case("one token", {"T": 1}),
+            Case("all tokens to one expert", {"T": 9, "ONE_EXPERT": 1}),
+        ),
     ),
     SPARSEMIXER,
     permutation(False),

@@ -1,0 +1,48 @@
+"""Generated products at published shapes: DeepGEMM's tables of dense and grouped FP8 products (its README)."""
+
+from __future__ import annotations
+
+from moec.codegen.triton.errors import NoKernel
+from moec.codegen.triton.fused.products import Product, Store, product_kernel
+from moec.codegen.triton.lower.table import KernelTable
+from moec.codegen.triton.spec import Instance
+from moec.ir import Op, TensorType, Value, WeightRef
+from moec.ir.types import Quant
+from moec.targets import Target
+
+DENSE_NK = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
+DENSE_M = (64, 128, 4096)
+GROUPED = ((4, 8192, 4096, 7168), (4, 8192, 7168, 2048), (8, 4096, 4096, 7168), (8, 4096, 7168, 2048))
+"""Experts, rows of each, N, K of the contiguous layout."""
+ALIGN = 128
+
+
+def operand(rows: tuple[int | str, ...], k: int, fp8: bool, block: int) -> TensorType:
+    """A[rows, K] or B[rows, K], in FP8 with one scale for `block` x 128, or in BF16."""
+    return TensorType("fp8_e4m3" if fp8 else "bf16", (*rows, k), Quant("f32", (block, 128)) if fp8 else None)
+
+
+def product(table: KernelTable, rows: int, n: int, k: int, fp8: bool, experts: int = 0) -> Instance:
+    """A linear layer over `rows` rows, or that of experts who share them evenly, with the tile that lowering takes."""
+    weight = WeightRef("w", (), operand((experts, n) if experts else (n,), k, fp8, 128))
+    x = Value("x", operand((rows if experts else "T",), k, fp8, 1))
+    y = Value("y", TensorType("bf16", (rows if experts else "T", n)))
+    kind = "grouped" if experts else "dense"
+    name = "moe.experts" if experts else "linear"
+    op = Op(name, [x, weight], {}, [y])
+    made = Product(x, weight, "grouped" if experts else "dense", (Store(y),))
+    kernel = product_kernel(made, kind, [op], str(rows))
+    align = {"ALIGN": ALIGN, "LOAD": -1} if experts else {}
+    return table.generated(kernel, "prefill" if rows > 128 else "decode", made, ROWS=rows, T=rows, **align)
+
+
+def published(target: Target) -> list[Instance]:
+    """Every product of the tables that the target has a form for."""
+    table, found = KernelTable(target, {}), []
+    for fp8 in (True, False):
+        try:
+            found += [product(table, m, n, k, fp8) for m in DENSE_M for n, k in DENSE_NK]
+            found += [product(table, e * m, n, k, fp8, experts=e) for e, m, n, k in GROUPED if fp8]
+        except NoKernel:
+            continue
+    return found

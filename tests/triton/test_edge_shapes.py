@@ -1,0 +1,83 @@
+"""Which edges the declared problems reach, read off the arguments themselves: a new kernel without them fails here.
+
+Generated kernels need no list: each is run at one token, a ragged block and several, and with every load of experts
+(`test_generated_kernels.py`), on operands that hold rows of zeros, outliers and subnormals.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moec.codegen.triton.problem import make
+from moec.codegen.triton.spec import KernelSpec, registry
+
+TINY = {torch.float32: 1.17e-38, torch.bfloat16: 1.17e-38, torch.float8_e4m3fn: 1.55e-2}
+"""Smallest normal numbers."""
+
+
+def wanted(spec: KernelSpec) -> set[str]:
+    """The edges that a kernel of these arguments must be run at."""
+    names = set(spec.signature)
+    edges = {"one row"}
+    if names & {"length_ptr", "start_ptr", "k_start_ptr", "pos_ptr"}:
+        edges |= {"length 1", "length 4097", "ragged lengths"}
+    if "count_ptr" in names:
+        edges |= {"an empty expert", "all to one expert"}
+    if names & {"cache_ptr", "latent_ptr", "kv_ptr", "key_ptr", "x_ptr"}:
+        edges |= {"zeros", "subnormals"}
+    return edges
+
+
+def reached(arguments: dict[str, Any]) -> set[str]:
+    """The edges of one problem."""
+    found = set()
+    lengths: list[int] = []
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        if name in ("start_ptr", "k_start_ptr"):
+            lengths += value.diff().tolist()
+        elif name in ("length_ptr", "pos_ptr"):
+            # Beside chosen positions a length is the token's position.
+            before = name == "pos_ptr" or ("chosen_ptr" in arguments and "seq_ptr" in arguments)
+            lengths += (value + before).tolist()
+        elif value.is_floating_point() and value.dim() > 1 and value.dtype in TINY:
+            rows = value.float().flatten(1).nan_to_num(1.0)
+            magnitude = rows.abs().amax(1)
+            found |= {"zeros"} if bool((magnitude == 0).any()) else set()
+            small = (rows != 0) & (rows.abs() < TINY[value.dtype])
+            found |= {"subnormals"} if bool(small.any()) else set()
+    if 1 in lengths:
+        found |= {"length 1", "one row"}
+    if 4097 in lengths:
+        found.add("length 4097")
+    if any(n % 64 for n in lengths) and len(set(lengths)) > 1:
+        found.add("ragged lengths")
+    if "count_ptr" in arguments and "source_ptr" in arguments:
+        count = arguments["count_ptr"]
+        found |= {"an empty expert"} if bool((count == 0).any()) else set()
+        found |= {"all to one expert"} if int((count > 0).sum()) == 1 else set()
+    return found
+
+
+@pytest.mark.parametrize("spec", registry().values(), ids=lambda s: s.name)
+def test_edges_are_reached(spec: KernelSpec) -> None:
+    arch, found = next(iter(spec.tiles)), set()
+    for case in spec.cases:
+        problem = make(spec, case, arch)
+        arguments = spec.build(problem)
+        found |= reached(arguments)
+        rows = [problem.instance.dims[n] for n in ("T", "M", "B", "ROWS") if n in problem.instance.dims]
+        found |= {"one row"} if 1 in rows else set()
+        if "count_ptr" in arguments and "index_ptr" in arguments:
+            # A router counts what it has chosen: the reference tells.
+            expected = spec.reference(problem, arguments)
+            if "count_ptr" in expected:
+                count = expected["count_ptr"].value
+                found |= {"an empty expert"} if bool((count == 0).any()) else set()
+                tokens = problem.instance.dims["T"]
+                found |= {"all to one expert"} if int(count.max()) == tokens and tokens > 1 else set()
+    assert not wanted(spec) - found, f"no case of {spec.name} has {', '.join(sorted(wanted(spec) - found))}"
