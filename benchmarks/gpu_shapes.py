@@ -7,6 +7,7 @@ from moec.codegen.triton.fused.products import Product, Store, product_kernel
 from moec.codegen.triton.lower.table import KernelTable
 from moec.codegen.triton.spec import Instance
 from moec.ir import Op, TensorType, Value, WeightRef
+from moec.ir.dims import Size, dim
 from moec.ir.types import Quant
 from moec.targets import Target
 
@@ -17,16 +18,17 @@ GROUPED = ((4, 8192, 4096, 7168), (4, 8192, 7168, 2048), (8, 4096, 4096, 7168), 
 ALIGN = 128
 
 
-def operand(rows: tuple[int | str, ...], k: int, fp8: bool, block: int) -> TensorType:
+def operand(rows: tuple[Size, ...], k: int, fp8: bool, block: int) -> TensorType:
     """A[rows, K] or B[rows, K], in FP8 with one scale for `block` x 128, or in BF16."""
     return TensorType("fp8_e4m3" if fp8 else "bf16", (*rows, k), Quant("f32", (block, 128)) if fp8 else None)
 
 
 def product(table: KernelTable, rows: int, n: int, k: int, fp8: bool, experts: int = 0) -> Instance:
     """A linear layer over `rows` rows, or that of experts who share them evenly, with the tile that lowering takes."""
+    tokens: Size = rows if experts else dim("T")
     weight = WeightRef("w", (), operand((experts, n) if experts else (n,), k, fp8, 128))
-    x = Value("x", operand((rows if experts else "T",), k, fp8, 1))
-    y = Value("y", TensorType("bf16", (rows if experts else "T", n)))
+    x = Value("x", operand((tokens,), k, fp8, 1))
+    y = Value("y", TensorType("bf16", (tokens, n)))
     kind = "grouped" if experts else "dense"
     name = "moe.experts" if experts else "linear"
     op = Op(name, [x, weight], {}, [y])
