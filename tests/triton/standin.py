@@ -265,10 +265,13 @@ def tensor_map(kind: str) -> dict[str, Any]:
 def fake_compile(instance: Any) -> Any:
     """What ahead-of-time compilation gives, without compiling: the stand-in runs the source."""
     from moec.codegen.triton import aot
+    from moec.codegen.triton.arch import architecture
 
     name = instance.name + json.dumps(aot.request_of(instance)["key"])
+    instruction = architecture(instance.arch).tensor_instruction if instance.spec.tensor_core else None
     facts = {
-        "registers": 0, "spill_stores": 0, "shared_bytes": 0, "tensor_instruction": None, "symbol": instance.spec.name,
+        "registers": 0, "spill_stores": 0, "shared_bytes": 0, "tensor_instruction": instruction,
+        "symbol": instance.spec.name, "serialised": False, "parameters": aot.parameter_count(instance),
         "threads": 32 * instance.tile.num_warps, "global_scratch": 0, "seconds": 0.0,
         "tensor_maps": [tensor_map(kind) for kind in instance.signature.values() if kind.startswith("tensordesc")],
     }  # fmt: skip

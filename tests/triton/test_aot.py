@@ -163,10 +163,11 @@ def test_key_follows_what_decides_the_result() -> None:
 
 
 def test_written_folder(compiled: list[aot.Compiled], tmp_path: Path) -> None:
-    aot.write(compiled[:3], tmp_path)
+    kernels = [compiled[0], compiled[2], compiled[4]]
+    aot.write(kernels, tmp_path)
     records = json.loads((tmp_path / "kernels.json").read_text())
     fields = ("name", "ops", "cubin", "ptx", "registers", "spill_stores", "spills_listed", "shared_bytes")
-    for record, k in zip(records, compiled, strict=False):
+    for record, k in zip(records, kernels, strict=True):
         assert all(field in record for field in (*fields, "tensor_instruction"))
         assert (tmp_path / record["cubin"]).read_bytes() == k.binary
         assert (tmp_path / record["ptx"]).read_bytes() == k.assembly
@@ -249,7 +250,7 @@ CONTROL = {"split", "unflatten", "flatten", "repeat", "call", "index.affine", "e
 LACKING = {
     *ROWS, *PRODUCTS,
     *(name for name in OPS if name.startswith("comm.") and name != "comm.dispatch"),
-}  # fmt: skip
+} - {"moe.combine", "moe.experts"}  # fmt: skip
 """Ops without a kernel declared by hand: those that are generated, and what is refused by name (exchanges)."""
 
 
@@ -258,7 +259,7 @@ def test_ops_without_a_kernel_are_those_we_know(arch: str) -> None:
     computed = {name for name in OPS if not name.startswith("weight.")} - CONTROL
     if not architecture(arch).fp8:
         computed -= {"quant.cast"}
-    assert {op for op in computed if not serving(op, arch)} == LACKING
+    assert {op for op in computed if not serving(op, arch)} == LACKING & computed
 
 
 def test_kernels_name_ops_of_the_ir() -> None:

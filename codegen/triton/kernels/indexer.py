@@ -68,15 +68,14 @@ def index_select(score_ptr, pos_ptr, chosen_ptr, width, TOP: tl.constexpr, BLOCK
         known = tl.full((), 0, tl.uint32)
         need = tl.full((), TOP, tl.int32)
         for turn in tl.static_range(4):
-            SHIFT: tl.constexpr = 24 - 8 * turn
             counts = tl.zeros((256,), dtype=tl.int32)
             for first in range(0, count, BLOCK):
                 at = first + lane
                 value = ordered(tl.load(row + at, mask=at < count, other=0.0))
                 fits = at < count
                 if turn > 0:
-                    fits = fits & ((value >> (SHIFT + 8)) == known)
-                counts += tl.histogram(((value >> SHIFT) & 255).to(tl.int32), 256, mask=fits)
+                    fits = fits & ((value >> (32 - 8 * turn)) == known)
+                counts += tl.histogram(((value >> (24 - 8 * turn)) & 255).to(tl.int32), 256, mask=fits)
             total = tl.sum(counts, 0)
             from_here = total - tl.cumsum(counts, 0) + counts
             best = tl.sum((from_here >= need).to(tl.int32), 0) - 1

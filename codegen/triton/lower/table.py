@@ -68,7 +68,7 @@ class KernelTable:
         key = key_of(chosen)
         if key in self.tiles:
             self.measured += 1
-            return with_tile(chosen, self.tiles[key].tile, f"measured: {self.tiles[key].source}")
+            return with_tile(chosen, self.tiles[key].tile, self.tiles[key].source)
         if spec.menu is None:
             return chosen
         for us, tile in spec.menu(chosen, self.target):

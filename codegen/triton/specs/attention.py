@@ -214,6 +214,9 @@ def decode_split(fp8: bool, sparse: bool = False) -> KernelSpec:
         **on(("sm_90a",), any=Tile(many, 8, 2, spills=8 if fp8 else 0)),
         **on(("sm_100a",), any=Tile(many, 8, 1) if fp8 else Tile({"BH": 64, "BN": 32}, 8, 2)),
     }
+    if sparse:
+        # Addresses of rows far apart take registers.
+        tiles = {**tiles, **on(("sm_90a",), any=Tile({"BH": 64, "BN": 32}, 8, 2))}
     if not fp8:
         small = {"BH": 16, "BN": 32}
         tiles = {**tiles, **on(("sm_80",), any=Tile(small, 4, 2)), **on(("gfx942",), any=Tile(small, 4, 1))}

@@ -79,7 +79,7 @@ SCORES = KernelSpec(
     },
     dims={"T": 128, "HEADS": 64, "DIM": 128, "PAGE": 64, "KEY_ROW": 704, "TOP": 2048, "CONTEXT": 4096, "LOAD": -1},
     constants=scores_constants,
-    tiles=on(EVERYWHERE, any=Tile({"BN": 64}, 4, 1)),
+    tiles=on(EVERYWHERE, any=Tile({"BN": 64}, 4, 1)) | on(("sm_100a",), any=Tile({"BN": 64}, 8, 1)),
     grid=("ceildiv(CONTEXT, BN)", "T"),
     build=build_scores,
     reference=reference_scores,
