@@ -57,9 +57,10 @@ def reached(arguments: dict[str, Any]) -> set[str]:
     if any(n % 64 for n in lengths) and len(set(lengths)) > 1:
         found.add("ragged lengths")
     if "count_ptr" in arguments and "source_ptr" in arguments:
-        count = arguments["count_ptr"]
+        count = arguments["count_ptr"].view(-1, arguments["count_ptr"].shape[-1]).sum(0)
         found |= {"an empty expert"} if bool((count == 0).any()) else set()
         found |= {"all to one expert"} if int((count > 0).sum()) == 1 else set()
+        found |= {"one row"} if int(count.sum()) == 1 else set()
     return found
 
 

@@ -32,6 +32,8 @@ def build_choose(p: Problem) -> dict[str, Any]:
         chosen = torch.where(p.uniform(p.T, p.TOP_K) < 0.5, 1, p.integers(0, p.E, p.T, p.TOP_K)).to(torch.int32)
     else:
         chosen = torch.stack([p.shuffled(p.E)[: p.TOP_K] for _ in range(p.T)]).to(torch.int32)
+    if p.instance.dims.get("ONE_EXPERT"):
+        chosen = torch.ones_like(chosen)
     return {
         "index_ptr": chosen, "table_ptr": torch.from_numpy(replicas(p).table()),
         "live_ptr": torch.tensor([p.LIVE], dtype=torch.int32), "slot_ptr": p.output("slot_ptr", p.T, p.TOP_K),
@@ -73,6 +75,7 @@ CHOOSE = KernelSpec(
         Case("uneven shares", {"T": 200, "E": 6, "SLOTS": 12, "TOP_K": 3, "LIVE": 200, "UNEVEN": 1}),
         Case("no token", {"T": 2, "E": 8, "SLOTS": 8, "TOP_K": 2, "LIVE": 0}),
         Case("one token", {"T": 1, "E": 8, "SLOTS": 9, "TOP_K": 2, "LIVE": 1}),
+        Case("all to one expert", {"T": 30, "E": 4, "SLOTS": 4, "TOP_K": 1, "LIVE": 30, "ONE_EXPERT": 1}),
     ),
     flops="0",
     bytes="12*T*TOP_K + 4*(E + 3*SLOTS)",
@@ -80,7 +83,7 @@ CHOOSE = KernelSpec(
 
 
 def counts(p: Problem) -> Any:
-    """Rows from every rank for every slot; by SKEW 1 all are for one slot, by 2 one rank sends nothing."""
+    """Rows from every rank for every slot; SKEW 1: all for one slot, 2: one rank sends nothing, 3: there is one row."""
     import torch
 
     found = p.integers(0, p.MOST + 1, p.RANKS, p.LOCAL)
@@ -89,6 +92,9 @@ def counts(p: Problem) -> Any:
     if p.SKEW == 2:
         found[0] = 0
         found[:, 0] = 0
+    if p.SKEW == 3:
+        found[:] = 0
+        found[-1, -1] = 1
     return found.to(torch.int32)
 
 
@@ -142,6 +148,7 @@ SORT = KernelSpec(
     build=build_sort,
     reference=reference_sort,
     cases=(
+        Case("one row", {"RANKS": 3, "LOCAL": 5, "ALIGN": 16, "MOST": 40, "SKEW": 3}),
         Case("3 ranks, 5 slots", {"RANKS": 3, "LOCAL": 5, "ALIGN": 16, "MOST": 40}),
         Case("all to one slot", {"RANKS": 4, "LOCAL": 3, "ALIGN": 64, "MOST": 200, "SKEW": 1}),
         Case("a rank and a slot without rows", {"RANKS": 2, "LOCAL": 4, "ALIGN": 64, "SKEW": 2}),
