@@ -4,29 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from moec.ir import Module, TensorType
 from moec.ir.mesh import mesh_of
 from moec.passes.base import Context, Outcome, Pass, PassError
 from moec.passes.sharding.placed import routed_layers
 
+if TYPE_CHECKING:
+    from moec.passes.placement import Problem
+    from moec.passes.placement.problem import Floats
+    from moec.passes.placement.recordings import Recording
+
 SHARES = ("even", "free")
 
 
 @dataclass(frozen=True)
 class PlaceExperts(Pass):
-    """Choose replicas and slots for every layer from `loads`, a file of tokens per expert [layers, experts].
+    """Choose replicas and slots for every layer from `loads`, tokens per expert [layers, experts].
 
-    Consumes a module before `shard` on a layout with several expert ranks; produces the module attributes `placement`
-    (the expert in every slot, a row a layer) and, with `shares = free`, `replica_shares`. `slots` is the slots of a
-    device (0: the layout's); `groups` binds that many groups of experts to nodes (node-limited routing);
-    `coactivation` is a file of tokens per pair of experts, by which partners share nodes. Must not change results:
-    tolerance 0.
+    `loads` is a file, or several recordings of one model with ":" between them, which are added: as they are with
+    `weights = tokens`, so that each counts the same with `equal`, or by factors `3:1`. Consumes a module before `shard`
+    on a layout with several expert ranks; produces the module attributes `placement` (the expert in every slot, a row a
+    layer) and, with `shares = free`, `replica_shares`. `slots` is the slots of a device (0: the layout's); `groups`
+    binds that many groups of experts to nodes (node-limited routing); `coactivation` is a file of tokens per pair of
+    experts, by which partners share nodes (default: what all recordings hold; `none`: nothing). Must not change
+    results: tolerance 0.
     """
 
     name: ClassVar[str] = "place-experts"
     loads: str = ""
+    weights: str = "tokens"
     coactivation: str = ""
     slots: int = 0
     groups: int = 1
@@ -50,7 +58,7 @@ class PlaceExperts(Pass):
         return next((broken for i, row in enumerate(rows) if (broken := _broken(i, row, shares, experts))), "")
 
     def run(self, module: Module, ctx: Context) -> Outcome:
-        from moec.passes.placement import Problem, formats, place
+        from moec.passes.placement import Problem, place
 
         out = Outcome()
         layout = ctx.layout
@@ -61,10 +69,11 @@ class PlaceExperts(Pass):
             raise PassError(name=self.name, message="name a file of loads: place-experts{loads=FILE}")
         if self.shares not in SHARES:
             raise PassError(name=self.name, message=f"shares must be one of {', '.join(SHARES)}, got {self.shares!r}")
-        loads = formats.read_loads(Path(self.loads))
+        recording = self._recording(out)
+        loads = recording.loads
         layers = routed_layers(module)
         if loads.shape != (layers, layout.experts):
-            message = f"{self.loads} has loads of {list(loads.shape)}, the model {[layers, layout.experts]}"
+            message = f"{recording.name} has loads of {list(loads.shape)}, the model {[layers, layout.experts]}"
             raise PassError(name=self.name, message=f"{message} (layers with experts, experts)")
         node = min(ctx.target.node.devices, layout.ep)
         problem = Problem.of(
@@ -74,9 +83,7 @@ class PlaceExperts(Pass):
             devices_per_node=node if layout.ep % node == 0 else None,
             groups=self.groups,
         )
-        pairs = None
-        if self.coactivation:
-            pairs = formats.read_coactivation(Path(self.coactivation), layers, layout.experts)
+        pairs = self._pairs(recording, problem, out)
         found = place(problem, shares=cast(Literal["even", "free"], self.shares), coactivation=pairs)
         placement = found.placement
         module.attrs["placement"] = tuple(tuple(map(int, row)) for row in placement.physical_to_logical_map)
@@ -92,6 +99,35 @@ class PlaceExperts(Pass):
         if (found.over_mean > 1.1).any():
             out.notes.append("more slots a device would balance better: place-experts{slots=N}")
         return out
+
+    def _recording(self, out: Outcome) -> Recording:
+        """The recordings of all files as one; a note says what each counted for."""
+        from moec.passes.placement.recordings import merge, read_recording
+
+        # A single file may have any name.
+        whole = Path(self.loads).exists()
+        files = [self.loads] if whole else [name for name in self.loads.split(":") if name]
+        recordings = [read_recording(Path(name)) for name in files]
+        merged, factors = merge(recordings, self.weights.replace(":", ","))
+        if len(recordings) > 1:
+            out.notes += [f"loads of {r.name}, times {f:g}" for r, f in zip(recordings, factors, strict=True)]
+        return merged
+
+    def _pairs(self, recording: Recording, problem: Problem, out: Outcome) -> Floats | None:
+        """Co-activation of a file, or of the recordings where all have it and there are several nodes."""
+        from moec.passes.placement import formats
+
+        if self.coactivation == "none":
+            return None
+        if problem.nodes == 1:
+            if self.coactivation:
+                out.notes.append("one node: coactivation has no effect")
+            return None
+        if self.coactivation:
+            return formats.read_coactivation(Path(self.coactivation), problem.layers, problem.experts)
+        if recording.coactivation is not None:
+            out.notes.append("the recorded co-activation gathers partners on nodes (coactivation=none: balance alone)")
+        return recording.coactivation
 
 
 def _broken(layer: int, row: Any, shares: Any, experts: int) -> str:

@@ -43,6 +43,20 @@ class Artifact:
         stage = stage_of(self.plan.mesh, self.rank) if isinstance(self.plan, Plan) else 0
         return self.path / (KERNELS if stage == 0 else f"kernels/kernels-{stage}.so")
 
+    def digests(self) -> dict[str, str]:
+        """sha256 over the files of program, kernels, weights of all ranks and tokenizer, and of the manifest.
+
+        From the hashes that the manifest lists. What two artifacts of the same model differ in shows in the first of
+        these that differs.
+        """
+        parts: dict[str, list[str]] = {"program": [], "kernels": [], "weights": [], "tokenizer": []}
+        for name, digest in sorted(self.manifest.files.items()):
+            folder = name.partition("/")[0]
+            parts[folder if folder in parts else "program"].append(f"{name} {digest}")
+        found = {what: hashlib.sha256("\n".join(lines).encode()).hexdigest() for what, lines in parts.items()}
+        manifest = (self.path / "manifest.json").read_bytes()
+        return {**found, "manifest": hashlib.sha256(manifest).hexdigest()}
+
     @property
     def tokenizer(self) -> Path:
         """The tokenizer's folder; it need not exist."""
@@ -68,9 +82,12 @@ def open_artifact(path: str | Path, check: bool = False, rank: int = 0, ranks: i
     if on_cpu:
         check_machine(manifest, shown)
     for name in sorted(manifest.files):
+        is_weights = name.startswith("weights/")
+        # A rank needs and compares its own weights; those of others may lie on other machines.
+        if is_weights and ranks > 1 and f"-{rank:05}." not in name:
+            continue
         file = _inside(root, name, shown)
-        # Each rank compares its own weights.
-        if not name.startswith("weights/") or (check and (ranks == 1 or f"-{rank:05}." in name)):
+        if not is_weights or check:
             _compare(_hash(file, name, shown), manifest.files[name], name, shown)
     files = _weight_files(manifest)
     if not files:

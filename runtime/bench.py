@@ -79,16 +79,17 @@ def bench(
     threads: int | None = None,
     progress: Callable[[str], None] = lambda note: None,
     link_gbit: float | None = None,
+    micro_batches: int = 1,
 ) -> Result:
     """Load the artifact and time `repeat` runs, after one that warms up.
 
     Each run feeds `batch` prompts of `prompt_tokens` random ids (default 256, or half the context) and generates
     `new_tokens` (default 64, or what fits) for each. Raises WrongOption, PromptTooLong or NoRoom for sizes beyond the
     artifact's limits. Under torchrun every rank calls this alike; overlap is then measured too, with an emulated
-    network card of `link_gbit` Gbit/s for each rank where one is given.
+    network card of `link_gbit` Gbit/s for each rank where one is given; `micro_batches` as of `load_distributed`.
     """
     began = perf_counter()
-    with loaded(path, False, threads, TIMEOUT) as model:
+    with loaded(path, False, threads, TIMEOUT, micro_batches) as model:
         load_s = perf_counter() - began
         prompt = prompt_tokens if prompt_tokens is not None else max(1, min(_PROMPT, model.context // 2))
         new = new_tokens if new_tokens is not None else min(_NEW, model.context - prompt + 1)

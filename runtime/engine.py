@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -76,8 +76,18 @@ class DraftingSteps(Steps, Protocol):
         """As `Engine.draft`."""
 
 
+def feed(engine: Steps, sequence: Sequence, pieces: List[Ids], last_only: bool = True) -> Iterator[Logits]:
+    """As `Engine.feed`, of any engine."""
+    if isinstance(engine, Engine):
+        return engine.feed(sequence, pieces, last_only)
+    return (engine.prefill(sequence, piece, last_only) for piece in pieces)
+
+
 class Engine:
     """Kernels, weights and cache of an artifact. Not for two threads at once: calls share their buffers."""
+
+    pieces = 1
+    """Chunks of a prompt that are worth giving to `feed` together."""
 
     def __init__(self, artifact: Artifact, threads: int | None = None, huge_pages: bool = True) -> None:
         """Load kernels and weights of the artifact; raises NoRuntimeLibrary, KernelsDoNotLoad or WrongWeights."""
@@ -146,20 +156,31 @@ class Engine:
         Returns f32[1, V], the logits after the last token, or with `last_only=False` (T <= rows) f32[T, V], those
         after each. The result is a view that the next call overwrites.
         """
+        arrays, args = self.place_piece(sequence, tokens, last_only)
+        self._prefill.function(*args)
+        self.record(self._prefill, arrays, len(tokens))
+        return self._results(arrays)
+
+    def place_piece(
+        self, sequence: Sequence, tokens: Ids, last_only: bool
+    ) -> tuple[dict[str, NDArray[Any]], list[Any]]:
+        """Make room for a chunk of a sequence and fill the arguments of a prefill call."""
         count = len(tokens)
         self.pool.extend(sequence, count)
-        call = self._prefill
-        arrays, args = call.bind(tokens=count, rows=1 if last_only else count, sequences=1)
+        arrays, args = self._prefill.bind(tokens=count, rows=1 if last_only else count, sequences=1)
         arrays["ids"][:] = tokens
         arrays["seq"][:] = 0
         arrays["pos"][:] = np.arange(sequence.length, sequence.length + count)
         arrays["pages"][0] = sequence.table
         arrays["starts"][:] = (0, sequence.length + count)
         arrays["rows"][:] = count - 1 if last_only else np.arange(count)
-        call.function(*args)
-        self.record(call, arrays, count)
         sequence.length += count
-        return self._results(arrays)
+        return arrays, args
+
+    def feed(self, sequence: Sequence, pieces: List[Ids], last_only: bool = True) -> Iterator[Logits]:
+        """`prefill` of one piece after the other; what it gives has to be taken to the end."""
+        for piece in pieces:
+            yield self.prefill(sequence, piece, last_only)
 
     def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
         """Append one token to each of B <= batch sequences; returns f32[B, V], a view that the next call overwrites."""

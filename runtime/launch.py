@@ -25,8 +25,11 @@ def first() -> bool:
 
 
 @contextmanager
-def loaded(path: str, check: bool, threads: int | None, timeout: float) -> Iterator[Model]:
-    """The model of an artifact: in one process, or this rank's part of it. Errors of one rank end all."""
+def loaded(path: str, check: bool, threads: int | None, timeout: float, micro_batches: int = 1) -> Iterator[Model]:
+    """The model of an artifact: in one process, or this rank's part of it. Errors of one rank end all.
+
+    `micro_batches`: as of `load_distributed`; without effect in one process.
+    """
     if not launched():
         from moec.runtime.model import load
 
@@ -34,7 +37,7 @@ def loaded(path: str, check: bool, threads: int | None, timeout: float) -> Itera
         return
     from moec.runtime.distributed.model import load_distributed
 
-    model = load_distributed(path, check, threads, timeout)
+    model = load_distributed(path, check, threads, timeout, micro_batches)
     with model.monitor.errors():
         yield model
     model.close()

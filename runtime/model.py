@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as List
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from moec.runtime.artifact import Artifact, open_artifact
 from moec.runtime.cache import Sequence
-from moec.runtime.engine import DraftingSteps, Engine, Ids, Logits, Piece, Steps
+from moec.runtime.engine import DraftingSteps, Engine, Ids, Logits, Piece, Steps, feed
 from moec.runtime.errors import NoRouting, WrongOption
 from moec.runtime.generate import Completions, Stream, complete
 from moec.runtime.loads import Loads
@@ -118,6 +119,10 @@ class Model:
             chosen = scored[np.arange(len(targets)), targets]
             losses[columns.start : columns.start + len(targets)] = np.log(np.exp(scored).sum(axis=1)) - chosen
         return losses
+
+    def losses_of(self, windows: List[Any]) -> list[NDArray[np.float64]]:
+        """`losses` of each of several windows of tokens."""
+        return [self.losses(window) for window in windows]
 
     def generate(
         self,
@@ -331,9 +336,9 @@ def _feed(
     """Prefill each sequence in pieces of `size`, or, `stepwise`, its first token, then decode all in step."""
     tokens = group.shape[1]
     for row, sequence in enumerate(sequences):
-        for begin in range(0, 1 if stepwise else tokens, size):
-            piece = group[row, begin : begin + size]
-            logits = engine.prefill(sequence, piece, last_only=False)
-            yield slice(row, row + 1), slice(begin, begin + len(piece)), logits[None]
+        begins = range(0, 1 if stepwise else tokens, size)
+        pieces = [group[row, begin : begin + size] for begin in begins]
+        for begin, logits in zip(begins, feed(engine, sequence, pieces, last_only=False), strict=True):
+            yield slice(row, row + 1), slice(begin, begin + len(logits)), logits[None]
     for column in range(1, tokens if stepwise else 1):
         yield slice(0, len(group)), slice(column, column + 1), engine.decode(sequences, group[:, column])[:, None]

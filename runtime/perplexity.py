@@ -44,7 +44,7 @@ def score_text(
     A token's loss comes from the first window that holds it with a token before it, so all but those of the first
     window see at least `window - stride` tokens. The first token of the text is scored only when the tokenizer puts
     a special token before it. Raises NoTokenizer, WrongOption, or TextTooShort. `progress(scored, total)` is called
-    after each window.
+    after each window, or after as many windows as there are replicas.
     """
     ids, unscored = model.tokenizer.encode_counting(text)
     window = model.context
@@ -55,13 +55,14 @@ def score_text(
     if len(ids) < 2 or spelled < 1:
         raise TextTooShort(tokens=len(ids))
     tokens = np.asarray(ids, dtype=np.int64)
+    last = next(begin for begin in range(0, len(ids), step) if begin + window >= len(ids))
+    begins = range(0, last + 1, step)
     total, scored = 0.0, 1
-    for begin in range(0, len(ids), step):
-        end = min(begin + window, len(ids))
-        losses = model.losses(tokens[begin:end])  # of tokens begin + 1 .. end - 1
-        total += float(losses[scored - begin - 1 :].sum())
-        scored = end
+    # Windows by as many as replicas compute at the same time.
+    for together in (begins[i : i + model.replicas] for i in range(0, len(begins), model.replicas)):
+        found = model.losses_of([tokens[begin : begin + window] for begin in together])
+        for begin, losses in zip(together, found, strict=True):  # of tokens begin + 1 .. begin + window - 1
+            total += float(losses[scored - begin - 1 :].sum())
+            scored = min(begin + window, len(ids))
         progress(scored - 1, len(ids) - 1)
-        if end == len(ids):
-            break
     return Score(len(ids) - 1, spelled, total / (len(ids) - 1), window, step)

@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 
 from moec.runtime.cache import Sequence
-from moec.runtime.engine import Ids, Logits, Steps
+from moec.runtime.engine import Engine, Ids, Logits, Steps, feed
 from moec.runtime.sampling import Sampling
 
 
@@ -72,9 +72,10 @@ class Request:
 class Scheduler:
     """Serves requests in the order of their arrival.
 
-    One step feeds a chunk of the oldest prompt that is not in the cache yet, then takes one token of every sequence
-    that is: a long prompt does not hold up the others. A request is let in when a place in the batch is free and enough
-    pages for all its tokens are neither in use nor promised, so that no sequence ever has to be thrown out.
+    One step feeds a chunk of the oldest prompt that is not in the cache yet (several, over the stages of a pipeline),
+    then takes one token of every sequence that is: a long prompt does not hold up the others. A request is let in when
+    a place in the batch is free and enough pages for all its tokens are neither in use nor promised, so that no
+    sequence ever has to be thrown out.
     `stream(request, token)` is called for every new token.
     """
 
@@ -134,10 +135,12 @@ class Scheduler:
     def _prefill(self, request: Request) -> None:
         assert request.sequence is not None
         began = perf_counter()
-        piece = request.prompt[request.filled : request.filled + self.engine.chunk]
-        logits = self.engine.prefill(request.sequence, piece)
-        request.filled += len(piece)
-        self.rates.prompt_tokens += len(piece)
+        chunk, most = self.engine.chunk, self.engine.pieces if isinstance(self.engine, Engine) else 1
+        tokens = request.prompt[request.filled : request.filled + chunk * most]
+        pieces = [tokens[begin : begin + chunk] for begin in range(0, len(tokens), chunk)]
+        *_, logits = feed(self.engine, request.sequence, pieces)
+        request.filled += len(tokens)
+        self.rates.prompt_tokens += len(tokens)
         self.rates.prefill_seconds += perf_counter() - began
         if request.filled == len(request.prompt):
             self._accept(request, logits[0])

@@ -1,9 +1,11 @@
 """A sharper lower bound for loads with a few heavy experts: what their replicas leave room for.
 
 Only few redundant slots share out the heavy experts, so every way to give them replicas can be looked at. For each way
-the replicas are bins' largest items, and two things count that the simple bounds do not see: large replicas that
-cannot share a device close it to others (Martello and Toth 1990, "Knapsack Problems", section 8.3, bound L2), and a
-device with a large replica must still fill its other slots, so that it carries some of the light experts as well.
+the replicas are bins' largest items, and four things count that the simple bounds do not see: large replicas that
+cannot share a device close it to others (Martello and Toth 1990, "Knapsack Problems", section 8.3, bound L2); a device
+with a large replica must still fill its other slots, so that it carries some of the light experts as well; few spare
+slots leave few slots to replicas of light experts, so that most devices fill up with whole ones; and devices without a
+heavy replica carry no more than the heaviest of the light experts do, which leaves the more to the others.
 """
 
 from __future__ import annotations
@@ -64,24 +66,45 @@ def _bound(falling: Floats, heavy: int, ways: Ints, devices: int, slots: int) ->
     spare = slots - experts - (count - heavy)
     # Replicas of heavy experts of every way, largest first, filled up with zeros: [rows, ways, most].
     owner = np.full((len(ways), most), heavy)
-    for way, counts in enumerate(ways):
-        owner[way, : count[way]] = np.repeat(np.arange(heavy), counts)
+    for row, counts in enumerate(ways):
+        owner[row, : count[row]] = np.repeat(np.arange(heavy), counts)
     sizes = np.concatenate([falling[:, None, :heavy] / ways, np.zeros((rows, len(ways), 1))], axis=2)
     sizes = -np.sort(-np.take_along_axis(sizes, np.broadcast_to(owner, (rows, *owner.shape)), axis=2), axis=2)
     sums = np.concatenate([np.zeros((rows, len(ways), 1)), sizes.cumsum(axis=2)], axis=2)
     # Lightest experts first: the k smallest replicas of light experts carry at least what the k - spare lightest do,
     # for the largest of the others are no more than as many whole experts.
     light = np.concatenate([np.zeros((rows, 1)), falling[:, heavy:][:, ::-1].cumsum(axis=1)], axis=1)
+
+    def lightest(number: Ints) -> Floats:
+        """Least that so many different light experts carry together: `number` int64[ways] -> [rows, ways]."""
+        return np.asarray(light[:, np.clip(number, 0, experts - heavy)])
+
+    way = np.arange(len(ways))
+    # Two heavy replicas on a device leave it `rest` slots for light ones; nothing is counted for these where other
+    # heavy replicas are lighter still.
+    rest = np.clip(per_device - 2 - spare, 0, experts - heavy)
+    fits = sizes[:, way, count - 1] >= falling[:, experts - np.maximum(rest, 1)]
+    filling = np.where(fits, lightest(rest), 0.0)
+    # With heavy replicas on m devices, the others hold light experts alone. Two on one device: m is below their number.
+    holding = np.arange(1, devices + 1)
+    others = np.minimum((devices - holding) * per_device, experts - heavy)
+    most_light = np.concatenate([np.zeros((rows, 1)), falling[:, heavy:].cumsum(axis=1)], axis=1)
+    left = (falling.sum(axis=1, keepdims=True) - most_light[:, others]) / holding
+    crowded = np.minimum.accumulate(left, axis=1)[:, np.clip(count - 1, 1, devices) - 1]
     found = np.zeros((rows, len(ways)))
     for large in range(1, min(devices, most) + 1):
         least = sizes[:, :, large - 1]
-        filled = np.clip(large * (per_device - 1) - (count - large) - spare, 0, experts - heavy)
-        apart = (sums[:, :, large] + np.take_along_axis(light, np.broadcast_to(filled, found.shape), axis=1)) / large
+        filled = large * (per_device - 1) - (count - large)
+        apart = (sums[:, :, large] + lightest(filled - spare)) / large
+        # Replicas of light experts stand in 2 * spare slots at most: all other devices hold whole ones.
+        whole = np.maximum(large - 2 * spare, 0)
+        own = sums[:, :, large] - sums[:, way, large - whole] + lightest(whole * (per_device - 1) - (count - large))
+        apart = np.maximum(apart, np.where(whole > 0, own / np.maximum(whole, 1), 0.0))
         # Fewer replicas than `large`: the mean over devices says nothing of them.
         apart = np.where(count >= large, apart, 0.0)
-        found = np.maximum(found, apart if large == 1 else np.minimum(apart, 2 * least))
+        found = np.maximum(found, apart if large == 1 else np.minimum(apart, np.maximum(2 * least + filling, crowded)))
         for last in range(large + 1, most + 1):
-            together = least + sizes[:, :, last - 1]
+            together = least + sizes[:, :, last - 1] + filling
             if large < devices:
                 closed = (sums[:, :, last] - sums[:, :, large]) / (devices - large)
                 together = np.minimum(together, closed)

@@ -99,5 +99,5 @@ class RankEngine(Meeting, GpuEngine):
         return {**sizes, "U": stop - first, "D": 0, "RANK": mesh.index(rank, "ep")}
 
     def _end(self, stream: int) -> None:
-        with self.monitor.communication("the end of a step", layer=None):
+        with self.monitor.communication("the end of a step", layer=None), self.world.catching_up():
             super()._end(stream)

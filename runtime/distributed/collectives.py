@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from moec.ir.replicas import Replicas
 from moec.runtime.distributed import plain
-from moec.runtime.distributed.world import Axis, World
+from moec.runtime.distributed.world import Axis, Exchange, Pending, World
 from moec.runtime.steps import Collective, View
 
 Array = NDArray[Any]
@@ -50,7 +49,17 @@ class Collectives:
         else:
             getattr(self, f"_{op.name}")(op, axis, layer, buffers)
 
-    def moves(self, op: Collective, layer: int, b: Buffers) -> Iterator[dist.Work]:
+    def begin(self, op: Collective, b: Buffers) -> tuple[Exchange | None, Array | None]:
+        """Start a send or a receive; returns the exchange (None with no rows) and the array that a receive fills."""
+        axis = self.world.axes[op.axis]
+        if op.name == "send":
+            x = torch.from_numpy(b.array(op.inputs[0])).clone()
+            axis.count(x.numel() * x.element_size())
+            return (axis.send(x, op.attrs["to"]) if x.numel() else None), None
+        got = torch.from_numpy(np.empty_like(b.array(op.outputs[0]), order="C"))
+        return (axis.recv(got, op.attrs["source"]) if got.numel() else None), got.numpy()
+
+    def moves(self, op: Collective, layer: int, b: Buffers) -> Iterator[Pending]:
         """A dispatch or combine in steps: what is yielded has been started, and has to have ended to go on.
 
         Forwarding inside nodes runs at once.

@@ -109,7 +109,7 @@ class _Told:
 
     def __init__(self, axis: Axis, counts: torch.Tensor, came: torch.Tensor) -> None:
         self.size = axis.size
-        self.work = dist.all_to_all_single(came, counts, group=axis.group, async_op=True)
+        self.work = axis.start(dist.all_to_all_single, came, counts)
         self.counts, self.came = counts, came
         self.event: Any = None
         if counts.is_cuda:

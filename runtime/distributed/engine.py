@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ from moec.runtime.cache import Sequence
 from moec.runtime.distributed.collectives import Collectives
 from moec.runtime.distributed.meeting import DECODE, PREFILL, Meeting
 from moec.runtime.distributed.monitor import Monitor
-from moec.runtime.distributed.overlapped import Overlapped
+from moec.runtime.distributed.overlapped import Overlapped, shares
+from moec.runtime.distributed.stages import Late, Started, may_wait
 from moec.runtime.distributed.world import World
 from moec.runtime.engine import Call, Engine, Ids, Logits
 from moec.runtime.memory import Memory
@@ -34,7 +36,10 @@ class DistributedEngine(Meeting, Engine):
         self.collectives = collectives
         self.monitor = monitor
         self.overlapped: Overlapped | None = None
-        """Set: decode runs in micro-batches."""
+        """Set: decode runs in micro-batches that hide each other's exchanges."""
+        self.micro_batches = 1
+        """Parts of a decode step that are under way at the same time in a pipeline."""
+        self.pieces = 2 * world.mesh.pp if world.mesh.pp > 1 else 1
         super().__init__(artifact, threads)
         self._artifact = artifact
         if isinstance(artifact.plan, Plan) and artifact.plan.decode.turns:
@@ -71,22 +76,70 @@ class DistributedEngine(Meeting, Engine):
 
     def prefill(self, sequence: Sequence, tokens: Ids, last_only: bool = True) -> Logits:
         """As `Engine.prefill`; the ranks of this one's tensor-parallel and pipeline groups give the same tokens."""
-        self.meet(PREFILL)
-        return super().prefill(sequence, tokens, last_only)
+        [logits] = self.feed(sequence, [tokens], last_only)
+        return logits
+
+    def feed(self, sequence: Sequence, pieces: List[Ids], last_only: bool = True) -> Iterator[Logits]:
+        """As `Engine.feed`; the stages of a pipeline work on different pieces at the same time."""
+        more = self.meet(PREFILL + len(pieces) - 1)
+        under_way: deque[Started] = deque()
+        for piece in pieces:
+            arrays, args = self.place_piece(sequence, piece, last_only)
+            under_way.append(self._start(self._prefill, arrays, args, len(piece)))
+            if len(under_way) > self.world.mesh.pp - 1:
+                yield under_way.popleft().finish()
+        for _ in range(more):
+            self.idle(PREFILL)
+        while under_way:
+            yield under_way.popleft().finish()
 
     def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
         """As `Engine.decode`; waits while other ranks have prompts to feed."""
         self.meet(DECODE)
         if self.overlapped is not None:
             return self.overlapped.decode(sequences, list(tokens))
-        return super().decode(sequences, tokens)
+        return self._in_parts(sequences, list(tokens))
 
     def idle(self, phase: int) -> None:
         """Take part in a call with no token."""
-        if phase == DECODE and self.overlapped is not None:
+        if phase == PREFILL:
+            self._idle(self._prefill)
+        elif self.overlapped is not None:
             self.overlapped.decode([], [])
-            return
-        call = self._prefill if phase == PREFILL else self._decode
+        else:
+            self._in_parts([], [])
+
+    def _in_parts(self, sequences: List[Sequence], tokens: List[int]) -> Logits:
+        """A decode step in micro-batches, of which the stages of a pipeline have several under way."""
+        parts = shares([s.length + 1 for s in sequences], self.micro_batches)
+        started = []
+        for mine in parts:
+            if mine:
+                arrays, args = self.place(self._decode, [sequences[i] for i in mine], [tokens[i] for i in mine])
+                started.append(self._start(self._decode, arrays, args, len(mine)))
+            else:
+                self._idle(self._decode)
+        found = [one.finish() for one in started]
+        if len(found) == 1:
+            return found[0]
+        logits = np.empty((len(sequences), found[0].shape[1] if found else 0), dtype=np.float32)
+        for mine, some in zip((mine for mine in parts if mine), found, strict=True):
+            logits[mine] = some
+        return logits
+
+    def _start(self, call: Call, arrays: dict[str, NDArray[Any]], args: list[Any], tokens: int) -> Started:
+        """Run a call as far as it goes without what later stages compute."""
+        late: list[Late] = []
+        if isinstance(call, SteppedCall):
+            late = call.start(args[0])
+        else:
+            call.function(*args)
+        self.record(call, arrays, tokens)
+        # With other calls before its end, the call's own buffer would be written again.
+        several = self.world.mesh.pp > 1
+        return Started(arrays["logits"].copy() if several else arrays["logits"], late)
+
+    def _idle(self, call: Call) -> None:
         if isinstance(call, SteppedCall):  # without steps nothing is exchanged: nobody waits
             call.function(*call.idle()[1])
 
@@ -129,6 +182,7 @@ class SteppedCall(Call):
         fixed: Callable[[Argument], NDArray[Any]],
     ) -> None:
         self._engine = engine
+        self._late: list[Late] | None = None
         self.collectives = collectives
         self._workspace = fixed
         self._sizes: dict[tuple[int, int, int], Binding] = {}
@@ -174,6 +228,16 @@ class SteppedCall(Call):
         binding.step[2] = binding.symbols["U"]
         return self._entry.steps
 
+    def start(self, binding: Binding) -> list[Late]:
+        """Run a call but for what it sends on along the pipeline and what comes back at its end; returns these."""
+        late: list[Late] = []
+        self._late = late
+        try:
+            self._run(binding)
+        finally:
+            self._late = None
+        return late
+
     def _run(self, binding: Binding) -> None:
         self.begin(binding)
         self._steps(self._entry.steps, binding, -1)
@@ -184,8 +248,14 @@ class SteppedCall(Call):
                 function, args = binding.segments[step]
                 function(*args)
             elif isinstance(step, Collective):
-                with self._engine.monitor.communication(f"{step.name}, {step.where}", None if layer < 0 else layer):
-                    self.collectives.run(step, layer, binding)
+                what = f"{step.name}, {step.where}"
+                with self._engine.monitor.communication(what, None if layer < 0 else layer):
+                    if self._late is not None and may_wait(step):
+                        exchange, array = self.collectives.begin(step, binding)
+                        if exchange is not None:
+                            self._late.append(Late(self._engine.monitor, what, exchange, array))
+                    else:
+                        self.collectives.run(step, layer, binding)
             else:
                 for inner in range(step.first, step.last + 1):
                     binding.step[0] = inner

@@ -23,7 +23,7 @@ class OtherArtifact(InputError):
     """Ranks with different artifacts."""
 
     template = (
-        "rank {rank} has another artifact than rank 0 (manifest {found:.12} instead of {expected:.12}): "
+        "rank {rank} has another artifact than rank 0: {what} {found:.12} instead of {expected:.12} (sha256); "
         "give every rank the same one"
     )
 
@@ -48,3 +48,11 @@ class NoBackend(InputError):
     """A GPU artifact where its ranks cannot exchange tensors."""
 
     template = "{path} is for {kind} devices, whose ranks exchange tensors over NCCL: {why}"
+
+
+class NoStages(InputError):
+    """Micro-batches for ranks that form no pipeline."""
+
+    template = (
+        "{path} has no pipeline stages on CPUs for --micro-batches to keep busy: leave it away, or compile with --pp"
+    )

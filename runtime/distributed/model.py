@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
+from collections.abc import Sequence as List
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from moec.ir.replicas import Replicas, default_slots
 from moec.runtime.artifact import Artifact, open_artifact, read_manifest
 from moec.runtime.distributed.collectives import Collectives
 from moec.runtime.distributed.engine import DistributedEngine
-from moec.runtime.distributed.errors import OtherArtifact, RankFailed, RankInputFailed
+from moec.runtime.distributed.errors import NoBackend, NoStages, OtherArtifact, RankFailed, RankInputFailed
 from moec.runtime.distributed.monitor import Monitor
 from moec.runtime.distributed.world import World, backend, join
 from moec.runtime.engine import Logits
@@ -36,26 +36,38 @@ if TYPE_CHECKING:
 
 
 def load_distributed(
-    path: str | Path, check: bool = False, threads: int | None = None, timeout: float = TIMEOUT
+    path: str | Path,
+    check: bool = False,
+    threads: int | None = None,
+    timeout: float = TIMEOUT,
+    micro_batches: int = 1,
 ) -> DistributedModel:
     """Open this rank's part of the artifact at `path`; every process that torchrun started calls it.
 
-    Raises an InputError or MoecError on every rank when one cannot open its part, naming that rank.
+    `micro_batches`: parts of a decode step that the stages of a pipeline have under way at the same time.
+    Raises an InputError or MoecError on every rank when one cannot open its part or has another artifact, naming that
+    rank, and NoStages for micro-batches without a pipeline.
     """
-    # Read before the ranks meet, to know how; a manifest that cannot be read is told to all once they have.
-    kind = "cpu"
+    # Read before the ranks meet, to know how; what is wrong is told to all once they have.
+    artifact, backends = None, "gloo"
+    failure: MoecError | None = None
     with suppress(InputError):
         kind = read_manifest(path).kind
-    world, store = join(timeout, backend(kind, str(path)))
-    monitor = Monitor(world.rank, world.size, store, timeout)
-    artifact, failure = None, None
+        try:
+            backends = backend(kind, str(path))
+        except NoBackend as error:
+            failure = error
+    world, store = join(timeout, backends)
+    monitor = Monitor(world.rank, world.size, store, timeout, world.progress)
+    digests: dict[str, str] = {}
     try:
-        artifact = open_artifact(path, check, rank=world.rank, ranks=world.size)
-        identity = hashlib.sha256((artifact.path / "manifest.json").read_bytes()).hexdigest()
+        if failure is None:
+            artifact = open_artifact(path, check, rank=world.rank, ranks=world.size)
+            digests = artifact.digests()
     except MoecError as error:
-        failure, identity = error, ""
+        failure = error
     with monitor.communication("the comparison of artifacts", layer=None):
-        told = world.gather((identity, str(failure) if failure else "", isinstance(failure, InputError)))
+        told = world.gather((digests, str(failure) if failure else "", isinstance(failure, InputError)))
     for rank, (_, message, is_input) in enumerate(told):
         if message:
             monitor.close()
@@ -64,11 +76,19 @@ def load_distributed(
                 raise failure
             raise (RankInputFailed if is_input else RankFailed)(rank=rank, message=message)
     for rank, (found, _, _) in enumerate(told):
-        if found != told[0][0]:
+        differs = [what for what, digest in told[0][0].items() if found[what] != digest]
+        if differs:
             monitor.close()
-            raise OtherArtifact(rank=rank, found=found, expected=told[0][0])
+            what = differs[0]
+            raise OtherArtifact(rank=rank, what=what, found=found[what], expected=told[0][0][what])
     assert artifact is not None
-    return DistributedModel(artifact, world, monitor, threads)
+    model = DistributedModel(artifact, world, monitor, threads)
+    if micro_batches > 1:
+        if world.mesh.pp == 1 or not isinstance(model.engine, DistributedEngine):
+            monitor.close()
+            raise NoStages(path=str(path))
+        model.engine.micro_batches = micro_batches
+    return model
 
 
 class DistributedModel(Model):
@@ -110,7 +130,7 @@ class DistributedModel(Model):
 
     @property
     def replicas(self) -> int:
-        """Data-parallel replicas, each of which takes its share of the sequences."""
+        """As `Model.replicas`."""
         return self.world.mesh.dp
 
     @property
@@ -137,10 +157,18 @@ class DistributedModel(Model):
         return Loads.joined(part for part in self._gather(mine and mine.loads()) if part is not None)
 
     def losses(self, ids: Any) -> NDArray[np.float64]:
-        """As `Model.losses`; replica 0 computes them, every rank gets them."""
-        mine = super().losses(ids) if self.replica[0] == 0 else np.zeros(len(ids) - 1)
+        """As `Model.losses`; one replica computes them, every rank gets them."""
+        return self.losses_of([ids])[0]
+
+    def losses_of(self, windows: List[Any]) -> list[NDArray[np.float64]]:
+        """As `Model.losses_of`: window i is computed by replica i mod replicas, every rank gets all."""
+        replica, replicas = self.replica
+        mine = [super(DistributedModel, self).losses(window) for window in windows[replica::replicas]]
         self._drain()
-        return np.asarray(self._gather(mine)[0])
+        found: list[NDArray[np.float64]] = [np.empty(0)] * len(windows)
+        for rank, some in enumerate(self._gather(mine)):
+            found[self.world.mesh.index(rank, "dp") :: replicas] = some
+        return found
 
     def close(self) -> None:
         """Every rank is done: end the watch over the others."""

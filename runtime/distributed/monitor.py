@@ -1,8 +1,9 @@
 """Watches the other ranks: one that dies or stops answering ends the run on every rank, with one line that names it.
 
 Every rank writes a sign of life and where it stands into the shared store, from a thread of its own, and reads those of
-the others. A process that is gone or stopped gives no sign; one that hangs gives signs but stays where it is while the
-others wait for it. Whoever finds the cause first writes it down; one rank of each machine prints it.
+a few others, of all when something seems wrong. A process that is gone or stopped gives no sign; one that hangs gives
+signs but stays where it is while the others wait for its part of an exchange. Whoever finds the cause first writes it
+down; one rank of each machine prints it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moec.errors import InputError, MoecError, printable
+from moec.runtime.distributed.progress import Progress, Standing, awaited
 
 INTERVAL = 0.25
 """Seconds between signs of life."""
@@ -30,24 +32,25 @@ SILENCE = 2.0
 
 @dataclass
 class _Seen:
-    """What was last read of a rank, and when it changed: its sign of life, and its place."""
+    """What was last read of a rank, and when it changed: its sign of life, and where it stands."""
 
     beat: str = ""
     beat_at: float = 0.0
-    place: str = ""
-    place_at: float = 0.0
+    standing: Standing = field(default_factory=Standing)
+    standing_at: float = 0.0
     process: str = ""
 
 
 class Monitor:
     """Signs of life of this rank, and what is known of the others. `timeout`: seconds that a rank may stay silent."""
 
-    def __init__(self, rank: int, size: int, store: Any, timeout: float) -> None:
+    def __init__(self, rank: int, size: int, store: Any, timeout: float, progress: Progress) -> None:
         self.rank = rank
         self.size = size
         self.timeout = timeout
         self._store = store.clone()
-        self._place = (0, "at the start", False)
+        self._progress = progress
+        self._place = (0, "at the start")
         self._since = time.monotonic()
         self._number = 0
         self._steps = 0
@@ -61,7 +64,7 @@ class Monitor:
         # thread waits in a collective; one that another thread gets must not end the process either.
         signal.signal(signal.SIGTERM, lambda number, frame: self._asked.set())
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        self._seen = {r: _Seen(beat_at=self._since, place_at=self._since) for r in range(size) if r != rank}
+        self._seen = {r: _Seen(beat_at=self._since, standing_at=self._since) for r in range(size) if r != rank}
         self._thread = threading.Thread(target=self._watch, name="moec monitor", daemon=True)
         self._thread.start()
 
@@ -70,16 +73,16 @@ class Monitor:
         self._number += 1
         self._steps += 1
         behind = f" behind {self._last}" if self._last else ""
-        self._place = (self._number, f"at the start of {entry} (step {self._steps}){behind}", False)
+        self._place = (self._number, f"at the start of {entry} (step {self._steps}){behind}")
 
     @contextmanager
     def communication(self, what: str, layer: int | None) -> Iterator[None]:
-        """Inside, this rank waits for others; an error of the connection ends the run with its cause."""
-        where = what if layer is None else f"layer {layer} ({what})"
+        """Inside, this rank takes part in an exchange; an error of the connection ends the run with its cause."""
+        where = what if layer is None else f"layer {layer} ({what}) of step {self._steps}"
         if layer is None and self._last:
             where += f" behind {self._last}"
         self._number += 1
-        self._place = (self._number, f"in {where}", True)
+        self._place = (self._number, f"in {where}")
         self._since = time.monotonic()
         try:
             yield
@@ -91,7 +94,7 @@ class Monitor:
         if layer is not None:
             self._last = f"layer {layer} of step {self._steps}"
         self._number += 1
-        self._place = (self._number, f"after {where}", False)
+        self._place = (self._number, f"after {where}")
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -134,49 +137,64 @@ class Monitor:
                 os._exit(128 + signal.SIGTERM)
 
     def _step(self, beat: int) -> None:
-        number, where, waiting = self._place
-        self._store.set(f"life/{self.rank}", f"{beat}|{self._process}|{number}|{int(waiting)}|{where}")
+        own = self._standing()
+        self._store.set(f"life/{self.rank}", f"{beat}|{self._process}|{own.text()}")
         if self._store.check(["failure"]):
             self._leave(self._store.get("failure").decode())
         now = time.monotonic()
-        for rank, seen in self._seen.items():
-            key = f"life/{rank}"
+        watched = self._watched(now)
+        for rank in watched:
+            seen, key = self._seen[rank], f"life/{rank}"
             text = self._store.get(key).decode() if self._store.check([key]) else ""
-            if text == "done":
-                seen.beat = "done"
+            if text in ("", "done"):
+                seen.beat = text
                 continue
-            beat_text, _, rest = text.partition("|")
-            seen.process, _, place = rest.partition("|")
+            beat_text, seen.process, rest = text.split("|", 2)
             if beat_text != seen.beat:
                 seen.beat, seen.beat_at = beat_text, now
-            if place != seen.place:
-                seen.place, seen.place_at = place, now
-        self._judge(now)
+            standing = Standing.parse(rest)
+            if standing != seen.standing:
+                seen.standing, seen.standing_at = standing, now
+        self._judge(now, own, {r: self._seen[r] for r in watched if self._seen[r].beat != "done"})
 
-    def _judge(self, now: float) -> None:
-        """End the run when a rank is silent, or when all wait for one that does not move."""
+    def _standing(self) -> Standing:
+        return Standing(*self._place, dict(self._progress.started), self._progress.waiting)
+
+    def _watched(self, now: float) -> list[int]:
+        """The ranks 1, 2, 4, ... further on: few, and each watched by several. All once an answer is late."""
+        if self._broken.is_set() or (self._progress.waiting and now - self._since > self.timeout / 2):
+            return list(self._seen)
+        return sorted({(self.rank + 2**i) % self.size for i in range((self.size - 1).bit_length())})
+
+    def _judge(self, now: float, own: Standing, alive: dict[int, _Seen]) -> None:
+        """End the run when a rank is silent, or when this one waits for one that does not move."""
         limit = min(SILENCE, self.timeout) if self._broken.is_set() else self.timeout
-        alive = {r: s for r, s in self._seen.items() if s.beat != "done"}
         for rank, seen in alive.items():
             if now - seen.beat_at > limit:
                 silent = now - seen.beat_at
                 _kill_stopped(seen.process)
                 # A dead rank's last sign may be many layers old: who waits for it knows better where it is missed.
-                where = f"rank {self.rank} waits {self._place[1]}" if self._place[2] else f"last seen {_place(seen)}"
+                where = f"rank {self.rank} waits {own.where}" if own.waiting else f"last seen {seen.standing.where}"
                 self._end(f"rank {rank} died or was stopped: no sign of life for {silent:.1f} s, {where}")
-        if not self._place[2] or now - self._since <= self.timeout:
+        if not own.waiting or now - self._since <= self.timeout:
             return
-        moving = [r for r, s in alive.items() if s.place.split("|")[1:2] == ["0"]]
+        standings = {self.rank: own} | {r: s.standing for r, s in alive.items()}
+        still = {r for r, s in alive.items() if now - s.standing_at > self.timeout}
+        held_up_by = awaited(self.rank, standings)
         # Opening an artifact may take any time: a rank that is still at the start shows signs of life at least.
-        started = [r for r in moving if alive[r].place.split("|")[0] not in ("", "0")]
-        stuck = [r for r in started if now - alive[r].place_at > self.timeout]
+        stuck = [r for r in held_up_by if r in still and standings[r].number]
         if stuck:
-            rank = stuck[0]
-            waited = now - alive[rank].place_at
-            self._end(f"rank {rank} stopped answering {_place(alive[rank])}: others wait for {waited:.1f} s")
-        elif not moving:
-            lines = sorted({_place(s) for s in alive.values()} | {self._place[1]})
-            self._end(f"all ranks wait for each other: {'; '.join(lines)}")
+            rank, waited = stuck[0], now - alive[stuck[0]].standing_at
+            here = f"rank {self.rank} waits {own.where}"
+            self._end(f"rank {rank} stopped answering {standings[rank].where}: {here} for {waited:.1f} s")
+        group = {r for w in own.waiting for r in w.ranks if r in alive}
+        if not held_up_by and group <= still:
+            lines = "; ".join(f"rank {r} {s.where}" for r, s in sorted(standings.items()) if s.waiting)
+            if own.lacks(standings):
+                self._end(f"ranks wait for each other: {lines}")
+            # Where others are further, it is this rank that does not go on: they will say so.
+            if all(standings[r].given(w) == w.number for w in own.waiting for r in w.ranks if r in standings):
+                self._end(f"every rank has sent its part and none gets through, is the network up? {lines}")
 
     def _end(self, message: str, code: int = 1) -> None:
         """Write the cause down, unless somebody did, and end this process."""
@@ -203,11 +221,6 @@ class Monitor:
             # Whoever holds the store stays until the others have read it.
             time.sleep(3 * INTERVAL)
             os._exit(int(code) if code.isdigit() else 1)
-
-
-def _place(seen: _Seen) -> str:
-    parts = seen.place.split("|", 2)
-    return parts[2] if len(parts) == 3 else "at the start"
 
 
 def _identity(pid: int) -> str:

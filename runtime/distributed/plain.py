@@ -27,7 +27,7 @@ def all_reduce(axis: Axis, attrs: Attrs, x: Tensor, y: Tensor) -> None:
     t = y if y.is_contiguous() else torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if t.data_ptr() != x.data_ptr():
         t.copy_(x)
-    dist.all_reduce(t, group=axis.group)
+    axis.run(dist.all_reduce, t)
     axis.count(_bytes(x) * 2 * (axis.size - 1) // axis.size)
     if t is not y:
         y.copy_(t)
@@ -39,7 +39,7 @@ def all_gather(axis: Axis, attrs: Attrs, x: Tensor, y: Tensor) -> None:
         return
     if attrs["dim"] != 0:
         parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(axis.size)]
-        dist.all_gather(parts, x.contiguous(), group=axis.group)
+        axis.run(dist.all_gather, parts, x.contiguous())
         y.copy_(torch.cat(parts, attrs["dim"]))
     else:
         # Parts of one size: the last ones are filled up.
@@ -47,7 +47,7 @@ def all_gather(axis: Axis, attrs: Attrs, x: Tensor, y: Tensor) -> None:
         mine = torch.zeros((each, *x.shape[1:]), dtype=x.dtype, device=x.device)
         mine[: len(x)] = x
         parts = [torch.empty_like(mine) for _ in range(axis.size)]
-        dist.all_gather(parts, mine, group=axis.group)
+        axis.run(dist.all_gather, parts, mine)
         for i, p in enumerate(parts):
             first, stop = part(len(y), axis.size, i)
             y[first:stop] = p[: stop - first]
@@ -62,7 +62,7 @@ def reduce_scatter(axis: Axis, attrs: Attrs, x: Tensor, y: Tensor) -> None:
     whole = torch.zeros((each * axis.size, *x.shape[1:]), dtype=x.dtype, device=x.device)
     whole[: len(x)] = x
     mine = torch.empty((each, *x.shape[1:]), dtype=x.dtype, device=x.device)
-    dist.reduce_scatter_tensor(mine, whole, group=axis.group)
+    axis.run(dist.reduce_scatter_tensor, mine, whole)
     axis.count(_bytes(x) * (axis.size - 1) // axis.size)
     y.copy_(mine[: len(y)])
 
@@ -71,7 +71,7 @@ def all_to_all(axis: Axis, attrs: Attrs, x: Tensor, y: Tensor) -> None:
     """Part i of x along `split` goes to rank i; y = what comes, joined along `join`."""
     sent = torch.stack(x.chunk(axis.size, attrs["split"]))
     got = torch.empty_like(sent)
-    dist.all_to_all_single(got, sent, group=axis.group)
+    axis.run(dist.all_to_all_single, got, sent)
     axis.count(_bytes(x) * (axis.size - 1) // axis.size)
     y.copy_(torch.cat(list(got), attrs["join"]))
 
@@ -85,7 +85,7 @@ def rows(axis: Axis, attrs: Attrs, x: Tensor, y: Tensor) -> None:
 def send(axis: Axis, attrs: Attrs, x: Tensor) -> None:
     """x goes to the rank at place `to`."""
     if x.numel():
-        dist.send(x.contiguous(), axis.ranks[attrs["to"]])
+        axis.send(x.contiguous(), attrs["to"]).wait()
         axis.count(_bytes(x))
 
 
@@ -93,7 +93,7 @@ def recv(axis: Axis, attrs: Attrs, y: Tensor) -> None:
     """y comes from the rank at place `source`."""
     if y.numel():
         got = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-        dist.recv(got, axis.ranks[attrs["source"]])
+        axis.recv(got, attrs["source"]).wait()
         y.copy_(got)
 
 

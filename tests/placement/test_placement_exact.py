@@ -89,6 +89,31 @@ def test_the_crowded_bound_holds_and_sees_more() -> None:
     assert sharper > 1
 
 
+@pytest.mark.parametrize(("devices", "slots", "groups", "least"), [(32, 9, 1, 12), (64, 5, 1, 6), (32, 9, 8, 24)])
+def test_one_hot_expert_is_placed_optimally(devices: int, slots: int, groups: int, least: float) -> None:
+    """An expert as heavy as 128 others: a device with one of its replicas fills up with whole others."""
+    loads = np.ones((1, 256))
+    loads[0, 7] = 128
+    result = place(Problem.of(loads, devices=devices, slots_per_device=slots, devices_per_node=8, groups=groups))
+    assert result.bound[0] == pytest.approx(least) == result.greatest[0]
+
+
+def test_the_crowded_bound_never_exceeds_the_optimum() -> None:
+    """Small layers of a few heavy experts and many alike, with much and little room for replicas."""
+    rng = np.random.default_rng(77)
+    reached = 0
+    for _ in range(24):
+        devices, per_device, heavy = (int(rng.integers(2, most)) for most in (5, 5, 3))
+        experts = max(3, devices * per_device - int(rng.integers(1, 5)))
+        loads = rng.random(experts) * 0.2 + 0.5 * (rng.random() < 0.5)
+        loads[:heavy] *= rng.uniform(2, 12, heavy)
+        exact = exact_even(loads, devices, devices * per_device, seconds=3)
+        bound = crowded_bound(loads[None], devices, devices * per_device)[0]
+        assert bound <= exact.greatest * (1 + 1e-6)
+        reached += bound >= exact.greatest * (1 - 1e-3)
+    assert reached > 3
+
+
 @pytest.mark.parametrize("per_device", [3, 5, 6])
 def test_two_devices_are_split_optimally(per_device: int) -> None:
     rng = np.random.default_rng(per_device)

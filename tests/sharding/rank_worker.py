@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from moec.runtime.distributed.model import DistributedModel
+from moec.runtime.distributed.progress import Waiting
+from moec.runtime.distributed.world import Exchange
 from moec.runtime.launch import loaded
 
 
@@ -22,7 +24,7 @@ def main(request: dict[str, Any]) -> None:
     rank = int(os.environ["RANK"])
     if rank == request.get("other_rank"):
         path = request["other"]
-    with loaded(path, False, 1, request.get("timeout", 30.0)) as model:
+    with loaded(path, False, 1, request.get("timeout", 30.0), request.get("parts", 1)) as model:
         out: dict[str, Any] = {}
         if "fail" in request and rank == request["rank"]:
             _fail_at(model, request["fail"], request["step"])
@@ -35,6 +37,10 @@ def main(request: dict[str, Any]) -> None:
             ids = np.asarray(request["ids"])
             for chunk in request.get("chunks", (None, 7, 1)):
                 out[f"logits_{chunk}"] = model.logits(ids, chunk=chunk)
+        if "windows" in request:
+            fed = _fed(model)
+            out["losses"] = np.concatenate(model.losses_of(request["windows"]))
+            out["fed"] = np.array(sum(fed))
         if "prompts" in request:
             out["tokens"] = np.array(json.dumps(model.generate(request["prompts"], request["new"], stop=())))
         if "out" in request:
@@ -71,6 +77,19 @@ def _decoded(engine: Any, parts: int, hide: bool) -> Any:
     return np.stack(steps)
 
 
+def _fed(model: Any) -> list[int]:
+    """Grows by the tokens of every piece of a prompt that this rank computes."""
+    counts: list[int] = []
+    place = model.engine.place_piece
+
+    def counting(sequence: Any, tokens: Any, last_only: bool) -> Any:
+        counts.append(len(tokens))
+        return place(sequence, tokens, last_only)
+
+    model.engine.place_piece = counting
+    return counts
+
+
 def _watch(model: Any, routed: list[Any]) -> None:
     """Note the experts of every dispatch."""
     collectives = model.collectives
@@ -84,21 +103,40 @@ def _watch(model: Any, routed: list[Any]) -> None:
 
 
 def _fail_at(model: Any, how: str, step: int) -> None:
-    """Let the rank die, stop or hang in a decode step."""
-    engine, count = model.engine, [0]
-    decode = engine.decode
+    """Let the rank die, stop or hang before a decode step, or in its second exchange: before it sends, or behind."""
+    how, _, where = how.partition(" ")
+    decode, run, wait = model.engine.decode, model.collectives.run, Exchange.wait
+    steps, exchanges = [0], [0]
 
-    def failing(*args: Any) -> Any:
-        count[0] += 1
-        if count[0] == step:
-            if how == "hang":
-                time.sleep(1000)
-            if how == "error":
-                raise OSError(5, "Input/output error")
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
+    def fail() -> None:
+        sys.stderr.write(f"failing at {time.time()}\n")
+        if how == "hang":
+            time.sleep(1000)
+        if how == "error":
+            raise OSError(5, "Input/output error")
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
+
+    def stepping(*args: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == step and not where:
+            fail()
         return decode(*args)
 
-    engine.decode = failing
+    def exchanging(*args: Any) -> Any:
+        exchanges[0] += steps[0] == step
+        if exchanges[0] == 2 and where == "before sending":
+            fail()
+        return run(*args)
+
+    def waiting(exchange: Exchange) -> None:
+        if exchanges[0] == 2 and where == "behind sending":
+            with model.world.progress.wait(Waiting(exchange.axis, exchange.number, exchange.ranks)):
+                fail()
+        wait(exchange)
+
+    model.engine.decode, model.collectives.run = stepping, exchanging
+    if where == "behind sending":
+        Exchange.wait = waiting  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from moec.passes.base import Context, Limits, Outcome
 from moec.passes.numerics import Numerics
 from moec.passes.pipeline import pipeline
 from moec.passes.place_experts import PlaceExperts
+from moec.passes.placement import Problem, place
 from moec.passes.planning.layout import Layout
 from moec.passes.shard import Shard
 from moec.targets import load
@@ -51,6 +52,48 @@ def test_busy_experts_are_copied_and_results_stay(loads: Path, slots: int) -> No
     Shard().run(module, Context(load("cpu"), Limits(), LAYOUT))
     assert {op.attrs["slots"] for _, op in module.ops() if op.name == "comm.dispatch"} == {3 * slots}
     assert before.check(module, 0.0) is None
+
+
+def test_several_recordings_are_merged_as_moec_place_does(tmp_path: Path) -> None:
+    """Two recordings with opposite favourites: alone, added, and with factors."""
+    first, second = np.full((2, 16), 100.0), np.full((2, 16), 100.0)
+    first[:, 5], second[:, 11] = 3000.0, 750.0
+    for name, array in (("a", first), ("b", second)):
+        np.savez(tmp_path / f"{name}.npz", loads=array, coactivation=np.ones((2, 16, 16)), layers=[1, 2])
+    both = Path(f"{tmp_path}/a.npz:{tmp_path}/b.npz")
+    added, out = placed(both)
+    expected = place(Problem.of(first + second, devices=3, slots_per_device=6))
+    assert added.attrs["placement"] == tuple(map(tuple, expected.placement.physical_to_logical_map.tolist()))
+    assert out.notes[:2] == ["loads of a.npz, times 1", "loads of b.npz, times 1"]
+    alone, _ = placed(both, weights="0:1")
+    assert alone.attrs["placement"] == placed(tmp_path / "b.npz")[0].attrs["placement"] != added.attrs["placement"]
+    with pytest.raises(InputError, match=r"--weights must be tokens, equal, or 2 number\(s\)"):
+        placed(both, weights="1:2:3")
+    with pytest.raises(InputError, match=r"cannot read .*c\.npz: No such file"):
+        placed(Path(f"{both}:{tmp_path}/c.npz"))
+
+
+def test_recorded_pairs_gather_partners_on_nodes(tmp_path: Path) -> None:
+    """Where a target has several nodes the pass takes the recorded co-activation, unless told not to."""
+    rng = np.random.default_rng(3)
+    pairs = np.zeros((2, 16, 16))
+    for layer in range(2):
+        partner = rng.permutation(16).reshape(8, 2)
+        pairs[layer, partner[:, 0], partner[:, 1]] = pairs[layer, partner[:, 1], partner[:, 0]] = 500.0
+    np.savez(tmp_path / "r.npz", loads=np.full((2, 16), 1000.0), coactivation=pairs)
+    layout = Layout(1, 16, 16, 16, 16)
+    rows, notes = {}, {}
+    for given in ("", "none"):
+        module = moec.trace("tiny-deepseek-v3", SMALL).ir
+        step = PlaceExperts(loads=str(tmp_path / "r.npz"), coactivation=given)
+        notes[given] = step.run(module, Context(load("h800-ep32"), Limits(), layout)).notes
+        rows[given] = np.array(module.attrs["placement"])
+    apart = {}
+    for given, placement in rows.items():
+        node = placement.argsort(axis=1) // 8
+        apart[given] = sum(pairs[i][node[i][:, None] != node[i][None, :]].sum() for i in range(2))
+    assert any("recorded co-activation" in note for note in notes[""]) and notes["none"] != notes[""]
+    assert apart[""] == 0 < apart["none"]
 
 
 def test_it_runs_before_shard() -> None:

@@ -11,29 +11,39 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rank_models import CASES, Case, compiled, launch, results, skewed
+from rank_models import BATCH, CASES, CHUNK, CONTEXT, Case, compiled, launch, results, skewed
 
 import moec
 from moec.passes.planning.layout import LayoutRequest
 
 BOUND = 1e-5
 """Greatest difference of logits over the greatest logit."""
+SLOW = pytest.mark.slow
 FAST = ("ep3-redundant", "dp2-tp2-ep4-forwarded", "pp2")
+WINDOWS = (20, 13, 9)
+"""Windows whose losses are computed, by their tokens."""
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11] * 3, [3]]
 """Uneven, and fewer than replicas: some rank has no prompt at all."""
 
 
 def agree(model: Path | str, mesh: str | Case, recipe: str, tmp: Path, seed: int = 0, bound: float = BOUND) -> None:
-    """Prefill whole, in chunks and token by token, and generation, equal those of one process on every rank."""
+    """Prefill whole, in chunks and token by token, losses, and generation, equal those of one process on every rank."""
     case = CASES[mesh] if isinstance(mesh, str) else mesh
     one = moec.load(compiled(model, tmp / "one.moec", recipe), threads=1)
     ids = np.random.default_rng(seed).integers(0, one.vocab, (3, 20))
+    windows = [row[:n] for row, n in zip(ids, WINDOWS, strict=True)]
     ranks = results(
         case.ranks, compiled(model, tmp / "many.moec", recipe, case), tmp / "out",
-        ids=ids.tolist(), prompts=PROMPTS, new=6,
+        ids=ids.tolist(), prompts=PROMPTS, new=6, windows=[w.tolist() for w in windows],
+        parts=2 if case.request.pp > 1 else 1,
     )  # fmt: skip
     tokens = one.generate(PROMPTS, 6, stop=())
-    for found in ranks:
+    losses = np.concatenate([one.losses(w) for w in windows])
+    replicas = case.ranks // case.request.tp // case.request.pp
+    for rank, found in enumerate(ranks):
+        assert np.abs(found["losses"] - losses).max() / losses.max() < bound
+        replica = rank // case.request.tp % replicas
+        assert found["fed"] == sum(WINDOWS[replica::replicas]), "windows are spread over the replicas"
         for chunk in (None, 7, 1):
             expected = one.logits(ids, chunk=chunk)
             worst = np.abs(found[f"logits_{chunk}"] - expected).max() / np.abs(expected).max()
@@ -46,7 +56,7 @@ def test_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
     agree(skewed("many-groups", tmp_path / "hf"), name, "fp32", tmp_path)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("recipe", ["fp32", "weight-only"])
 @pytest.mark.parametrize("name", CASES)
 def test_tiny_on_every_mesh(name: str, recipe: str, tmp_path: Path) -> None:
@@ -56,7 +66,7 @@ def test_tiny_on_every_mesh(name: str, recipe: str, tmp_path: Path) -> None:
     agree("tiny-deepseek-v3", name, recipe, tmp_path)
 
 
-@pytest.mark.slow
+@SLOW
 def test_placement_from_a_file_changes_no_result(tmp_path: Path) -> None:
     """Experts moved between ranks, popular ones copied, unequal shares: the same numbers as in one process."""
     file = tmp_path / "placement.json"
@@ -68,7 +78,7 @@ def test_placement_from_a_file_changes_no_result(tmp_path: Path) -> None:
     agree(skewed("many-groups", tmp_path / "hf"), case, "fp32", tmp_path)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("variant", ["v3", "half-split-rope", "no-dense-tied", "v2-groups", "all-dense"])
 @pytest.mark.parametrize("name", CASES)
 def test_small_models_on_every_mesh(name: str, variant: str, tmp_path: Path) -> None:
@@ -78,7 +88,7 @@ def test_small_models_on_every_mesh(name: str, variant: str, tmp_path: Path) -> 
     agree(skewed(variant, tmp_path / "hf", seed=3), name, "fp32", tmp_path, seed=3)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("name", ["tp2", "tp2-ep2", "tp4"])
 @pytest.mark.parametrize(("family", "seed"), [("mixtral", 1), ("qwen3_moe", 2), ("gpt_oss", 3), ("qwen3", 4)])
 def test_grouped_heads_on_every_mesh(family: str, seed: int, name: str, tmp_path: Path) -> None:
@@ -94,7 +104,7 @@ def test_grouped_heads_on_every_mesh(family: str, seed: int, name: str, tmp_path
     agree(tmp_path / "hf", name, "fp32", tmp_path, seed=seed)
 
 
-@pytest.mark.slow
+@SLOW
 def test_fp8_blocks_over_tensor_parallel_ranks(tmp_path: Path) -> None:
     """Whole 128x128 blocks on every rank: the same FP8 weights as in one process.
 
@@ -149,33 +159,69 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled("tiny-deepseek-v3", tmp_path_factory.mktemp("pair") / "m.moec", "fp32", CASES["ep2"])
 
 
+IN_EXCHANGE = r"layer 2 \(combine, deepseek_v3/model.py:\d+, shard\) of step \d+"
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("kill", r"rank 1 died or was stopped: no sign of life for [\d.]+ s, rank 0 waits in .*layer \d"),
-        pytest.param("stop", r"rank 1 died or was stopped: .*rank 0 waits in ", marks=pytest.mark.slow),
-        pytest.param("hang", r"rank 1 stopped answering after layer 3 \(combine", marks=pytest.mark.slow),
-        pytest.param("error", "rank 1: Input/output error", marks=pytest.mark.slow),
+        pytest.param(
+            "kill", r"rank 1 died or was stopped: no sign of life for [\d.]+ s, rank 0 waits in .*layer \d", marks=SLOW
+        ),
+        ("kill before sending", rf"rank 1 died or was stopped: .* s, rank 0 waits in {IN_EXCHANGE}$"),
+        pytest.param("stop", r"rank 1 died or was stopped: .*rank 0 waits in ", marks=SLOW),
+        pytest.param(
+            "stop before sending", rf"rank 1 died or was stopped: .*rank 0 waits in {IN_EXCHANGE}$", marks=SLOW
+        ),
+        pytest.param(
+            "hang", r"rank 1 stopped answering after layer 3 \(combine.*: rank 0 waits in the agree", marks=SLOW
+        ),
+        ("hang before sending", rf"rank 1 stopped answering in {IN_EXCHANGE}: rank 0 waits in layer 2 \(combine"),
+        pytest.param(
+            "hang behind sending",
+            rf"rank 1 stopped answering in {IN_EXCHANGE}: rank 0 waits in layer 3 \(dispatch",
+            marks=SLOW,
+        ),
+        pytest.param("error", "rank 1: Input/output error", marks=SLOW),
     ],
 )
 def test_a_rank_that_fails_ends_all_with_one_line(how: str, words: str, pair: Path) -> None:
     began = time.monotonic()
-    request = {"artifact": str(pair), "prompts": [[1, 2, 3], [4]], "new": 40, "timeout": 5}
+    request = {"artifact": str(pair), "prompts": [[1, 2, 3], [4]], "new": 40, "timeout": 4}
     done = launch(2, {**request, "fail": how, "rank": 1, "step": 20}, seconds=60)
     lines = [line for line in done.stderr.splitlines() if line.startswith("moec: error:")]
     assert done.returncode == 1 and len(lines) == 1 and re.search(words, lines[0]), done.stderr
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.slow
-def test_ranks_with_different_artifacts(pair: Path, tmp_path: Path) -> None:
-    other = compiled("tiny-deepseek-v3", tmp_path / "other.moec", "bf16", CASES["ep2"])
-    request = {"artifact": str(pair), "other": str(other), "other_rank": 1, "prompts": [[1]], "new": 2}
-    done = launch(2, request, seconds=60)
-    assert done.returncode == 1 and "rank 1 has another artifact than rank 0 (manifest" in done.stderr
+@SLOW
+@pytest.mark.parametrize(
+    ("recipe", "seed", "what"), [("fp32", 5, "weights"), ("bf16", None, "program"), ("fp32", None, "")]
+)
+def test_ranks_with_different_artifacts(recipe: str, seed: int | None, what: str, pair: Path, tmp_path: Path) -> None:
+    """Before the first step: the same program over other weights, another program, and the same bytes elsewhere."""
+    plan = moec.trace("tiny-deepseek-v3").optimize(
+        "cpu", batch=BATCH, context=CONTEXT, chunk=CHUNK, recipe=recipe, layout=CASES["ep2"].request
+    )
+    other = plan.compile(tmp_path / "other.moec", random_weights=seed).path
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = tmp_path / "run.sh"
+    script.write_text(f'exec {sys.executable} -m moec run $([ $RANK = 1 ] && echo {other} || echo {pair}) "$@"\n')
+    done = subprocess.run(
+        [*command, "--no-python", "bash", str(script), "--prompt-ids", "1", "--max-new-tokens", "2", "--threads", "1"],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if line.startswith("moec: error:")]
+    if not what:
+        assert done.returncode == 0 and not lines, done.stderr
+        return
+    assert done.returncode != 0 and len(lines) == 1, done.stderr
+    assert re.search(
+        rf"rank 1 has another artifact than rank 0: {what} [0-9a-f]{{12}} instead of [0-9a-f]{{12}}", lines[0]
+    )
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_command_prints_once(pair: Path) -> None:
     """`torchrun -m moec run --json`: rank 0 prints one object, the tokens are those of one process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moec"]
@@ -194,7 +240,7 @@ def test_micro_batches_that_hide_their_exchanges(pair: Path, tmp_path: Path) -> 
         assert np.abs(rank["decoded_hidden"] - whole).max() < 1e-4 * whole.std()
 
 
-@pytest.mark.slow
+@SLOW
 def test_ranks_follow_the_schedule_of_their_artifact(tmp_path: Path) -> None:
     """Turns read off the scheduled text: tokens of one process, and no bit changed by waiting for every exchange."""
     target = Path(__file__).parents[2] / "benchmarks" / "cpu_with_network.yaml"

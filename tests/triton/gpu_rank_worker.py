@@ -31,7 +31,7 @@ def opened(path: Path) -> tuple[Any, StandIn]:
         artifact = open_artifact(path)
         return Model(artifact, engine=GpuEngine(artifact, library=driver)), driver
     world, store = join(60.0)
-    monitor = Monitor(world.rank, world.size, store, 60.0)
+    monitor = Monitor(world.rank, world.size, store, 60.0, world.progress)
     artifact = open_artifact(path, rank=world.rank, ranks=world.size)
     return DistributedModel(artifact, world, monitor, None, driver), driver
 

@@ -96,18 +96,25 @@ def bench(
         Path | None,
         typer.Option(metavar="OUT.jsonl", help="Time every op instead, as rows for `moec targets calibrate`."),
     ] = None,
+    micro_batches: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Under torchrun, with --pp: parts of a decode step under way at a time."),
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure prefill and decode rates, load time and memory.
 
     --profile says where the time of a step goes, --speculate what drafts bring.
     """
+    from moec.cli.options import UsageError
     from moec.runtime.launch import first, launched
 
     if launched() and (profile or calibration_rows is not None or speculate):
         raise OneProcess()
     if link is not None and not launched():
         raise LinkWithoutRanks()
+    if micro_batches > 1 and not launched():
+        raise UsageError(message="--micro-batches is for several processes: start them with torchrun")
     if speculate and (profile or calibration_rows is not None):
         raise SpeculationAlone()
     if calibration_rows is not None:
@@ -135,7 +142,7 @@ def bench(
         return
     from moec.runtime import bench as measuring
 
-    result = measuring.bench(artifact, prompt_tokens, new_tokens, repeat, batch, threads, note, link)
+    result = measuring.bench(artifact, prompt_tokens, new_tokens, repeat, batch, threads, note, link, micro_batches)
     if trace is not None:
         _trace_overlap(trace, result)
     if not first():

@@ -81,6 +81,10 @@ def run(
         float | None,
         typer.Option(min=1, help="Under torchrun: seconds that a rank may stay silent before all end [30]."),
     ] = None,
+    micro_batches: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Under torchrun, with --pp: parts of a decode step under way at a time."),
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a prompt; the text appears as it is generated."""
@@ -101,10 +105,12 @@ def run(
         raise OneProcess()
     if timeout is not None and not launched():
         raise UsageError(message="--timeout is for several processes: start them with torchrun")
+    if micro_batches > 1 and not launched():
+        raise UsageError(message="--micro-batches is for several processes: start them with torchrun")
     check_place(record_loads)
     sampling = Sampling(temperature, top_p, seed)
     ids = _parse_ids(prompt_ids) if prompt_ids is not None else None
-    with loaded(artifact, check, threads, timeout or TIMEOUT) as model:
+    with loaded(artifact, check, threads, timeout or TIMEOUT, micro_batches) as model:
         if ids is None:
             ids = model.tokenizer.encode(prompt) if prompt is not None else model.tokenizer.encode_chat(chat or "")
         if compare is not None:
