@@ -195,6 +195,39 @@ def run_balance(small: bool, seed: int, show: Callable[[str], None]) -> list[dic
     return rows
 
 
+def run_v3_traffic(seed: int, show: Callable[[str], None]) -> list[dict[str, Any]]:
+    """DeepSeek-V3's layout of arXiv 2505.09343, sec. 4.3: copies of a token beside what arithmetic says.
+
+    8 nodes x 8 devices x 4 experts, 8 of 256 experts a token, alike in demand. Without limits a token visits
+    8 (1 - C(224, 8) / C(256, 8)) nodes on average, with one group a node and 4 groups a token at most 4.
+    """
+    from math import comb
+
+    from moec.passes.placement.traffic import routed_traffic, sample_routing
+
+    rng = np.random.default_rng(seed)
+    show("DeepSeek-V3 on 8 nodes: copies of a token, the one that stays on its node included")
+    rows = []
+    for limited in (False, True):
+        chosen = sample_routing(rng, np.ones(256), 40000, 8, 8 if limited else 1, 4)
+        problem = Problem.of(
+            np.ones((1, 256)), devices=64, slots_per_device=4, devices_per_node=8, groups=8 if limited else 1
+        )
+        placement = place(problem).placement
+        node = placement.physical_to_logical_map[0].argsort()[chosen] // 32
+        most = max(len(set(row)) for row in node.tolist())
+        traffic = routed_traffic(rng, placement, chosen[None])
+        direct, forwarded = traffic.direct.sum(), traffic.forwarded.sum()
+        says = "at most 4" if limited else f"{8 * (1 - comb(224, 8) / comb(256, 8)):.4f} on average"
+        show(
+            f"{'node-limited' if limited else 'any experts':14} without forwarding {direct:.4f} (8), with "
+            f"{forwarded:.4f}, at most {most} ({says}); between nodes {traffic.copies_direct:.4f} and "
+            f"{traffic.copies_forwarded:.4f}"
+        )
+        rows.append({"limited": limited, "direct": direct, "forwarded": forwarded, "most": most})
+    return rows
+
+
 def run_traffic(small: bool, seed: int, show: Callable[[str], None]) -> list[dict[str, Any]]:
     """Copies between nodes for fresh tokens of the same topics, with placements that know and do not know the pairs."""
     from moec.passes.placement.traffic import routed_traffic
@@ -290,6 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Placement beside the published greedy balancer and lower bounds.")
     parser.add_argument("--small", action="store_true", help="a few layers and experts, for a quick check")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only-traffic", action="store_true", help="copies between nodes, nothing else")
     parser.add_argument("--artifact", type=Path, help="a CPU artifact whose loads are recorded")
     parser.add_argument("--text", type=Path, help="with --artifact: the text it reads")
     parser.add_argument("--only-recorded", action="store_true", help="with --artifact: nothing else")
@@ -305,7 +339,9 @@ def main() -> None:
     if options.artifact is not None:
         figures["recorded"] = run_recorded(options.artifact, options.text, show)
     if not options.only_recorded:
-        figures["balance"] = run_balance(options.small, options.seed, show)
+        if not options.only_traffic:
+            figures["balance"] = run_balance(options.small, options.seed, show)
+        figures["v3_traffic"] = run_v3_traffic(options.seed, show)
         figures["traffic"] = run_traffic(options.small, options.seed, show)
     options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     show(f"wrote {options.out}")
