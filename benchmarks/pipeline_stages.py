@@ -62,7 +62,7 @@ def main() -> None:
 
 def _slowest(rounds: list[list[float]]) -> float:
     """Median over the rounds of the slowest rank's milliseconds."""
-    return statistics.median(max(times) for times in zip(*rounds, strict=True))
+    return float(statistics.median(max(times) for times in zip(*rounds, strict=True)))
 
 
 def _work(options: argparse.Namespace) -> None:
