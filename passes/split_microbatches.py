@@ -75,7 +75,7 @@ class SplitMicrobatches(Pass):
         best = best if times[best] <= times[1] * (1 - self.least) else 1
         shown = ", ".join(f"{count} {time / 1e3:.4g} ms" for count, time in times.items())
         shown += "".join(f", {count} at least {time / 1e3:.4g} ms" for count, time in beyond.items())
-        verdict = "stays whole: splitting loses" if best == 1 else f"{best} micro-batches"
+        verdict = "stays whole: splitting loses" if best == 1 else f"{best} parts are fastest"
         out.notes.append(f"@{entry.name}: {verdict} (layers with exchanges, by number of micro-batches: {shown})")
         return best
 
