@@ -13,6 +13,10 @@ class NoSuchArray(UnreadableFile):
     """A file of several arrays without the wanted one."""
 
 
+class NotWhole(InputError):
+    template = "{name}: layers are given by whole numbers, got {value:g} at [{at}]"
+
+
 class WrongRank(InputError):
     template = "{name}: expected {expected}, got an array of shape {shape}"
 
@@ -29,10 +33,21 @@ class NegativeEntry(InputError):
     template = "{name}: negative entry {value:g} at {where}: token counts cannot be below zero"
 
 
+class TooGreat(InputError):
+    template = "{name}: entry {value:g} at {where} is above {greatest:g}: scale the loads down, only their ratios count"
+
+
 class TooFewSlots(InputError):
     template = (
         "{experts} experts do not fit into {slots} slots ({devices} devices x {slots_per_device}): "
         "give at least {needed} slots a device"
+    )
+
+
+class TooManySlots(InputError):
+    template = (
+        "{slots} slots in all ({layers} layers on {devices} devices) are more than the {most} that can be placed "
+        "together: give fewer devices, or fewer layers at a time"
     )
 
 

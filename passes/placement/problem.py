@@ -14,6 +14,10 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Shares = Literal["even", "free"]
 
+# Sums and products of so many tokens stay far from the limits of float64.
+_GREATEST = 1e100
+_MOST_SLOTS = 20_000_000
+
 
 def numeric_array(name: str, values: Any, ndim: int, expected: str) -> Floats:
     """`values` as float64 with `ndim` dimensions; finite and not negative.
@@ -24,7 +28,7 @@ def numeric_array(name: str, values: Any, ndim: int, expected: str) -> Floats:
         raw = np.asarray(values)
     except ValueError:
         raise errors.WrongRank(name=name, expected=expected, shape="ragged") from None
-    if raw.dtype.kind not in "iufb":
+    if raw.dtype.kind not in "iuf":
         raise errors.NotNumbers(name=name, dtype=raw.dtype)
     if raw.ndim != ndim or 0 in raw.shape:
         raise errors.WrongRank(name=name, expected=expected, shape=list(raw.shape))
@@ -36,6 +40,9 @@ def numeric_array(name: str, values: Any, ndim: int, expected: str) -> Floats:
     if (array < 0).any():
         where = np.argwhere(array < 0)[0].tolist()
         raise errors.NegativeEntry(name=name, value=array[tuple(where)], where=where)
+    if array.max() > _GREATEST:
+        where = np.argwhere(array > _GREATEST)[0].tolist()
+        raise errors.TooGreat(name=name, value=array[tuple(where)], where=where, greatest=_GREATEST)
     return array
 
 
@@ -83,6 +90,9 @@ class Problem:
                 slots_per_device=slots_per_device,
                 needed=smallest_slots(experts, devices),
             )
+        if len(array) * devices * slots_per_device > _MOST_SLOTS:
+            slots = len(array) * devices * slots_per_device
+            raise errors.TooManySlots(slots=slots, layers=len(array), devices=devices, most=_MOST_SLOTS)
         per_node = devices if devices_per_node is None else devices_per_node
         if per_node < 1:
             raise errors.NotPositive(name="devices per node", expected="at least 1", value=per_node)

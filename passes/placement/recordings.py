@@ -50,6 +50,9 @@ def read_recording(path: Path) -> Recording:
         layers = numeric_array(path.name, layers, 1, "[layers]")
         if len(layers) != len(loads):
             raise errors.WrongRank(name=path.name, expected=[len(loads)], shape=list(layers.shape))
+        if (layers != layers.round()).any():
+            at = int((layers != layers.round()).argmax())
+            raise errors.NotWhole(name=path.name, value=layers[at], at=at)
     numbers = None if layers is None else tuple(int(n) for n in layers)
     return Recording(path.name, loads, pairs, numbers)
 

@@ -52,6 +52,7 @@ class Monitor:
         self._progress = progress
         self._place = (0, "at the start")
         self._since = time.monotonic()
+        self._looked = self._since
         self._number = 0
         self._steps = 0
         self._last = ""
@@ -142,6 +143,13 @@ class Monitor:
         if self._store.check(["failure"]):
             self._leave(self._store.get("failure").decode())
         now = time.monotonic()
+        # A rank that has not run itself (a machine that slept, a stopped job) knows nothing of that time.
+        if now - self._looked > SILENCE:
+            self._since += now - self._looked
+            for seen in self._seen.values():
+                seen.beat_at += now - self._looked
+                seen.standing_at += now - self._looked
+        self._looked = now
         watched = self._watched(now)
         for rank in watched:
             seen, key = self._seen[rank], f"life/{rank}"

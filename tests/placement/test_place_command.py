@@ -130,6 +130,12 @@ def changed(value: float) -> np.ndarray:
         (changed(-1.0), [], "negative entry -1 at [1, 3]"),
         (changed(np.nan), [], "NaN at [1, 3]"),
         (changed(np.inf), [], "infinity at [1, 3]"),
+        (changed(1e308), [], "entry 1e+308 at [1, 3] is above 1e+100: scale the loads down"),
+        (GOOD > 0, [], "expected numbers, got elements of type bool"),
+        (GOOD + 1j, [], "expected numbers, got elements of type complex128"),
+        (GOOD.astype("datetime64[s]"), [], "expected numbers, got elements of type datetime64[s]"),
+        (np.float64(3), [], "got an array of shape []"),
+        (np.ones((3, 0)), [], "got an array of shape [3, 0]"),
         (np.ones(8), [], "[layers, experts], got an array of shape [8]"),
         (np.ones((2, 2, 8)), [], "shape [2, 2, 8]"),
         (np.ones((0, 8)), [], "shape [0, 8]"),
@@ -140,6 +146,11 @@ def changed(value: float) -> np.ndarray:
         (GOOD, ["--devices-per-node", "3"], "4 devices do not divide over nodes of 3"),
         (GOOD, ["--slots-per-device", "0"], "slots per device must be at least 1"),
         (GOOD, ["--devices", "0"], "at least 1, got 0"),
+        (
+            GOOD,
+            ["--devices", "10000000"],
+            "80000000 slots in all (2 layers on 10000000 devices) are more",
+        ),
         (GOOD, ["--groups", "0"], "groups must be at least 1"),
         (GOOD, ["--devices-per-node", "-1"], "devices per node must be at least 1"),
         (GOOD, ["--shares", "fre"], "did you mean free?"),
@@ -182,6 +193,25 @@ def test_unreadable_loads_are_one_line(tmp_path: Path, name: str, content: bytes
         path.write_bytes(content)
     with pytest.raises(InputError) as caught:
         run(path, "--devices", "4", "--slots-per-device", "4")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"a": GOOD, "b": GOOD}, "no loads or logical_count in it (it has a, b)"),
+        ({"loads": GOOD, "layers": [1, 2, 3]}, "expected [2], got an array of shape [3]"),
+        ({"loads": GOOD, "layers": ["a", "b"]}, "expected numbers, got elements of type <U1"),
+        ({"loads": GOOD, "layers": [1, 1.5]}, "layers are given by whole numbers, got 1.5 at [1]"),
+        ({"loads": GOOD, "coactivation": -np.ones((2, 8, 8))}, "negative entry -1 at [0, 0, 0]"),
+        ({"loads": GOOD, "coactivation": np.full((2, 8, 8), np.nan)}, "NaN at [0, 0, 0]"),
+        ({"loads": GOOD, "coactivation": np.ones((2, 7, 7))}, "expected [2, 8, 8], got an array of shape [2, 7, 7]"),
+    ],
+)
+def test_wrong_recordings_are_one_line(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    np.savez(tmp_path / "r.npz", **fields)
+    with pytest.raises(InputError) as caught:
+        run(tmp_path / "r.npz", "--devices", 4, "--slots-per-device", 4, "--devices-per-node", 2)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
