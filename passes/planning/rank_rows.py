@@ -55,6 +55,7 @@ def _exchange(rows: Rows, op: Op, role: Role) -> list[Row]:
     sent = operand_type(op.operands[1]) if dispatch else op.results[0].type
     assert isinstance(sent, TensorType)
     tokens, hidden = (rows.number(d) for d in sent.shape)
+    dtype = "fp8" if sent.dtype.startswith("fp8") else "f32" if sent.dtype == "f32" else "bf16"
     row: dict[str, Any] = {
         "op": "moe_dispatch" if dispatch else "moe_combine",
         "tokens": ceil(tokens / rows.balance),
@@ -62,14 +63,14 @@ def _exchange(rows: Rows, op: Op, role: Role) -> list[Row]:
         "top_k": rows.top_k,
         "experts": op.attrs["slots"],
         "ep": op.attrs["ranks"],
-        "dtype": "fp8" if sent.dtype.startswith("fp8") else "bf16",
+        "dtype": dtype,
     }
     if rows.step.phase != "prefill":
         return [row]
     nodes = -(-int(str(op.attrs["ranks"])) // int(str(op.attrs["per_node"])))
     row |= {"mode": "normal", "max_nodes": min(nodes, int(str(op.attrs.get("node_limit", nodes))))}
     received = ceil(tokens * rows.top_k / rows.balance)
-    permute = {"op": "stream", "bytes": 2 * received * hidden * (1 if row["dtype"] == "fp8" else 2)}
+    permute = {"op": "stream", "bytes": 2 * received * hidden * {"fp8": 1, "bf16": 2, "f32": 4}[dtype]}
     return [row, permute] if dispatch else [permute, row]
 
 

@@ -15,8 +15,8 @@ _MESSAGE_HEADER = 16
 
 def token_bytes(hidden: int, dtype: str) -> int:
     """Bytes of one token on the wire: FP8 carries a FP32 scale for each 128 elements, and every token a header."""
-    if dtype == "bf16":
-        return 2 * hidden + _MESSAGE_HEADER
+    if dtype in ("bf16", "f32"):
+        return (2 if dtype == "bf16" else 4) * hidden + _MESSAGE_HEADER
     return hidden + 4 * ceildiv(hidden, 128) + _MESSAGE_HEADER
 
 

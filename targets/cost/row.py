@@ -52,7 +52,7 @@ def _choice(doc: str, choices: tuple[str, ...], default: str | None = None) -> K
 _DTYPE = _choice(
     "element type of weights and activations", ("bf16", "fp8", "fp8_block", "fp8_weight", "mxfp4_weight", "f32")
 )
-_WIRE = ("bf16", "fp8", "fp8_block")
+_WIRE = ("bf16", "fp8", "fp8_block", "f32")
 _LAYOUT = ("contiguous", "masked")
 _FORMS = ("absorbed", "plain")
 _HEADS = Key("heads on this device")
