@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from moec.passes.scheduling.graph import Mode, Task, TaskGraph
+from moec.passes.scheduling.pieces import Piece, covered, subtract
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def utilisation(graph: TaskGraph, schedule: Schedule) -> dict[str, float]:
     return {r: held[r] / (capacity * span) if capacity * span else 0.0 for r, capacity in graph.resources.items()}
 
 
-def exposed_communication(graph: TaskGraph, schedule: Schedule) -> list[tuple[float, float]]:
+def exposed_communication(graph: TaskGraph, schedule: Schedule) -> list[Piece]:
     """The pieces of time (start, end; microseconds) in which tasks on links run and no computation does.
 
     Computation is a task that holds a resource but no link: a send that spends a few SMs on driving its link is still
@@ -74,7 +75,7 @@ def exposed_communication(graph: TaskGraph, schedule: Schedule) -> list[tuple[fl
         for task in graph.tasks
         if not graph.communicates(task) and any(use > 0 for use in schedule.mode_of(task).uses.values())
     ]
-    return _subtract(_covered(links, schedule), _covered(compute, schedule))
+    return subtract(_covered(links, schedule), _covered(compute, schedule))
 
 
 def phase(start: float, interval: float) -> float:
@@ -83,7 +84,7 @@ def phase(start: float, interval: float) -> float:
     return 0.0 if interval - place <= 1e-9 * interval else place
 
 
-def pieces(start: float, us: float, interval: float | None) -> list[tuple[float, float]]:
+def pieces(start: float, us: float, interval: float | None) -> list[Piece]:
     """The times that a task holds: itself, or its parts in one interval, [0, interval) as often as it covers it."""
     if interval is None:
         return [(start, start + us)]
@@ -97,32 +98,10 @@ def pieces(start: float, us: float, interval: float | None) -> list[tuple[float,
     return [*found, (begin, begin + rest)]
 
 
-def _covered(tasks: Iterable[Task], schedule: Schedule) -> list[tuple[float, float]]:
-    """The union of the times in which the tasks run, as disjoint pieces in order."""
-    union: list[tuple[float, float]] = []
-    found = (
+def _covered(tasks: Iterable[Task], schedule: Schedule) -> list[Piece]:
+    """The times in which any of the tasks runs."""
+    return covered(
         piece
         for task in tasks
         for piece in pieces(schedule.start_us[task.name], schedule.mode_of(task).us, schedule.interval_us)
     )
-    for start, end in sorted(found):
-        if union and start <= union[-1][1]:
-            union[-1] = (union[-1][0], max(union[-1][1], end))
-        elif end > start:
-            union.append((start, end))
-    return union
-
-
-def _subtract(whole: list[tuple[float, float]], removed: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The parts of `whole` outside of `removed`; both disjoint and in order."""
-    left: list[tuple[float, float]] = []
-    for start, end in whole:
-        for low, high in removed:
-            if high <= start or low >= end:
-                continue
-            if low > start:
-                left.append((start, low))
-            start = max(start, high)
-        if start < end:
-            left.append((start, end))
-    return left

@@ -21,7 +21,7 @@ from moec.passes.scheduling.retime import retime
 from moec.passes.scheduling.schedule import Schedule, makespan
 from moec.passes.scheduling.search import Effort, Found, LocalSearch
 
-EFFORT = Effort(placements=500_000, exact=0.2)
+EFFORT = Effort(placements=700_000, exact=0.2)
 """Default effort for a graph that runs once: about a second on two cores."""
 
 CYCLIC_EFFORT = Effort(placements=300_000, exact=0.4)

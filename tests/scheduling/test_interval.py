@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import combinations, pairwise
 
 import pytest
 from exact_oracles import interval_exists
 from task_graphs import DECODE_US, Json, decode_layer, random_loop
 
 from moec.passes.scheduling import check, exposed_communication, graph_from_json, solve
+from moec.passes.scheduling.bounds import mode_cliques
+from moec.passes.scheduling.grid import make_grid
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -117,3 +120,48 @@ def test_larger_loops_are_legal_and_above_their_bound(seed: int) -> None:
     assert solution.interval_us is not None and solution.interval_bound_us is not None
     assert solution.bounds["interval_resources"] <= solution.interval_bound_us * (1 + 1e-9)
     assert solution.interval_bound_us <= solution.interval_us <= solution.makespan_us * (1 + 1e-9)
+
+
+def layer_with_divided_sms(seed: int) -> Json:
+    """Two micro-batches of computation with tables over SMs, and exchanges that keep some of them."""
+    draw = random.Random(seed)
+    tasks: list[Json] = []
+    for k in "01":
+        for name in ("attention", "experts"):
+            us = draw.randint(30, 60)
+            tasks.append(
+                {"name": f"{name}.{k}", "us": {"132": us, "122": us + 4, "112": us + 9}, "uses": {"compute": 1}}
+            )
+        for name in ("dispatch", "combine"):
+            us = draw.randint(20, 50)
+            tasks.append({"name": f"{name}.{k}", "us": {"20": us, "10": 2 * us}, "uses": {"nic": 1}})
+    chain = ("attention", "dispatch", "experts", "combine")
+    return {
+        "resources": {"sm": 132, "compute": 1, "nic": 1},
+        "tasks": tasks,
+        "edges": [[f"{a}.{k}", f"{b}.{k}"] for a, b in pairwise(chain) for k in "01"],
+        "repeat": [[f"combine.{k}", f"attention.{k}", 1] for k in "01"],
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cliques_of_modes_never_run_side_by_side(seed: int) -> None:
+    grid = make_grid(graph_from_json(layer_with_divided_sms(seed)))
+    cliques = mode_cliques(grid)
+    assert cliques
+    for clique in cliques:
+        for (i, k), (j, other) in combinations(clique, 2):
+            one, two = dict(grid.modes[i][k].uses), dict(grid.modes[j][other].uses)
+            fits = all(one.get(r, 0) + two.get(r, 0) <= capacity for r, capacity in enumerate(grid.capacities))
+            assert i == j or not fits
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_that_divide_their_sms_are_proven(seed: int) -> None:
+    """Bounds from energies alone stay below: a product cannot hold all SMs for a half and share them for the other."""
+    graph = graph_from_json(layer_with_divided_sms(seed))
+    solution = solve(graph)
+    check(graph, solution.schedule)
+    assert solution.optimal
+    assert solution.interval_us is not None
+    assert max(solution.bounds["interval_resources"], solution.bounds["interval_recurrences"]) < solution.interval_us
