@@ -63,10 +63,10 @@ def main() -> None:
 
 
 def _bench(options: argparse.Namespace, artifact: Path, more: list[str]) -> dict[str, Any]:
-    """What `moec bench` says of the overlap; sequences are few tokens long, so that decode is what takes the time."""
+    """What `moec bench` says of the overlap; prompts of one token, so that decode is what takes the time."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
     run += ["-m", "moec", "bench", str(artifact), "--json", "--threads", "1", "--repeat", str(options.repeat)]
-    run += ["--batch", str(options.batch * options.ranks), "--prompt-tokens", "3", "--new-tokens", "2", *more]
+    run += ["--batch", str(options.batch * options.ranks), "--prompt-tokens", "1", "--new-tokens", "2", *more]
     run += ["--trace", str(options.trace)] if options.trace is not None else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(run, check=True, env=environment, stdout=subprocess.PIPE, text=True)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from moec.errors import InputError
 from moec.ir import Function, Module
 from moec.ir.issue import Issued, Tracer, entries
+from moec.passes.scheduling.pieces import covered, subtract
 from moec.simulate.events import Activity, on_devices, simulate, with_stragglers
 from moec.simulate.trace import EXPOSED_TRACK, Span
 
@@ -89,28 +90,11 @@ def exposed(spans: Sequence[Span]) -> list[Span]:
     """For each device the pieces of time in which data are under way and nothing is computed."""
     found = []
     for device in dict.fromkeys(s.device for s in spans):
-        mine = [s for s in spans if s.device == device and s.us > 0]
-        links = _union([s for s in mine if LINK in s.args])
-        compute = _union([s for s in mine if LINK not in s.args])
-        for start, end in links:
-            for low, high in compute:
-                if high <= start or low >= end:
-                    continue
-                if low > start:
-                    found.append(Span("exposed", EXPOSED_TRACK, start, low - start, device))
-                start = max(start, high)
-            if start < end:
-                found.append(Span("exposed", EXPOSED_TRACK, start, end - start, device))
-    return found
-
-
-def _union(spans: Sequence[Span]) -> list[tuple[float, float]]:
-    found: list[tuple[float, float]] = []
-    for start, end in sorted((s.start_us, s.start_us + s.us) for s in spans):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], end))
-        else:
-            found.append((start, end))
+        links, compute = (
+            covered((s.start_us, s.start_us + s.us) for s in spans if s.device == device and (LINK in s.args) is link)
+            for link in (True, False)
+        )
+        found += [Span("exposed", EXPOSED_TRACK, a, b - a, device) for a, b in subtract(links, compute)]
     return found
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import moec
+from moec import targets
 from moec.ir import WeightRef, parse_module
 from moec.ir.issue import Issued, Tracer, is_view
 from moec.passes.planning import LayoutRequest
@@ -141,6 +143,25 @@ def test_little_compute_declines() -> None:
     times = re.search(r": 1 ([\d.]+) ms, 2 ([\d.]+) ms", found)
     assert times is not None and float(times[1]) < float(times[2])
     assert "stays whole: splitting loses" in found
+
+
+def test_one_network_adapter_a_node_is_a_matter_of_both_times() -> None:
+    """Eight devices on one adapter wait for it longer than halves lose by their size: splitting pays even in small."""
+    eight = targets.load("h800")
+    one = replace(eight, node=replace(eight.node, nics=1))
+    times = {}
+    for target in (eight, one):
+        plan = moec.trace("deepseek-v3").optimize(
+            target, phase="decode", batch=16, context=4096, layout=LayoutRequest(ranks=32)
+        )
+        found = notes(plan, "split-microbatches")
+        both = re.search(r": 1 ([\d.]+) ms, 2 ([\d.]+) ms", found)
+        assert both is not None
+        whole, halves = float(both[1]), float(both[2])
+        assert ("stays whole: splitting loses" in found) is (halves > whole * 0.99)
+        assert int(str(plan.ir.functions["decode"].attrs.get("micro_batches", 1))) == (2 if halves < whole else 1)
+        times[target.node.nics] = whole / halves
+    assert times[8] < 1 < times[1]
 
 
 def test_one_device_has_nothing_to_hide() -> None:
