@@ -103,7 +103,7 @@ def bench(
         for run in range(repeat):
             rates = model.complete(ids, new, stop=()).rates
             runs.append(rates)
-            read_runs.append(median(reading.run() for _ in range(_READS)))
+            read_runs.append(reading.best(_READS))
             progress(f"run {run + 1} of {repeat}: {_shown(rates)}, reading {read_runs[-1] / 1e9:.1f} GB/s")
         overlap, no_overlap = _overlap(model, ids, repeat, link_gbit, progress)
         used, weight_bytes, manifest = model.engine.threads, model.engine.weights.nbytes, model.artifact.manifest
