@@ -199,6 +199,7 @@ def _rows(artifact: str, repeat: int, threads: int | None, out: Path, as_json: b
     from moec.targets.describe import write_whole
 
     model = load(artifact, threads=threads)
+    model.engine.weights.settle()
     rows = calibration_rows(model, max(repeat, 8))
     write_whole(out, "".join(f"{json.dumps(row)}\n" for row in rows))
     ops = sorted({row["op"] for row in rows})
