@@ -26,8 +26,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
 from gpu_model import (
@@ -44,6 +42,7 @@ from gpu_model import (
     measured_steps,
     predicted_step,
     program_for,
+    run_once,
     sized,
     target_here,
     with_folder,
@@ -56,8 +55,9 @@ from gpu_timing import Packed, Row, measure, timed_us, wanted
 from moec.codegen.triton import aot
 from moec.codegen.triton.arch import ARCHITECTURES, architecture
 from moec.codegen.triton.fused.check import symbols as symbols_of
+from moec.codegen.triton.fused.choice import BULK_COPIES
 from moec.codegen.triton.problem import Problem, check, make
-from moec.codegen.triton.spec import instances, registry
+from moec.codegen.triton.spec import Instance, instances, registry
 from moec.errors import MoecError
 from moec.ir.expr import evaluate
 from moec.targets import Target, load
@@ -212,7 +212,10 @@ def checked(problems: list[tuple[str, Problem]], jobs: int) -> Iterator[tuple[st
 
 
 def generated_problems(target: Target) -> list[tuple[str, Problem]]:
-    """The kernels of a small model's decode program, at one token, a ragged tile and more than one tile."""
+    """The kernels of a small model's program, at one token, a ragged tile and more than one tile.
+
+    Experts also with all tokens at one and with none, products also in the forms that the cost model did not take.
+    """
     import torch
 
     found = []
@@ -221,12 +224,27 @@ def generated_problems(target: Target) -> list[tuple[str, Problem]]:
         if not entry.instance.spec.source:
             continue
         kernel = entry.instance.spec.build.keywords["kernel"]  # type: ignore[attr-defined]
-        for tokens in (1, 5, 100):
+        loads = (0, 1, 2) if "ALIGN" in entry.instance.dims else (0,)
+        runs = [(entry.instance, tokens, 0) for tokens in (1, 5, 100)]
+        runs += [(entry.instance, 5, spread) for spread in loads[1:]]
+        runs += [(other, 100, 0) for other in other_forms(entry.instance)]
+        for instance, tokens, spread in runs:
             rows = evaluate(kernel.rows, symbols_of(tokens))
-            dims = {**entry.instance.dims, "T": tokens, "ROWS": rows, "LOAD": 0}
-            problem = Problem(replace(entry.instance, dims=dims), torch.Generator().manual_seed(tokens), "cuda")
-            found.append((f"{name}, {tokens} tokens", problem))
+            dims = {**instance.dims, "T": tokens, "ROWS": rows, "LOAD": spread}
+            problem = Problem(replace(instance, dims=dims), torch.Generator().manual_seed(tokens), "cuda")
+            form = "".join(f", {n}" for n in ("TMA", "WS") if instance.tile.constants.get(n))
+            found.append((f"{name}, {tokens} tokens, load {spread}{form}", problem))
     return found
+
+
+def other_forms(instance: Instance) -> list[Instance]:
+    """A product by pointers where it has descriptors and the other way round, and with warps for the loads."""
+    tile, bulk = instance.tile, instance.arch in BULK_COPIES
+    if not instance.spec.boxes or not bulk:
+        return []
+    forms = [{"TMA": 1 - tile.constants["TMA"], "WS": 0}]
+    forms += [{"TMA": 1, "WS": 1}] if tile.num_warps == 4 and instance.arch == "sm_90a" else []
+    return [replace(instance, tile=replace(tile, constants={**tile.constants, **form})) for form in forms]
 
 
 def run_checks(session: Session) -> None:
@@ -277,8 +295,7 @@ def run_program(session: Session) -> None:
         rows = []
         for phase, tokens in (*(("decode", b) for b in BATCHES), ("prefill", CONTEXT)):
             if phase == "prefill":
-                sequence = engine.pool.open()
-                engine.prefill(sequence, np.arange(CONTEXT) % engine.manifest.vocab)
+                run_once(engine, phase, tokens)
             for name, instance, times, us in measured_launches(engine, program, phase, tokens, place):
                 flops, moved, bound = instance.flops(), instance.bytes(), predicted_us(instance, target)
                 line = (name, f"{phase} {tokens}", f"{times}", f"{us:.1f}", f"{bound:.1f}", f"{flops / us / 1e6:.1f}",
@@ -329,6 +346,8 @@ def run_layer(session: Session) -> None:
         peer = compiled_experts(count, width, inner, top_k=8, groups=8, kept=4)
         rows = []
         for phase, tokens in (*(("decode", b) for b in BATCHES), ("prefill", CONTEXT)):
+            # What a real step leaves is what the gate reads.
+            run_once(engine, phase, tokens)
             once = experts_timer(engine, program, phase, tokens, (flush.data_ptr(), FLUSH_BYTES))
             us = median(once() for _ in range(REPEATS))
             used = min(count, 8 * tokens)

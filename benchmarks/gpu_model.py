@@ -240,6 +240,19 @@ def fill_sequences(engine: GpuEngine, batch: int) -> list[Any]:
     return sequences
 
 
+def run_once(engine: GpuEngine, phase: str, tokens: int) -> None:
+    """A step of so many sequences, or a prompt of so many tokens."""
+    if phase == "prefill":
+        sequence = engine.pool.open()
+        engine.prefill(sequence, np.arange(tokens) % engine.manifest.vocab)
+        engine.pool.close(sequence)
+        return
+    sequences = fill_sequences(engine, tokens)
+    engine.decode(sequences, np.random.default_rng(tokens).integers(0, engine.manifest.vocab, tokens))
+    for sequence in sequences:
+        engine.pool.close(sequence)
+
+
 def measured_steps(engine: GpuEngine) -> Iterator[tuple[int, float, float]]:
     """(batch, microseconds of a decode step by the host's clock, of its graph alone by the device's)."""
     import time

@@ -155,8 +155,10 @@ def argmax(i: Instance, x: dict[str, Any]) -> Call:
 
 
 PEERS: dict[str, tuple[tuple[str, Maker], ...]] = {
+    "dense_bf16:dense_bf16": (("torch bf16 mm", bf16_matmul),),
     "dense:dense": (("torch bf16 mm", bf16_matmul), ("torch _scaled_mm per tensor", scaled_mm)),
     "grouped:grouped": (("torch bf16 mm per expert", expert_loop),),
+    "masked:masked": (("torch bf16 mm per expert", expert_loop),),
     "attention:mla_decode_split": (("torch SDPA, dense keys", decode_attention),),
     "attention:mla_prefill": (("torch SDPA", prefill_attention),),
     "heads:heads_attention": (("torch SDPA, dense keys", heads_attention),),

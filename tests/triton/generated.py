@@ -11,9 +11,14 @@ from small_families import FAMILIES
 
 import moec
 from moec.codegen.triton.fused.check import symbols
+from moec.codegen.triton.fused.products import Product, Store, SwiGlu, product_kernel
+from moec.codegen.triton.lower.table import KernelTable
 from moec.codegen.triton.problem import Problem, check
 from moec.codegen.triton.program import Program, lower_module
+from moec.ir import Op, TensorType, Value, WeightRef
 from moec.ir.expr import evaluate
+from moec.ir.types import Quant
+from moec.targets import load as load_target
 
 SMALL = {"num_hidden_layers": "2", "first_k_dense_replace": "1", "n_routed_experts": "4", "n_group": "2",
          "topk_group": "1", "num_experts_per_tok": "2"}  # fmt: skip
@@ -36,6 +41,25 @@ def program(target: str, recipe: str, shared: bool = False, model: str = TINY) -
 def generated_names(target: str, recipe: str, shared: bool = False, model: str = TINY) -> list[str]:
     """The kernels that were written for the program."""
     return [n for n, e in program(target, recipe, shared, model).table.entries.items() if e.instance.spec.source]
+
+
+def masked_error(fp8: bool, pair: bool, load: int, bulk: bool) -> dict[str, Any]:
+    """The worst errors of experts in the masked layout: 3 of 40 rows each, gate, up, SwiGLU and quantisation or not."""
+    rows, n, k = 120, 256, 192
+    scales = Quant("f32", (128, 128)), Quant("f32", (1, 128))
+    kind = "fp8_e4m3" if fp8 else "bf16"
+    weight = WeightRef("w", (), TensorType(kind, (3, n, k), scales[0] if fp8 else None))
+    x = Value("x", TensorType(kind, (rows, k), scales[1] if fp8 else None))
+    y = Value(
+        "y", TensorType(kind if pair else "bf16", (rows, n // 2 if pair else n), scales[1] if fp8 and pair else None)
+    )
+    made = Product(x, weight, "grouped", (*([SwiGlu()] if pair else []), Store(y)), masked=True)
+    kernel = product_kernel(made, "masked", [Op("moe.experts", [x, weight], {}, [y])], str(rows))
+    sizes = {"ROWS": rows, "T": rows, "CAPACITY": 40, "ALIGN": 0, "LOAD": load}
+    instance = KernelTable(load_target("h800"), {}).generated(kernel, "decode", made, **sizes)
+    constants = {**instance.tile.constants, "TMA": int(bulk)}
+    instance = replace(instance, tile=replace(instance.tile, constants=constants))
+    return check(Problem(instance, torch.Generator().manual_seed(load), "cpu"))
 
 
 def bulk_names(target: str, recipe: str) -> list[str]:

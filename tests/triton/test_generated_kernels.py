@@ -42,6 +42,14 @@ def test_the_other_form_of_a_product(interpreter: Any, name: str) -> None:
     assert worst and all(share <= 1.0 for share in worst.values()), worst
 
 
+@pytest.mark.parametrize("load", [0, 1, 2])
+@pytest.mark.parametrize(("fp8", "pair", "bulk"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_experts_in_the_masked_layout(interpreter: Any, fp8: bool, pair: bool, bulk: bool, load: int) -> None:
+    """Ragged shares of one row, none and all that there is room for; one expert alone; no row."""
+    worst = interpreter("masked_error", fp8=fp8, pair=pair, load=load, bulk=bulk)
+    assert worst and all(share <= 1.0 for share in worst.values()), worst
+
+
 @pytest.mark.parametrize(("target", "recipe"), [("h800", "deepseek-v3"), ("h800", "bf16"), ("a100", "weight-only")])
 def test_products_per_head_from_a_shared_matrix(interpreter: Any, target: str, recipe: str) -> None:
     """Rows 0..128 of each head's 256, transposed, and rows 128..256 as they are; FP8 under 128x128 scales or BF16."""

@@ -12,8 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from standin import StandIn
+from whole_models import compile_uncompiled
 
+import moec
+from moec.codegen.triton.program import Program, lower_module
 from moec.codegen.triton.spec import Instance, registry
+from moec.runtime.artifact import open_artifact
+from moec.runtime.cuda.engine import GpuEngine
 from moec.targets import load
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -84,3 +90,38 @@ def test_a_predicted_step_grows_with_the_batch() -> None:
         times = {name: [model.predicted_step(load(name), b)[0] for b in (1, 32, 128)] for name in ("h800", "b200")}
     assert all(t == sorted(t) for t in times.values())
     assert all(fast < slow for fast, slow in zip(times["b200"], times["h800"], strict=True))
+
+
+def test_checks_of_every_form(benchmark_modules: tuple[Any, Any]) -> None:
+    """A program's kernels at three sizes, experts with every load, products in the forms that were not chosen too."""
+    gpu = importlib.import_module("gpu")
+    names = [name for name, _ in gpu.generated_problems(load("h800"))]
+    assert len(set(names)) == len(names)
+    products = [n for n in names if n.startswith("linear_add.decode, 100 tokens")]
+    assert any("TMA" in n for n in products) and any("TMA" not in n for n in products)
+    assert any("WS" in n for n in names) and any("load 2" in n for n in names)
+
+
+def test_a_layer_is_timed_as_the_program_launches_it(
+    benchmark_modules: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the gate to the sum of the experts, captured once on a device that only notes launches."""
+    model = importlib.import_module("gpu_model")
+    monkeypatch.setattr(model, "CONTEXT", 128)
+    monkeypatch.setattr(Program, "compile", compile_uncompiled)
+    settings = {"num_hidden_layers": "2", "first_k_dense_replace": "1"}
+    plan = moec.trace("tiny-deepseek-v3", settings).optimize("h800", batch=2, context=128, recipe="bf16")
+    plan.compile(tmp_path / "m.moec", random_weights=0)
+    program = lower_module(plan.ir, plan.context.target, vars(plan.context.limits))
+    noted: list[str] = []
+    monkeypatch.setattr(StandIn, "launch", lambda self, record, grid, arguments: noted.append(record["name"]))
+    artifact = open_artifact(tmp_path / "m.moec")
+    device = StandIn(artifact.path / "kernels")
+    engine = GpuEngine(artifact, library=device)
+    model.run_once(engine, "decode", 2)
+    noted.clear()
+    once = model.experts_timer(engine, program, "decode", 2, (engine.memory.arena, 16))
+    once()
+    layer = noted[: len(noted) // 2]
+    assert noted == layer * 2 and not any("attn" in n or "mla" in n for n in layer)
+    assert layer[0].startswith("moe_route") and "combine" in layer[-1] and "permutation_contiguous" in layer[2]

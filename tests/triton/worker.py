@@ -18,7 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import interp_fixes
 import interp_kernels
 import torch
-from generated import generated_error
+from generated import generated_error, masked_error
 from whole_models import prompts_error
 
 from moec.codegen.triton.problem import check, make
@@ -65,6 +65,7 @@ CALLS = {
         repairs,
         prompts_error,
         generated_error,
+        masked_error,
     )
 }
 

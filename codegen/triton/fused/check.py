@@ -129,6 +129,11 @@ class _Filling:
         """
         import torch
 
+        if self.layout is None and self.kernel.product is not None and self.kernel.product.masked:
+            full, owners = self.p.CAPACITY, self.p.E
+            counts = {0: [1, 0, full], 1: [0, full], 2: [], -1: [full] * owners}[self.p.LOAD]
+            used = torch.tensor([*counts, *[0] * (owners - len(counts))], dtype=torch.int32)
+            self.layout = used, torch.empty(0, dtype=torch.int32)
         if self.layout is None:
             align, rows, load = self.p.ALIGN, self.p.ROWS, self.p.LOAD
             blocks = torch.full((rows // align,), -1, dtype=torch.int32)
@@ -158,7 +163,8 @@ def build_generated(p: Problem, kernel: Generated) -> dict[str, Any]:
     for a in kernel.arguments:
         of = a.of
         if a.what == "size":
-            arguments[a.name] = p.ROWS if a.name == "M" else evaluate(str(of), fill.sizes)
+            known = {**fill.sizes, **({"CAPACITY": p.CAPACITY} if a.name == "capacity" else {})}
+            arguments[a.name] = p.ROWS if a.name == "M" else evaluate(str(of), known)
         elif a.what in ("row", "head"):
             assert isinstance(of, Value)
             arguments[a.name] = width(of) if a.what == "row" else int(tensor_of(of).shape[-1])  # type: ignore[arg-type]
@@ -304,8 +310,13 @@ def _product(product: Product, fill: _Filling, names: dict[Any, str]) -> dict[st
     where = None
     if product.rows == "grouped":
         blocks, source = fill.experts()
-        expert = blocks.repeat_interleave(fill.p.ALIGN).long()
-        where = (expert >= 0)[:, None]
+        if product.masked:
+            row = torch.arange(fill.p.ROWS)
+            expert = row // fill.p.CAPACITY
+            where = (row % fill.p.CAPACITY < blocks[expert])[:, None]
+        else:
+            expert = blocks.repeat_interleave(fill.p.ALIGN).long()
+            where = (expert >= 0)[:, None]
         rows = a[source.clamp(min=0).long()] if product.gathered else a
         value = torch.einsum("rk,rnk->rn", rows, b[expert.clamp(min=0)])
     elif product.rows == "heads":

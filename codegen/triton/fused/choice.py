@@ -27,24 +27,19 @@ def depths(product: Product) -> tuple[int, ...]:
     return (64,) if product.inner % 128 else (64, 128)
 
 
-def start(product: Product, arch: str) -> Tile:
+def start(product: Product) -> Tile:
     """The tile of a product until one is chosen: small enough for every form."""
-    return _tile(product, arch, 64, 64, 64, False, False, 4, 2)
+    return _tile(product, 64, 128 if product.quantises else 64, 64, False, 4, 2)
 
 
-def _tile(
-    product: Product, arch: str, height: int, width: int, depth: int, bulk: bool, specialised: bool, warps: int,
-    stages: int,
-) -> Tile:  # fmt: skip
-    if product.quantises:
-        width = 128
+def _tile(product: Product, height: int, width: int, depth: int, bulk: bool, warps: int, stages: int) -> Tile:
     constants = {"BM": height, "BN": width}
     if product.form == "plain":
         constants["BK"] = depth
     if product.rows != "grouped":
         constants["GROUP_M"] = 8
     if product.boxes:
-        constants |= {"TMA": int(bulk), "WS": int(specialised)}
+        constants |= {"TMA": int(bulk), "WS": 0}
     return Tile(constants, warps, stages)
 
 
@@ -59,7 +54,7 @@ def tiles(product: Product, arch: str) -> Iterator[Tile]:
     ):
         if warps == 8 and height * width < 64 * 128:
             continue
-        yield _tile(product, arch, height, width, depth, tma, False, warps, stages)
+        yield _tile(product, height, width, depth, tma, warps, stages)
 
 
 def described(product: Product, instance: Instance) -> TiledProduct:
@@ -71,9 +66,9 @@ def described(product: Product, instance: Instance) -> TiledProduct:
     for axis in instance.grid():
         blocks *= axis
     promoted = product.form != "plain"
-    # What is widened waits in shared memory as it is stored, and once more in A's type where wgmma reads it from there.
+    # gfx942 widens E4M3 to FP16 in registers: it has no matrix instruction for that format.
     return TiledProduct(
-        rate_type="fp8" if product.form == "fp8" and architecture(instance.arch).fp8 else "bf16", blocks=blocks,
+        rate_type="fp8" if product.form == "fp8" and architecture(instance.arch).nvidia else "bf16", blocks=blocks,
         height=tile["BM"], width=tile["BN"], depth=tile.get("BK", 128), k=instance.dims["K"],
         parts=2 if product.pair else 1, a_bytes=a_bytes, b_bytes=b_bytes,
         result_bytes=max(BITS[tensor_of(s.to).dtype] // 8 for s in product.steps if isinstance(s, Store)),

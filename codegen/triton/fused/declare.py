@@ -43,35 +43,41 @@ def rows_spec(kernel: Generated) -> KernelSpec:
     used = [o.type for op in kernel.ops for o in (*op.operands, *op.results)]
     types = {t.dtype for t in used if isinstance(t, TensorType)}
     tiles = on((*FP8, "gfx942") if "fp8_e4m3" in types else EVERYWHERE, any=Tile({}, warps, 1))
-    return _spec(kernel, tiles, ("ROWS",), {"ROWS": 1}, (), False, ())
+    moved = f"{_cost(kernel.ops, 'bytes_read')} + {_cost(kernel.ops, 'bytes_written')}"
+    return _spec(kernel, tiles, ("ROWS",), {"ROWS": 1}, (), False, (), (_cost(kernel.ops, "flops"), moved))
 
 
 def product_spec(kernel: Generated, product: Product) -> KernelSpec:
     """The declaration of a product."""
     form, grouped = product.form, product.rows == "grouped"
     known = [a for a in EVERYWHERE if form != "fp8" or architecture(a).fp8]
-    tiles = {a: dict.fromkeys(("decode", "prefill"), start(product, a)) for a in known}
-    grid = ("ceildiv(N, BN)", "ROWS // BM") if grouped else ("ceildiv(ROWS, BM) * ceildiv(N, BN)",)
+    tiles = {a: dict.fromkeys(("decode", "prefill"), start(product)) for a in known}
+    blocks = ("ceildiv(CAPACITY, BM)", "E") if product.masked else ("ROWS // BM",)
+    grid = ("ceildiv(N, BN)", *blocks) if grouped else ("ceildiv(ROWS, BM) * ceildiv(N, BN)",)
     dims = {"ROWS": 1, **kernel.dims}
     if product.rows == "heads":
         grid, dims = (*grid, "HEADS"), {**dims, "HEADS": int(tensor_of(product.a).shape[1])}  # type: ignore[arg-type]
     if grouped:
-        dims["ALIGN"] = 64
+        dims["ALIGN"] = 0 if product.masked else 64
+    if product.masked:
+        dims |= {"CAPACITY": 1, "E": int(tensor_of(product.b).shape[0])}  # type: ignore[arg-type]
     # A tile reaches into two blocks of scales at most.
     widest = ["BN == 128"] if product.quantises else ["BN <= 128"] if form != "plain" else []
     requires = ["K % 16 == 0", *widest, *(["ALIGN % BM == 0"] if grouped else [])]
     tensor_core = tensor_of(product.a).dtype != "f32"
     aligned = tuple(a.name for a in kernel.arguments if a.kind == "i64" or a.name == "K")
-    spec = _spec(kernel, tiles, grid, dims, tuple(requires), tensor_core, aligned, depths(product)[-1])
-    flops, moved = _product_cost(product)
-    return replace(spec, flops=flops, bytes=moved, boxes=product.boxes, menu=partial(ranked, product=product))
+    spec = _spec(kernel, tiles, grid, dims, tuple(requires), tensor_core, aligned, _product_cost(product),
+                 depths(product)[-1])  # fmt: skip
+    return replace(spec, boxes=product.boxes, menu=partial(ranked, product=product))
 
 
 def _product_cost(product: Product) -> tuple[str, str]:
     """Operations and bytes of one product; of the experts those that own a block of rows are read."""
     pair = 2 if product.pair else 1
     heads = " * HEADS" if product.rows == "heads" else ""
-    owners = f"min({tensor_of(product.b).shape[0]}, ROWS // ALIGN) * " if product.rows == "grouped" else ""
+    experts = tensor_of(product.b).shape[0]
+    owners = f"{experts} * " if product.masked else f"min({experts}, ROWS // ALIGN) * "
+    owners = owners if product.rows == "grouped" else ""
     a, b = (BITS[tensor_of(o).dtype] // 8 for o in (product.a, product.b))
     written = sum(BITS[tensor_of(s.to).dtype] // 8 for s in product.steps if isinstance(s, Store))
     read = 2 * sum(isinstance(s, Add) for s in product.steps)
@@ -81,7 +87,7 @@ def _product_cost(product: Product) -> tuple[str, str]:
 
 def _spec(
     kernel: Generated, tiles: TileTable, grid: tuple[str, ...], dims: Dims, requires: tuple[str, ...],
-    tensor_core: bool, aligned: tuple[str, ...], step: int = 0,
+    tensor_core: bool, aligned: tuple[str, ...], cost: tuple[str, str], step: int = 0,
 ) -> KernelSpec:  # fmt: skip
     def constants(given: Dims) -> dict[str, Constant]:
         found: dict[str, Constant] = {"EVEN_K": given["K"] % step == 0} if step else {}
@@ -100,8 +106,8 @@ def _spec(
         build=partial(build_generated, kernel=kernel),
         reference=partial(reference_generated, kernel=kernel),
         cases=(),
-        flops=_cost(kernel.ops, "flops"),
-        bytes=f"{_cost(kernel.ops, 'bytes_read')} + {_cost(kernel.ops, 'bytes_written')}",
+        flops=cost[0],
+        bytes=cost[1],
         aligned=aligned,
         requires=requires,
         tensor_core=tensor_core,

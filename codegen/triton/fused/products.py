@@ -79,6 +79,8 @@ class Product:
     """Of a product per head: rows (start, stop) of the rows that each head owns in a matrix."""
     transposed: bool = False
     """Of a product per head: B's rows are summed over, its columns are those of the result."""
+    masked: bool = False
+    """Of rows sorted by expert: each owns `capacity` rows, and a count says how many of them it uses."""
     boxed: bool = True
     """Whether rows lie where tensor descriptors can name them."""
 
@@ -228,9 +230,10 @@ class _Writer:
                 "rm = tl.arange(0, BM)",
                 "rows = first + rm",
                 "live = rm < used",
-                *(source if p.gathered else ["am = rows"]),
+                *(source if p.gathered else ["am = tl.where(live, rows, first)" if p.masked else "am = rows"]),
             ]
-            return ["expert, first, used = expert_block(layout_ptr, 0, BM, ALIGN)"]
+            capacity = self._number("capacity", "i32", "size", "CAPACITY") if p.masked else "0"
+            return [f"expert, first, used = expert_block(layout_ptr, {capacity}, BM, ALIGN)"]
         self.body += [
             "pm, pn = grouped_order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)",
             "rm = pm * BM + tl.arange(0, BM)",
