@@ -163,5 +163,5 @@ PEERS: dict[str, tuple[tuple[str, Maker], ...]] = {
     "attention:mla_prefill": (("torch SDPA", prefill_attention),),
     "heads:heads_attention": (("torch SDPA, dense keys", heads_attention),),
     "routing:route": (("torch.compile", compiled_route),),
-    "sampling:greedy": (("torch argmax", argmax),),
+    "sampling:draw": (("torch argmax", argmax),),
 }

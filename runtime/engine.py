@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from moec.runtime.library import Library
 from moec.runtime.loads import LoadRecorder
 from moec.runtime.memory import Memory, aligned_zeros
 from moec.runtime.plan import Argument, Entry, Plan, Routing
+from moec.runtime.sampling import Draw
 from moec.runtime.weights import Weights
 
 _STEP_INPUTS: Final = ("ids", "seq", "pos", "pages", "starts", "rows")
@@ -56,6 +57,19 @@ class Steps(Protocol):
 
     def use_threads(self) -> None:
         """Set up the calling thread."""
+
+
+@runtime_checkable
+class DrawingSteps(Protocol):
+    """Steps whose device draws tokens itself, where `draws` says so: logits stay there."""
+
+    draws: bool
+
+    def prefill_draw(self, sequence: Sequence, tokens: Ids, draw: Draw) -> int:
+        """As `Engine.prefill`; the token after the last."""
+
+    def decode_draw(self, sequences: List[Sequence], tokens: List[int], draws: List[Draw]) -> list[int]:
+        """As `Engine.decode`; the token after each sequence."""
 
 
 class DraftingSteps(Steps, Protocol):

@@ -134,17 +134,20 @@ class Model:
         stop: Iterable[int] | None = None,
         stream: Stream | None = None,
         speculate: int = 0,
+        top_k: int = 0,
+        min_p: float = 0.0,
     ) -> list[int] | list[list[int]]:
         """The new tokens after `ids`, a list of ids; for several prompts (any lengths) a list of such lists.
 
         Ends at `max_new_tokens` or at a token in `stop` (default: the model's end-of-sequence tokens; it is part of the
         result). `stream(index of the prompt, token)` is called for every new token. Greedy at temperature 0; the same
-        seed gives the same tokens. `speculate`: so many tokens are drafted a step by the model's multi-token-prediction
-        module, at most as many as compiled for: the same tokens at temperature 0, and equally distributed ones above.
-        Raises WrongTokens, EmptyPrompt, PromptTooLong, NoRoom, TokenOutsideVocabulary or
-        WrongOption.
+        seed gives the same tokens, drawn among the `top_k` most probable (0: all), the smallest set of these that
+        reaches `top_p`, and those with `min_p` of the greatest probability. `speculate`: so many tokens are drafted a
+        step by the model's multi-token-prediction module, at most as many as compiled for: the same tokens at
+        temperature 0, and equally distributed ones above. Raises WrongTokens, EmptyPrompt, PromptTooLong, NoRoom,
+        TokenOutsideVocabulary or WrongOption.
         """
-        sampling = Sampling(temperature, top_p, seed)
+        sampling = Sampling(temperature, top_p, seed, top_k, min_p)
         single, done = self._complete(ids, max_new_tokens, sampling, stop, stream, speculate)
         return done.tokens[0] if single else done.tokens
 
@@ -298,10 +301,12 @@ class Server:
         top_p: float = 1.0,
         seed: int = 0,
         stop: Iterable[int] | None = None,
+        top_k: int = 0,
+        min_p: float = 0.0,
     ) -> Request:
         """Queue one prompt; raises as `Model.generate`."""
         prompts, _ = self._model._prompts([list(ids)], max_new_tokens)
-        sampling = Sampling(temperature, top_p, seed)
+        sampling = Sampling(temperature, top_p, seed, top_k, min_p)
         return self._scheduler.submit(prompts[0], max_new_tokens, sampling, self._model._ends(stop))
 
     def step(self) -> list[Request]:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from time import perf_counter
 
-import numpy as np
-
 from moec.runtime.cache import Sequence
-from moec.runtime.engine import Engine, Ids, Logits, Steps, feed
+from moec.runtime.draws import Draws
+from moec.runtime.engine import DrawingSteps, Engine, Ids, Logits, Steps, feed
 from moec.runtime.sampling import Sampling
 
 
@@ -61,7 +60,7 @@ class Request:
     filled: int = 0
     """Tokens of the prompt that are in the cache."""
     sequence: Sequence | None = field(default=None, repr=False)
-    rng: np.random.Generator | None = field(default=None, repr=False)
+    rng: Draws | None = field(default=None, repr=False)
 
     @property
     def length(self) -> int:
@@ -81,6 +80,7 @@ class Scheduler:
 
     def __init__(self, engine: Steps, stream: Callable[[Request, int], None] | None = None) -> None:
         self.engine, self.stream = engine, stream
+        self.drawing = engine if isinstance(engine, DrawingSteps) and engine.draws else None
         self.rates = Rates()
         self.waiting: deque[Request] = deque()
         self.live: list[Request] = []
@@ -137,12 +137,20 @@ class Scheduler:
         began = perf_counter()
         chunk, most = self.engine.chunk, self.engine.pieces if isinstance(self.engine, Engine) else 1
         tokens = request.prompt[request.filled : request.filled + chunk * most]
-        pieces = [tokens[begin : begin + chunk] for begin in range(0, len(tokens), chunk)]
-        *_, logits = feed(self.engine, request.sequence, pieces)
+        last = request.filled + len(tokens) == len(request.prompt)
+        if self.drawing is not None:
+            assert request.rng is not None
+            asked = request.sampling.asked(request.rng) if last else None
+            token = self.drawing.prefill_draw(request.sequence, tokens, asked)
+        else:
+            pieces = [tokens[begin : begin + chunk] for begin in range(0, len(tokens), chunk)]
+            *_, logits = feed(self.engine, request.sequence, pieces)
         request.filled += len(tokens)
         self.rates.prompt_tokens += len(tokens)
         self.rates.prefill_seconds += perf_counter() - began
-        if request.filled == len(request.prompt):
+        if last and self.drawing is not None:
+            self._take(request, token)
+        elif last:
             self._accept(request, logits[0])
 
     def _decode(self, requests: list[Request]) -> None:
@@ -150,9 +158,15 @@ class Scheduler:
             return
         began = perf_counter()
         sequences = [r.sequence for r in requests if r.sequence is not None]
-        logits = self.engine.decode(sequences, [r.tokens[-1] for r in requests])
-        for row, request in enumerate(requests):
-            self._accept(request, logits[row])
+        fed = [r.tokens[-1] for r in requests]
+        if self.drawing is not None:
+            asked = [r.sampling.asked(r.rng) for r in requests if r.rng is not None]
+            for request, token in zip(requests, self.drawing.decode_draw(sequences, fed, asked), strict=True):
+                self._take(request, token)
+        else:
+            logits = self.engine.decode(sequences, fed)
+            for row, request in enumerate(requests):
+                self._accept(request, logits[row])
         self.rates.decode_steps += 1
         self.rates.decoded_tokens += len(requests)
         self.rates.decode_seconds += perf_counter() - began

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ from moec.codegen.triton import tiles as measured
 from moec.codegen.triton.errors import CheckFailed, NoKernel
 from moec.codegen.triton.fused.groups import VIEWS
 from moec.codegen.triton.lower.lower import CONTROL, Lowered, Phase, lower_phase
+from moec.codegen.triton.lower.places import Step
 from moec.codegen.triton.lower.table import KernelTable
+from moec.codegen.triton.spec import kernel
 from moec.ir import CacheType, Module, Op, TensorType
 from moec.ir.mesh import mesh_of
 from moec.targets import Target
 
 PAGE = 64
-PHASES: tuple[str, ...] = ("prefill", "decode")
+PHASES: tuple[str, ...] = ("prefill", "decode", "draft")
+MOST_DRAFTED = 128
+"""Tokens of one prompt that a call of the multi-token-prediction module takes at most: its kernels are decode's."""
 MOST_ROWS = 128
 """Rows of logits that one prefill call gives at most: 129,280 of them are half a megabyte each."""
 MOVED = tuple(
@@ -39,6 +43,8 @@ class Program:
     bounds: dict[str, dict[str, int]]
     sms: int
     notes: tuple[str, ...] = ()
+    draw: Step = field(default_factory=dict)
+    """The launch that draws tokens from the logits of a call."""
 
     @property
     def phases(self) -> dict[str, Lowered]:
@@ -59,6 +65,8 @@ class Program:
             **first,
             **({"stages": others} if others else {}),
             **slots,
+            **_states(module),
+            "draw": self.draw,
         }
 
     def _programs(self, phases: Mapping[str, Lowered]) -> dict[str, Any]:
@@ -96,9 +104,9 @@ class Program:
         The file of a generated kernel begins with those ops.
         """
         records = []
-        for (name, entry), kernel in zip(self.table.entries.items(), compiled, strict=True):
+        for (name, entry), built in zip(self.table.entries.items(), compiled, strict=True):
             uses = {function: sorted(indices) for function, indices in sorted(entry.uses.items())}
-            records.append({**kernel.record(name), "ops": sorted(entry.ops), "uses": uses})
+            records.append({**built.record(name), "ops": sorted(entry.ops), "uses": uses})
         aot.write(compiled, folder, records)
         for entry in self.table.entries.values():
             if entry.instance.spec.source:
@@ -142,8 +150,6 @@ def lower_module(
             raise NoKernel(op=op.name, reason=f"only SwiGLU has one, not a gate of {op.attrs['act']}")
     if tiles is None:
         tiles = measured.load(target.device.arch)
-    if "draft" in module.functions:
-        raise NoKernel(op="@draft", reason="drafting runs on CPUs so far; leave --mtp away")
     table = KernelTable(target, tiles, refused)
     sms = int(target.device.cores)
     stages: list[dict[str, Lowered]] = []
@@ -158,10 +164,34 @@ def lower_module(
             phase = Phase(stage, name, table, bounds[name], sms, 128 if name == "prefill" else 64, suffix)
             phases[name] = lower_phase(phase)
         stages.append(phases)
-    program = Program(tuple(stages), table, bounds, sms, _notes(module))
+    program = Program(tuple(stages), table, bounds, sms, _notes(module), _draw(module, table))
     if missing := uncovered(module, program):
         raise NoKernel(op=missing[0], reason="nothing computes it")
     return program
+
+
+def _draw(module: Module, table: KernelTable) -> Step:
+    """The kernel that takes a token from every row of logits."""
+    result = next(f for name in PHASES for f in module.functions.values() if f.name.startswith(name)).returns[0]
+    assert isinstance(result.type, TensorType)
+    vocab = int(result.type.shape[1])  # type: ignore[arg-type]
+    instance = table.instance(kernel("draw"), "any", V=vocab)
+    name = table.support(instance)
+    options = ("temperature", "top_k", "top_p", "min_p", "key", "number")
+    given: dict[str, Any] = {f"{o}_ptr": {"base": "input", "name": o, "offset": 0} for o in options}
+    for end in ("logit", "token"):
+        given[f"{end}_ptr"] = {"base": "output", "name": f"{end}s", "offset": 0}
+    return {"kernel": name, "grid": ["R"], "arguments": {n: given.get(n, vocab) for n in instance.signature}}
+
+
+def _states(module: Module) -> dict[str, Any]:
+    """The hidden states that entries give and take, where there is a module that drafts."""
+    draft = module.functions.get("draft")
+    if draft is None:
+        return {}
+    t = draft.returns[1].type
+    assert isinstance(t, TensorType)
+    return {"states": {"width": t.shape[1], "dtype": t.dtype}}
 
 
 def _notes(module: Module) -> tuple[str, ...]:
@@ -176,13 +206,26 @@ def _notes(module: Module) -> tuple[str, ...]:
 
 
 def phase_bounds(name: str, limits: Mapping[str, int]) -> dict[str, int]:
-    """The greatest value of every run-time symbol: prefill takes a chunk of one sequence, decode a token of each."""
+    """The greatest value of every run-time symbol: prefill takes a chunk of one sequence, decode a token of each and
+    those that were drafted for it, a draft as many or a piece of a prompt.
+
+    Tokens of sequences that have not equally many count as sequences of their own. `Q`: most tokens of a sequence.
+    """
     context, batch = limits["context"], limits["batch"]
-    tokens, sequences = (min(limits["chunk"], context), 1) if name == "prefill" else (batch, batch)
+    queries = 1 + limits.get("drafts", 0)
+    step, chunk = batch * queries, min(limits["chunk"], context)
     pages = -(-context // PAGE)
+    if name == "prefill":
+        tokens, rows, sequences, queries = chunk, min(chunk, MOST_ROWS), 1, chunk
+    elif name == "decode":
+        tokens = rows = sequences = step
+    else:
+        queries = max(queries, min(chunk, MOST_DRAFTED))
+        tokens = rows = max(step, queries)
+        sequences = step
     return {
-        "T": tokens, "R": min(tokens, MOST_ROWS) if name == "prefill" else tokens, "B": sequences, "N": pages,
-        "S": sequences * context, "C": context, "P": batch * pages + 1,
+        "T": tokens, "R": rows, "B": sequences, "N": pages, "S": sequences * context, "C": context,
+        "P": batch * pages + 1, "Q": queries,
     }  # fmt: skip
 
 

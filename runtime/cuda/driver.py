@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from moec.runtime.cuda.arguments import AlignedBytes, Matrix
-from moec.runtime.cuda.errors import BadArguments, DriverFailed, DriverTooOld, NoDevice, NoDriver, OutOfMemory
+from moec.runtime.cuda.errors import (
+    BadArguments,
+    DriverFailed,
+    DriverTooOld,
+    NoDevice,
+    NoDriver,
+    NoHostMemory,
+    OutOfMemory,
+    OutOfMemoryIn,
+)
 
 OUT_OF_MEMORY = 2
 NO_BINARY_FOR_GPU = 209
@@ -72,9 +81,16 @@ class Driver:
         return int(getattr(self.library, call)(*arguments))
 
     def call(self, call: str, *arguments: Any) -> None:
-        """Raises DriverFailed with the driver's name of the error."""
+        """Raises DriverFailed with the driver's name of the error, OutOfMemoryIn where that is a lack of memory."""
         if status := self.status(call, *arguments):
-            raise DriverFailed(call=call, error=self.error_name(status))
+            self.failed(call, status)
+
+    def failed(self, what: str, status: int) -> NoReturn:
+        """Raises DriverFailed or OutOfMemoryIn for a status of `what`."""
+        if status == OUT_OF_MEMORY:
+            free, total = self.free_memory()
+            raise OutOfMemoryIn(call=what, free=free, total=total)
+        raise DriverFailed(call=what, error=self.error_name(status))
 
     def free_memory(self) -> tuple[int, int]:
         """Bytes free and in all."""
@@ -90,16 +106,23 @@ class Driver:
             free, total = self.free_memory()
             raise OutOfMemory(what=what, wanted=size, free=free, total=total)
         if status:
-            raise DriverFailed(call="cuMemAlloc", error=self.error_name(status))
+            self.failed("cuMemAlloc", status)
         return address.value
 
     def release(self, address: int) -> None:
         self.call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def host_memory(self, size: int) -> int:
-        """The address of `size` bytes of page-locked host memory, which copies can read while others go on."""
+        """The address of `size` bytes of page-locked host memory, which copies can read while others go on.
+
+        Raises NoHostMemory.
+        """
         address = ctypes.c_void_p()
-        self.call("cuMemAllocHost_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        status = self.status("cuMemAllocHost_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        if status == OUT_OF_MEMORY:
+            raise NoHostMemory(size=size)
+        if status:
+            self.failed("cuMemAllocHost", status)
         assert address.value is not None
         return address.value
 

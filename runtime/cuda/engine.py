@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as List
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +13,12 @@ from numpy.typing import NDArray
 from moec.runtime.cache import PagePool, Sequence
 from moec.runtime.cuda.driver import Driver
 from moec.runtime.cuda.executor import Executor
+from moec.runtime.cuda.inputs import Inputs, inputs_of
 from moec.runtime.cuda.kernel import Kernel, load_kernels
 from moec.runtime.cuda.memory import DeviceMemory
 from moec.runtime.cuda.program import GpuEntry, GpuPlan, Sizes, symbols
-from moec.runtime.engine import Ids, Logits
+from moec.runtime.engine import Ids, Logits, Piece, States
+from moec.runtime.sampling import Draw
 from moec.runtime.weights import Weights
 
 if TYPE_CHECKING:
@@ -26,6 +29,29 @@ def buckets(batch: int) -> list[int]:
     """Batch sizes for which a decode step is captured: powers of two, and the most."""
     sizes = [1 << i for i in range(batch.bit_length()) if 1 << i < batch]
     return [*sizes, batch]
+
+
+def exact(count: int) -> int:
+    """No more sequences than there are."""
+    return count
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A call that has ended: what it left on the host."""
+
+    memory: DeviceMemory
+    rows: int
+    wanted: int
+    vocab: int
+
+    def logits(self) -> Logits:
+        """f32[wanted rows, V], a view that the next call overwrites."""
+        return self.memory.result(self.rows, self.vocab)[: self.wanted]
+
+    def drawn(self) -> list[int]:
+        """The tokens of the wanted rows."""
+        return self.memory.result_tokens(self.rows)[: self.wanted]
 
 
 class GpuEngine:
@@ -48,7 +74,7 @@ class GpuEngine:
         assert isinstance(plan, GpuPlan)
         self.plan, self.manifest = plan, artifact.manifest
         self.driver = Driver(ordinal, library=library)
-        kernels = load_kernels(artifact.path / "kernels", self.driver)
+        kernels = self._kernels = load_kernels(artifact.path / "kernels", self.driver)
         # The last page is nobody's: rows that only fill a batch up to its bucket write there.
         self.spare = plan.pages - 1
         self.pool = PagePool(plan.pages - 1, plan.page_size, artifact.manifest.context)
@@ -66,11 +92,17 @@ class GpuEngine:
             self._tables(plan),
         )
         self._phases = {n: self._executor(kernels, e) for n, e in plan.entries.items()}
+        self._draw_phases: dict[str, Executor] = {}
+        self.draws = bool(plan.draw)
         self.batch = self.manifest.batch
         prompt = plan.entries.get("prefill")
         self.chunk = min(self.manifest.chunk, prompt.max_tokens) if prompt else 1
         self.rows = prompt.max_rows if prompt else 1
-        self._buckets = buckets(self.batch)
+        self.drafts = self.manifest.drafts
+        # With drafts a sequence may count as several, one for each of its tokens.
+        self._buckets = sorted({*buckets(self.batch), *buckets(self.batch * (1 + self.drafts))})
+        self.states: States = np.empty((0, 0), dtype=np.float32)
+        """As `Engine.states`."""
 
     def _executor(self, kernels: Mapping[str, Kernel], entry: GpuEntry) -> Executor:
         return Executor(self.driver, kernels, self.memory, entry)
@@ -91,63 +123,141 @@ class GpuEngine:
     def prefill(self, sequence: Sequence, tokens: Ids, last_only: bool = True) -> Logits:
         """As `Engine.prefill`. An artifact for decoding alone takes a prompt token by token."""
         if "prefill" not in self._phases:
-            for token in tokens:
-                logits = self.decode([sequence], [int(token)])
-            return logits
-        self.pool.extend(sequence, len(tokens))
-        logits = self._prefill(sequence, tokens, last_only, live=len(tokens))
-        sequence.length += len(tokens)
-        return logits
+            found = [(self.decode([sequence], [int(token)]).copy(), self.states) for token in tokens]
+            self.states = np.concatenate([states for _, states in found])
+            return found[-1][0] if last_only else np.concatenate([logits for logits, _ in found])
+        return self._prefill(sequence, tokens, last_only).logits()
 
-    def _prefill(self, sequence: Sequence, tokens: Ids, last_only: bool, live: int) -> Logits:
-        """A chunk of a sequence that has room for it; the first `live` of its tokens are somebody's."""
-        count, rows = len(tokens), 1 if last_only else len(tokens)
-        length = sequence.length + count
-        put = self.memory.input
-        put("ids", count)[:] = tokens
-        put("seq", count)[:] = 0
-        put("pos", count)[:] = np.arange(sequence.length, length)
-        put("pages", self.pool.table_width)[:] = sequence.table
-        put("starts", 2)[:] = (0, length)
-        put("q_starts", 2)[:] = (0, count)
-        put("lengths", 1)[:] = length
-        put("rows", rows)[:] = count - 1 if last_only else np.arange(count)
-        self._call("prefill", self._symbols(count, rows, 1, length, live), rows, graph=False)
-        return self.memory.result(rows, self.manifest.vocab)
+    def prefill_draw(self, sequence: Sequence, tokens: Ids, draw: Draw) -> int:
+        """As `prefill`; the token that is drawn after the last one."""
+        if "prefill" not in self._phases:
+            if len(tokens) > 1:
+                self.prefill(sequence, tokens[:-1])
+            return self.decode_draw([sequence], [int(tokens[-1])], [draw])[0]
+        return self._prefill(sequence, tokens, True, [draw]).drawn()[0]
+
+    def _prefill(self, sequence: Sequence, tokens: Ids, last_only: bool, draws: List[Draw] = ()) -> Ran:
+        self._ready("prefill")
+        self.pool.extend(sequence, len(tokens))
+        given = self._inputs([sequence], [sequence.length], [tokens], last_only, exact)
+        ran = self._run("prefill", given, len(tokens), graph=False, draws=draws)
+        sequence.length += len(tokens)
+        return ran
 
     def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
         """As `Engine.decode`; the step is filled up to the next bucket with rows that nobody reads."""
         if "decode" not in self._phases:
             (token,) = tokens
             return self.prefill(sequences[0], np.array([token]))
-        for sequence in sequences:
-            self.pool.extend(sequence, 1)
-        return self._decode(sequences, list(tokens), live=len(sequences))
+        return self.verify(sequences, [[token] for token in tokens])
 
-    def _decode(self, sequences: List[Sequence], tokens: List[int], live: int) -> Logits:
-        """A token of each of some sequences that have room for it."""
-        count = len(sequences)
-        size = next(b for b in self._buckets if b >= count)
-        pages = np.full((size, self.pool.table_width), self.spare, dtype=np.int32)
-        positions = np.zeros(size, dtype=np.int32)
-        for row, sequence in enumerate(sequences):
-            pages[row] = sequence.table
-            positions[row] = sequence.length
-            sequence.length += 1
-        put = self.memory.input
-        ids = put("ids", size)
-        ids[:] = 0
-        ids[:count] = tokens
-        put("seq", size)[:] = np.arange(size)
-        put("rows", size)[:] = np.arange(size)
-        put("pos", size)[:] = positions
-        put("pages", pages.size)[:] = pages.ravel()
-        put("lengths", size)[:] = positions + 1
-        put("starts", size + 1)[:] = np.concatenate(([0], np.cumsum(positions + 1)))
-        put("q_starts", size + 1)[:] = np.arange(size + 1)
+    def decode_draw(self, sequences: List[Sequence], tokens: List[int], draws: List[Draw]) -> list[int]:
+        """As `decode`; the token that is drawn after each sequence."""
+        if "decode" not in self._phases:
+            return [self.prefill_draw(sequences[0], np.array(tokens), draws[0])]
+        return self._decode(sequences, [[token] for token in tokens], draws).drawn()
+
+    def verify(self, sequences: List[Sequence], tokens: List[List[int]]) -> Logits:
+        """As `Engine.verify`."""
+        return self._decode(sequences, tokens).logits()
+
+    def _decode(self, sequences: List[Sequence], tokens: List[List[int]], draws: List[Draw] = ()) -> Ran:
+        self._ready("decode")
+        for sequence, few in zip(sequences, tokens, strict=True):
+            self.pool.extend(sequence, len(few))
+        given = self._inputs(sequences, [s.length for s in sequences], tokens, False, self._bucket)
+        ran = self._run("decode", given, given.count, graph=True, draws=draws)
+        for sequence, few in zip(sequences, tokens, strict=True):
+            sequence.length += len(few)
+        return ran
+
+    def _ready(self, phase: str) -> None:
+        """Nobody else has to do the same phase."""
+
+    def draft(self, sequences: List[Sequence], pieces: List[Piece], last_only: bool = True) -> Logits:
+        """As `Engine.draft`; a chunk of a prompt goes through in pieces."""
+        for sequence, piece in zip(sequences, pieces, strict=True):
+            self.pool.extend(sequence, max(0, piece.first + len(piece.ids) - sequence.length))
+        most = self.plan.entries["draft"].max_tokens
+        if len(pieces) == 1 and len(pieces[0].ids) > most:
+            (whole,) = pieces
+            done = []
+            for at in range(0, len(whole.ids), most):
+                part = Piece(whole.first + at, whole.ids[at : at + most], whole.hidden[at : at + most])
+                done.append(self.draft(sequences, [part], last_only).copy())
+            return done[-1] if last_only else np.concatenate(done)
+        ids: list[list[int] | Ids] = [p.ids for p in pieces]  # type: ignore[misc]
+        step = max(map(len, ids)) <= 1 + self.drafts
+        given = self._inputs(sequences, [p.first for p in pieces], ids, last_only, self._bucket if step else exact)
+        hidden = np.zeros((given.tokens, pieces[0].hidden.shape[1]), dtype=np.float32)
+        hidden[: given.count] = np.concatenate([p.hidden for p in pieces])
+        return self._run("draft", given, given.count, graph=step, hidden=hidden).logits()
+
+    def _bucket(self, count: int) -> int:
+        """The next number of sequences that has a graph."""
+        return next(b for b in self._buckets if b >= count)
+
+    def _inputs(
+        self, sequences: List[Sequence], firsts: List[int], tokens: List[List[int] | Ids] | List[List[int]],
+        last_only: bool, bucket: Callable[[int], int],
+    ) -> Inputs:  # fmt: skip
+        return inputs_of(sequences, firsts, tokens, last_only, self.spare, self.pool.table_width, bucket)
+
+    def _run(
+        self, phase: str, given: Inputs, live: int, graph: bool, hidden: States | None = None, draws: List[Draw] = ()
+    ) -> Ran:  # fmt: skip
+        """A call of a phase, the first `live` of whose tokens are somebody's; with `draws`, one for each wanted row,
+        tokens come back and logits stay on the device."""
+        memory, vocab = self.memory, self.manifest.vocab
+        executor = self._drawing(phase) if draws else self._phases[phase]
+        for name, array in given.arrays.items():
+            memory.input(name, len(array))[:] = array
+        if draws:
+            self._ask(draws, given.rows)
         # One graph serves every length: sizes that follow the longest sequence are taken at the limit.
-        self._call("decode", self._symbols(size, size, size, self.manifest.context, live), size, graph=True)
-        return self.memory.result(size, self.manifest.vocab)[:count]
+        longest = self.manifest.context if graph else given.longest
+        sizes = self._symbols(given.tokens, given.rows, given.sequences, longest, live)
+        states = 0 if not self.drafts else given.rows if phase == "draft" else given.tokens
+
+        def before() -> None:
+            memory.send(executor.main)
+
+        def after() -> None:
+            if draws:
+                memory.receive_tokens(given.rows, executor.main)
+            else:
+                memory.receive(given.rows, vocab, executor.main)
+            if states:
+                memory.receive_states(states, executor.main)
+
+        if hidden is not None:
+            memory.send_hidden(hidden, executor.main)
+        (executor.replay if graph else executor.run)(sizes, before, after)
+        self._end(executor.main)
+        if states:
+            self.states = memory.result_states(states)[: given.wanted if phase == "draft" else given.count]
+        return Ran(memory, given.rows, given.wanted, vocab)
+
+    def _drawing(self, phase: str) -> Executor:
+        """What runs a phase and draws tokens behind it."""
+        if phase not in self._draw_phases:
+            entry = self.plan.entries[phase]
+            entry = replace(entry, steps=(*entry.steps, self.plan.draw))
+            self._draw_phases[phase] = self._executor(self._kernels, entry)
+        return self._draw_phases[phase]
+
+    def _ask(self, draws: List[Draw], rows: int) -> None:
+        """Give the device the options of every row; rows that nobody wants are greedy."""
+        put = self.memory.input
+        whole = {n: put(n, rows) for n in ("temperature", "top_k", "top_p", "min_p", "number")}
+        floats = {n: whole[n].view(np.float32) for n in ("temperature", "top_p", "min_p")}
+        keys = put("key", 2 * rows).view(np.uint64)
+        whole["temperature"][:] = 0
+        for row, draw in enumerate(draws):
+            for name, array in floats.items():
+                array[row] = getattr(draw.sampling, name)
+            whole["top_k"][row] = min(draw.sampling.top_k, self.manifest.vocab)
+            whole["number"][row], keys[row] = draw.number, draw.key
 
     def _symbols(self, tokens: int, rows: int, sequences: int, longest: int, live: int) -> dict[str, int]:
         """The sizes of a call, `live` of whose tokens are somebody's."""
@@ -186,18 +296,6 @@ class GpuEngine:
             return self.driver.elapsed_us(start, end)
 
         return once
-
-    def _call(self, phase: str, sizes: dict[str, int], rows: int, graph: bool) -> None:
-        executor = self._phases[phase]
-
-        def before() -> None:
-            self.memory.send(executor.main)
-
-        def after() -> None:
-            self.memory.receive(rows, self.manifest.vocab, executor.main)
-
-        (executor.replay if graph else executor.run)(sizes, before, after)
-        self._end(executor.main)
 
     def _end(self, stream: int) -> None:
         """Wait until a call has ended."""

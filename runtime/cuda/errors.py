@@ -31,6 +31,14 @@ class OutOfMemory(MoecError):
     template = "not enough GPU memory for {what}: {wanted} bytes wanted, {free} of {total} free"
 
 
+class OutOfMemoryIn(MoecError):
+    template = "not enough GPU memory: {call} needs more than the {free} of {total} bytes that are free"
+
+
+class NoHostMemory(MoecError):
+    template = "the system gives no {size} bytes of page-locked memory, through which results come from the GPU"
+
+
 class BadArguments(InputError):
     template = "kernel '{name}': {reason}"
 

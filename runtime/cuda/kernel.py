@@ -18,10 +18,12 @@ from moec.runtime.cuda.driver import (
     UNSUPPORTED_PTX_VERSION,
     Driver,
 )
-from moec.runtime.cuda.errors import BadArguments, CubinTooNew, DamagedKernel, DriverFailed, WrongArchitecture
+from moec.runtime.cuda.errors import BadArguments, CubinTooNew, DamagedKernel, WrongArchitecture
 
 # Static shared memory that every kernel may use; more has to be asked for.
 PLAIN_SHARED = 48 * 1024
+# CUDA C++ programming guide, technical specifications: the same for every compute capability.
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
@@ -59,7 +61,7 @@ class Kernel:
         if status in (INVALID_IMAGE, UNSUPPORTED_PTX_VERSION):
             raise CubinTooNew(name=self.name, have=driver.version)
         if status:
-            raise DriverFailed(call=f"cuModuleLoadData of '{self.name}'", error=driver.error_name(status))
+            driver.failed(f"cuModuleLoadData of '{self.name}'", status)
         symbol = str(self.about["symbol"]).encode()
         driver.call("cuModuleGetFunction", ctypes.byref(self.function), self.module, symbol)
         if self.shared_bytes > PLAIN_SHARED:
@@ -76,6 +78,8 @@ class Kernel:
         """The launch with its parameters packed once: called with a stream, any number of times."""
         if not 1 <= len(grid) <= 3 or any(n < 0 for n in grid):
             raise BadArguments(name=self.name, reason=f"grid {grid} is not one to three sizes")
+        if any(n > most for n, most in zip(grid, LARGEST_GRID, strict=False)):
+            raise BadArguments(name=self.name, reason=f"grid {grid} is larger than a device takes: {LARGEST_GRID}")
         if self.about["global_scratch"]:
             raise BadArguments(name=self.name, reason="it needs global scratch memory, which this loader gives none")
         packed = pack(

@@ -50,6 +50,16 @@ class DeviceMemory:
         self.arena = driver.allocate(_up(plan.arena_bytes), "the arena of activations")
         self.cache = driver.allocate(_up(plan.cache_bytes), "the key-value cache")
         self.logits = driver.allocate(_up(self.logits_bytes), "the logits")
+        self.tokens = driver.allocate(_up(4 * largest["R"]), "the drawn tokens")
+        self.host_tokens = driver.host_memory(4 * largest["R"])
+        width, kind = plan.states
+        self.states_row = width * (2 if kind == "bf16" else 4)
+        self.states_kind = kind
+        size_states = max(largest["T"] * self.states_row, 1)
+        self.hidden = self.states = self.host_hidden = self.host_states = 0
+        if width:
+            self.hidden, self.states = (driver.allocate(_up(size_states), "hidden states") for _ in range(2))
+            self.host_hidden, self.host_states = driver.host_memory(size_states), driver.host_memory(size_states)
         self.weights = self._load(weights, stream, progress) if isinstance(weights, Weights) else weights
         driver.zero(self.cache, plan.cache_bytes, stream)
         self.tables = 0
@@ -95,6 +105,35 @@ class DeviceMemory:
         """The logits that were received, f32[rows, vocab]."""
         return _view(self.host_logits, rows * vocab, np.float32).reshape(rows, vocab)
 
+    def receive_tokens(self, rows: int, stream: int) -> None:
+        """Copy the drawn tokens of `rows` to the host."""
+        self.driver.download(self.host_tokens, self.tokens, 4 * rows, stream)
+
+    def result_tokens(self, rows: int) -> list[int]:
+        """The tokens that were received."""
+        return _view(self.host_tokens, rows, np.int32).tolist()  # type: ignore[no-any-return]
+
+    def send_hidden(self, states: NDArray[np.float32], stream: int) -> None:
+        """Copy f32[T, H] to where the module that drafts reads its states."""
+        size = len(states) * self.states_row
+        if self.states_kind == "bf16":
+            # They came as BF16, so that nothing is rounded here.
+            _view(self.host_hidden, size // 2, np.uint16)[:] = (states.view(np.uint32) >> 16).ravel()
+        else:
+            _view(self.host_hidden, size // 4, np.float32)[:] = states.ravel()
+        self.driver.upload(self.hidden, self.host_hidden, size, stream)
+
+    def receive_states(self, rows: int, stream: int) -> None:
+        """Copy the hidden states of a call to the host."""
+        self.driver.download(self.host_states, self.states, rows * self.states_row, stream)
+
+    def result_states(self, rows: int) -> NDArray[np.float32]:
+        """The states that were received, f32[rows, H]."""
+        if self.states_kind == "bf16":
+            raw = _view(self.host_states, rows * self.states_row // 2, np.uint16)
+            return (raw.astype(np.uint32) << 16).view(np.float32).reshape(rows, -1)
+        return _view(self.host_states, rows * self.states_row // 4, np.float32).reshape(rows, -1)
+
     def address(self, reference: Mapping[str, Any], layer: int) -> int:
         """The device address of a step's argument for a layer of the loop."""
         name, offset = reference.get("name", ""), int(reference["offset"]) + layer * int(reference.get("layer", 0))
@@ -110,7 +149,10 @@ class DeviceMemory:
             case "placement":
                 return self.tables + offset
             case _:
-                return self.logits + offset
+                places = {
+                    "logits": self.logits, "tokens": self.tokens, "states": self.states, "hidden": self.hidden,
+                }  # fmt: skip
+                return places[str(name)] + offset
 
 
 def _up(size: int) -> int:

@@ -14,11 +14,13 @@ from moec.runtime.plan import MeshPlan, parse_mesh, stage_of
 Sizes = Mapping[str, int]
 INPUTS = {
     "ids": "T", "seq": "T", "pos": "T", "pages": "B * N", "starts": "B + 1", "rows": "R", "lengths": "B",
-    "q_starts": "B + 1", "live": "2",
+    "q_starts": "B + 1", "live": "2", "temperature": "R", "top_k": "R", "top_p": "R", "min_p": "R", "key": "2 * R",
+    "number": "R",
 }  # fmt: skip
 """What a call gives as int32, and how many. As for CPUs, and besides: `lengths`, the cached positions of every sequence
 with this call's; `q_starts`, the sum of the sequences' new tokens before each; `live`, how many of the tokens, and of
-this rank's part of them, are somebody's: the others only fill a batch up and are sent nowhere."""
+this rank's part of them, are somebody's: the others only fill a batch up and are sent nowhere; and how the token after
+each row is drawn (some of it float32, and 64-bit keys, by their bits)."""
 SYMBOLS = ("T", "R", "B", "N", "S", "C", "U", "D", "RANK")
 """Run-time sizes: tokens, rows of logits, sequences, pages of each, cached positions of all and of the longest; of one
 of several ranks its part of the tokens, the rows that a dispatch brought, and its place among those with experts."""
@@ -52,6 +54,10 @@ class GpuPlan:
     mesh: MeshPlan = field(default_factory=MeshPlan)
     slots: tuple[int, int] = (0, 0)
     """Experts, and slots for them on all ranks together."""
+    states: tuple[int, str] = (0, "")
+    """Width and element type of the hidden states, with a module that drafts."""
+    draw: Mapping[str, Any] = field(default_factory=dict)
+    """The launch that draws a token from every row of logits."""
 
     @property
     def cache_bytes(self) -> int:
@@ -104,12 +110,24 @@ def parse_gpu_plan(raw: bytes, file: str, manifest: Manifest, rank: int = 0) -> 
     needed = manifest.batch * -(-manifest.context // page_size) + 1
     if len(shape) != 4 or shape[1] < needed:
         raise cache.problem("shape", f"has not the {needed} pages of {manifest.batch} full sequences and one to spare")
+    states = (0, "")
+    if "states" in whole.data:
+        told = whole.table("states")
+        states = told.integer("width", 1), told.text("dtype")
+        if states[1] not in ("f32", "bf16"):
+            raise told.problem("dtype", f"is {states[1]!r}, not f32 or bf16")
+    draw: Mapping[str, Any] = {}
+    if "draw" in whole.data:
+        _check(whole.table("draw"))
+        draw = whole.data["draw"]
     programs = fields.table("programs")
     entries = {name: _entry(name, programs.table(name), manifest) for name in programs.data}
-    if not entries or set(entries) - {"prefill", "decode"}:
-        raise fields.problem("programs", "must be prefill, decode or both")
+    if not entries or set(entries) - {"prefill", "decode", "draft"}:
+        raise fields.problem("programs", "must be prefill, decode or both, and draft with a module for it")
+    if manifest.drafts and not ({"decode", "draft"} <= set(entries) and states[0]):
+        raise fields.problem("programs", "lacks decode, draft or the width of states, which drafting needs")
     arena, row_bytes = fields.integer("arena_bytes", 0), cache.integer("row_bytes", 1)
-    return GpuPlan(entries, arena, page_size, shape[1], shape, row_bytes, mesh, slots)
+    return GpuPlan(entries, arena, page_size, shape[1], shape, row_bytes, mesh, slots, states, draw)
 
 
 def _entry(name: str, fields: Fields, manifest: Manifest) -> GpuEntry:
@@ -118,8 +136,10 @@ def _entry(name: str, fields: Fields, manifest: Manifest) -> GpuEntry:
     steps = tuple(step.data for step in fields.tables("steps"))
     for step in fields.tables("steps"):
         _check(step)
-    if name == "decode" and min(tokens, rows, sequences) < manifest.batch:
-        raise fields.problem("max_tokens", f"takes less than the batch of {manifest.batch} sequences")
+    least = manifest.batch * (1 + manifest.drafts)
+    if name != "prefill" and min(tokens, rows, sequences) < least:
+        what = f"the {least} tokens of a step" if manifest.drafts else f"the batch of {least} sequences"
+        raise fields.problem("max_tokens", f"takes less than {what}")
     return GpuEntry(name, steps, tokens, rows, sequences)
 
 

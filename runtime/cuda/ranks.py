@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from collections.abc import Sequence as List
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from moec.ir.mesh import part
 from moec.ir.replicas import Replicas, default_slots
 from moec.runtime.artifact import Artifact
 from moec.runtime.cache import Sequence
-from moec.runtime.cuda.engine import GpuEngine
+from moec.runtime.cuda.engine import GpuEngine, exact
 from moec.runtime.cuda.executor import Executor
 from moec.runtime.cuda.kernel import Kernel
 from moec.runtime.cuda.pieces import PiecewiseExecutor
@@ -22,7 +21,6 @@ from moec.runtime.distributed.device import DeviceCollectives, DeviceTensors
 from moec.runtime.distributed.meeting import DECODE, PREFILL, Meeting
 from moec.runtime.distributed.monitor import Monitor
 from moec.runtime.distributed.world import World
-from moec.runtime.engine import Ids, Logits
 
 
 class RankEngine(Meeting, GpuEngine):
@@ -71,25 +69,15 @@ class RankEngine(Meeting, GpuEngine):
             if more:
                 yield
 
-    def prefill(self, sequence: Sequence, tokens: Ids, last_only: bool = True) -> Logits:
-        """As `Engine.prefill`; the ranks of this one's tensor-parallel and pipeline groups give the same tokens."""
-        if "prefill" in self._phases:  # else decode meets
-            self.meet(PREFILL)
-        return super().prefill(sequence, tokens, last_only)
-
-    def decode(self, sequences: List[Sequence], tokens: Iterable[int]) -> Logits:
-        """As `Engine.decode`; waits while other ranks have prompts to feed."""
-        if "decode" in self._phases:  # else prefill meets
-            self.meet(DECODE)
-        return super().decode(sequences, tokens)
+    def _ready(self, phase: str) -> None:
+        self.meet(PREFILL if phase == "prefill" else DECODE)
 
     def idle(self, phase: int) -> None:
         """Take part in a call with a token that is nobody's: it is sent nowhere and writes where nobody reads."""
-        if phase == DECODE and "decode" in self._phases:
-            self._decode([], [], live=0)
-            return
+        name = "prefill" if phase == PREFILL else "decode"
         nobody = Sequence(np.full(self.pool.table_width, self.spare, dtype=np.int32))
-        self._prefill(nobody, np.zeros(1, dtype=np.int64), last_only=True, live=0)
+        given = self._inputs([nobody], [0], [[0]], True, exact)
+        self._run(name, given, 0, graph=name == "decode")
 
     def _symbols(self, tokens: int, rows: int, sequences: int, longest: int, live: int) -> dict[str, int]:
         mesh, rank = self.world.mesh, self.world.rank

@@ -21,6 +21,7 @@ from moec.runtime.distributed.engine import DistributedEngine
 from moec.runtime.distributed.errors import NoBackend, NoStages, OtherArtifact, RankFailed, RankInputFailed
 from moec.runtime.distributed.monitor import Monitor
 from moec.runtime.distributed.world import World, backend, join
+from moec.runtime.draws import Draws
 from moec.runtime.engine import Logits
 from moec.runtime.generate import Completions, Stream
 from moec.runtime.launch import TIMEOUT
@@ -192,7 +193,7 @@ class DistributedModel(Model):
         done = self._run(
             prompts[replica::replicas],
             new,
-            _Share(sampling.temperature, sampling.top_p, sampling.seed, tuple(mine)),
+            _Share(**vars(sampling), indices=tuple(mine)),
             stop,
             stream,
         )
@@ -220,7 +221,7 @@ class _Share(Sampling):
 
     indices: tuple[int, ...] = ()
 
-    def generator(self, sequence: int) -> np.random.Generator:
+    def generator(self, sequence: int) -> Draws:
         return super().generator(self.indices[sequence])
 
 

@@ -29,14 +29,6 @@ class WrongPhase(InputError):
     template: ClassVar[str] = "phase {phase}: {reason}"
 
 
-class DraftsOnGpu(InputError):
-    """Multi-token prediction compiled for a GPU."""
-
-    template: ClassVar[str] = (
-        "--mtp is compiled for CPUs only, {target} is planned: add --plan-only or leave --mtp away"
-    )
-
-
 @dataclass(frozen=True)
 class Plan:
     """A module optimised for a target."""
@@ -74,7 +66,7 @@ class Plan:
         `source` adds the text of the CPU kernels; those of GPUs come with theirs.
         Weights come from `weights`, else from random numbers, else from the model's own folder.
         Raises NoWeights, CheckpointError, TensorError, NoKernel, UnsupportedKernel, UnmetRequirement, CompileFailed,
-        CheckFailed, DraftsOnGpu, OutputExists, DiskTooSmall or WriteFailed.
+        CheckFailed, OutputExists, DiskTooSmall or WriteFailed.
         """
         from moec import packing
         from moec.codegen import artifact
@@ -82,8 +74,6 @@ class Plan:
         from moec.ir.mesh import mesh_of
 
         say = note or (lambda line: None)
-        if self.context.limits.drafts and self.context.target.kind != "cpu":
-            raise DraftsOnGpu(target=self.context.target.name)
         if self.context.target.kind == "cpu" and len(self.phases) < 2:
             raise WrongPhase(phase=self.phases[0], reason="artifacts for CPUs hold both phases; leave --phase away")
         tensors = None if no_weights else packing.tensors_of(self.ir, self.source, weights, random_weights, say)

@@ -7,8 +7,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy.stats import chisquare
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from moec.runtime.draws import Draws, philox
 from moec.runtime.errors import WrongOption
 from moec.runtime.sampling import Sampling, nucleus
 
@@ -29,6 +35,43 @@ def test_probabilities_equal_those_of_transformers(size: int, temperature: float
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(unused, scores)
     np.testing.assert_allclose(nucleus(logits, temperature, top_p), scores.softmax(-1)[0].numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 40, 5000])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"), [(1, 1.0, 0.0), (7, 1.0, 0.0), (30, 0.6, 0.0), (0, 1.0, 0.1), (200, 0.9, 0.02)]
+)
+def test_all_limits_equal_those_of_transformers(size: int, top_k: int, top_p: float, min_p: float) -> None:
+    logits = some_logits(size + 1, size)
+    unused = torch.zeros(1, 1, dtype=torch.int64)
+    scores = TemperatureLogitsWarper(0.8)(unused, torch.from_numpy(logits).double()[None])
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(unused, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(unused, scores)
+    if min_p:
+        scores = MinPLogitsWarper(min_p)(unused, scores)
+    found = nucleus(logits, 0.8, top_p, top_k, min_p)
+    np.testing.assert_allclose(found, scores.softmax(-1)[0].numpy(), atol=1e-12)
+
+
+def test_of_equal_tokens_top_k_takes_the_first() -> None:
+    logits = np.array([1, 3, 2, 3, 2, 2], dtype=np.float32)
+    assert np.flatnonzero(nucleus(logits, 1.0, 1.0, top_k=3)).tolist() == [1, 2, 3]
+
+
+def test_random_numbers_are_those_of_the_paper() -> None:
+    """Known answers of Random123 for Philox 4x32 with ten rounds."""
+    assert philox(0, (0, 0, 0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert philox(2**64 - 1, (2**32 - 1,) * 4) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+
+
+def test_random_numbers_are_uniform_and_counted() -> None:
+    draws = Draws.of(3, 1)
+    found = [draws.random() for _ in range(20_000)]
+    counts = np.bincount((np.array(found) * 50).astype(int), minlength=50)
+    assert chisquare(counts).pvalue > 1e-3
+    assert Draws(draws.key, 11).random() == found[11]
 
 
 def test_draws_have_the_frequencies_of_the_probabilities() -> None:
@@ -82,6 +125,9 @@ def test_seeds_decide() -> None:
         ({"top_p": 1.1}, "top-p"),
         ({"top_p": float("nan")}, "top-p"),
         ({"seed": -1}, "seed"),
+        ({"top_k": -1}, "top-k"),
+        ({"min_p": 1.5}, "min-p"),
+        ({"min_p": float("nan")}, "min-p"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict[str, float], name: str) -> None:

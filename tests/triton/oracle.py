@@ -31,3 +31,18 @@ def reference_logits(module: Module, loader: Loader, ids: Any, phase: str = "pre
         for a in function.args
     ]
     return evaluator.call(function, arguments)[0]
+
+
+def draft_reference(module: Module, loader: Loader, ids: Any) -> Any:
+    """Logits f32[T - 1, V] of the module that drafts, row t from `ids[: t + 2]`."""
+    evaluator = Evaluator(module, WeightPrograms(module, loader), torch.float32, True)
+    prefill, draft = module.functions["prefill"], module.functions["draft"]
+    cache = evaluator.new_cache(prefill.args[-1].type, {"P": 1})  # type: ignore[arg-type]
+
+    def placed(tokens: Any) -> list[Any]:
+        count = len(tokens)
+        numbers = [tokens, [0] * count, range(count), [[0]], [0, count], range(count)]
+        return [torch.tensor(list(n), dtype=torch.int32) for n in numbers]
+
+    _, hidden = evaluator.call(prefill, [*placed(ids), cache])
+    return evaluator.call(draft, [*placed(ids[1:]), hidden[:-1], cache])[0]

@@ -40,6 +40,7 @@ class StandIn:
         self.last: dict[str, Any] = {}
         self.maps = 0
         """Tensor maps that were encoded."""
+        self.downloads: list[int] = []
 
     # -- what is only answered
 
@@ -143,7 +144,12 @@ class StandIn:
 
     def cuMemcpyDtoHAsync_v2(self, to: Any, source: Any, size: Any, stream: Any) -> int:
         at = self.inside(source.value, size.value)
-        return self.do(lambda: ctypes.memmove(to.value, at, size.value))
+
+        def copy() -> None:
+            self.downloads.append(size.value)
+            ctypes.memmove(to.value, at, size.value)
+
+        return self.do(copy)
 
     def cuMemcpyDtoDAsync_v2(self, to: Any, source: Any, size: Any, stream: Any) -> int:
         a, b = self.inside(to.value, size.value), self.inside(source.value, size.value)

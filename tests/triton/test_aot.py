@@ -264,7 +264,7 @@ def test_ops_without_a_kernel_are_those_we_know(arch: str) -> None:
 
 def test_kernels_name_ops_of_the_ir() -> None:
     """Or the choice of the next token, which the IR leaves to the run time."""
-    known = {*OPS, "sample.greedy", "sample.top_p"}
+    known = {*OPS, "sample.draw"}
     assert not [(s.name, op) for s in registry().values() for op in s.ops if op not in known]
 
 

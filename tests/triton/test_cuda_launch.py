@@ -23,7 +23,9 @@ from moec.runtime.cuda.errors import (
     DriverTooOld,
     NoDevice,
     NoDriver,
+    NoHostMemory,
     OutOfMemory,
+    OutOfMemoryIn,
     WrongArchitecture,
 )
 from moec.runtime.cuda.kernel import runs_on
@@ -197,6 +199,12 @@ def test_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         (FakeLibrary(cuModuleLoadData=209), RECORD, WrongArchitecture, "compile again with a target of its kind"),
         (FakeLibrary(cuModuleLoadData=200), RECORD, CubinTooNew, "this CUDA driver (12.8) does not read its cubin"),
         (FakeLibrary(cuModuleLoadData=700), RECORD, DriverFailed, "of 'embedding' failed with CUDA_ERROR_700"),
+        (
+            FakeLibrary(cuModuleLoadData=2),
+            RECORD,
+            OutOfMemoryIn,
+            "cuModuleLoadData of 'embedding' needs more than the 1000 of 8000 bytes that are free",
+        ),
         (FakeLibrary(), changed(sha256="0"), DamagedKernel, "does not match its hash; write the artifact again"),
     ],
 )
@@ -204,6 +212,22 @@ def test_kernel_that_cannot_be_loaded(library: Any, record: dict[str, Any], erro
     with pytest.raises(error) as caught:
         Kernel(Driver(library=library), record, b"")
     assert said in str(caught.value)
+
+
+def test_a_grid_that_no_device_takes() -> None:
+    kernel = Kernel(Driver(library=FakeLibrary()), RECORD, b"")
+    with pytest.raises(BadArguments, match=r"grid \(1, 65536\) is larger than a device takes"):
+        kernel.launch((1, 65536), ARGUMENTS)
+
+
+def test_no_page_locked_memory() -> None:
+    with pytest.raises(NoHostMemory, match="gives no 5000 bytes of page-locked memory"):
+        Driver(library=FakeLibrary(cuMemAllocHost_v2=2)).host_memory(5000)
+
+
+def test_memory_that_ends_in_a_later_call_is_said() -> None:
+    with pytest.raises(OutOfMemoryIn, match="not enough GPU memory: cuStreamCreate needs more than the 1000 of 8000"):
+        Driver(library=FakeLibrary(cuStreamCreate=2)).stream()
 
 
 def test_not_enough_memory() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from oracle import reference_logits
+from oracle import draft_reference, reference_logits
 from standin import StandIn, fake_compile
 
 import moec
@@ -63,6 +63,63 @@ def prompts_error(
         "idle": sorted(listed - set(driver.launches)),
         "events": waits,
     }
+
+
+def drafts_found(recipe: str, drafts: int, new: int) -> dict[str, Any]:
+    """The trained model with its module: greedy tokens with and without drafts, the error of the module's logits."""
+    traced = moec.trace("tiny-deepseek-v3", mtp=True)
+    plan = traced.optimize("h800", batch=2, context=128, chunk=16, recipe=recipe, drafts=drafts)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "m.moec"
+        with mock.patch.object(Program, "compile", compile_uncompiled):
+            plan.compile(out)
+        artifact = open_artifact(out)
+        driver = StandIn(out / "kernels")
+        loaded = Model(artifact, engine=GpuEngine(artifact, library=driver))
+        text = loaded.tokenizer.encode("import os\nimport sys\n\ndef main(")
+        # Longer than a chunk, and another whose end comes earlier.
+        prompts = [text[:20], text[:4]]
+        plain = loaded.generate(prompts, new, stop=())
+        done = loaded.complete(prompts, new, stop=(), speculate=drafts)
+        logits = loaded.draft_logits([text[:7]])[0]
+        idle = sorted({r["name"] for r in driver.records.values()} - set(driver.launches))
+    want = draft_reference(plan.ir, plan_tensors(plan), text[:7]).numpy()
+    worst = float(np.abs(logits - want).max() / want.std())
+    rates = {"tried": done.rates.drafted_tokens, "accepted": done.rates.accepted_tokens}
+    return {"plain": plain, "drafted": done.tokens, "worst": worst, "idle": idle, **rates}
+
+
+def draws_found(settings: Mapping[str, str], new: int) -> dict[str, Any]:
+    """Tokens drawn on the device, of prompts together and alone, beside those that the host draws from its logits."""
+    plan = moec.trace("tiny-deepseek-v3", settings).optimize("h800", batch=2, context=64, chunk=4, recipe="fp32")
+    options: dict[str, Any] = {"temperature": 1.5, "top_p": 0.95, "seed": 7, "top_k": 300, "min_p": 1e-3, "stop": ()}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "m.moec"
+        with mock.patch.object(Program, "compile", compile_uncompiled):
+            plan.compile(out, random_weights=0)
+        artifact = open_artifact(out)
+        driver = StandIn(out / "kernels")
+        engine = GpuEngine(artifact, library=driver)
+        loaded = Model(artifact, engine=engine)
+        prompts = [[5, 6, 7, 8, 9, 10], [3]]
+        device = loaded.generate(prompts, new, **options)
+        greedy = loaded.generate(prompts[1], new, stop=())
+        downloaded = max(driver.downloads)
+        alone = loaded.generate(prompts[0], new, **options)
+        other = loaded.generate(prompts[0], new, **{**options, "seed": 8})
+        engine.draws = False
+        host, host_greedy = loaded.generate(prompts, new, **options), loaded.generate(prompts[1], new, stop=())
+    return {
+        "device": device, "host": host, "alone": alone, "other": other, "greedy": greedy, "host_greedy": host_greedy,
+        "downloaded": downloaded,
+    }  # fmt: skip
+
+
+def plan_tensors(plan: moec.Plan) -> Any:
+    """What loads the tensors of a model that has some."""
+    from moec.packing import tensors_of
+
+    return tensors_of(plan.ir, plan.source, None, None, lambda line: None).load
 
 
 def on_two_streams(module: Module) -> None:

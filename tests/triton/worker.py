@@ -19,7 +19,7 @@ import interp_fixes
 import interp_kernels
 import torch
 from generated import generated_error, masked_error
-from whole_models import prompts_error
+from whole_models import drafts_found, draws_found, prompts_error
 
 from moec.codegen.triton.problem import check, make
 from moec.codegen.triton.spec import kernel
@@ -64,6 +64,8 @@ CALLS = {
         product_error,
         repairs,
         prompts_error,
+        drafts_found,
+        draws_found,
         generated_error,
         masked_error,
     )

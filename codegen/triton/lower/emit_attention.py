@@ -170,7 +170,7 @@ def heads(low: Lowering, group: Group) -> None:
     if len(op.operands) == 7:
         sinks, given["sink_ptr"], types["sink_ptr"] = "_sinks", low.place(op.operands[6]), op.operands[6]
     rows_ = f"ceildiv(T, B) * {count}"
-    if low.phase.name != "decode":
+    if low.phase.shape != "decode":
         instance = low.phase.table.instance(kernel(f"heads_prefill{sinks}"), "any", **dims)
         more = {"out_ptr": low.place(op.result), "splits": 1, "ROWS": rows_}
         sizes: dict[str, int | str] = {"CONTEXT": "ceildiv(T, B)", "B": "B", "SPLITS": 1}
@@ -191,9 +191,10 @@ def shares(low: Lowering, blocks: str, count: int, width_: int) -> tuple[str, Pl
     """
     splits = f"max(1, min({MOST_SPLITS}, {2 * low.phase.sms} // ({blocks})))"
     bounds = low.phase.bounds
-    # From 2 * sms tokens on there is one share.
-    tokens = {*range(1, min(bounds["T"], 2 * low.phase.sms) + 1), bounds["T"]}
-    most = max(t * evaluate(splits, {"T": t, "B": min(t, bounds["B"])}) for t in tokens)
+    # Every sequence has equally many tokens; from 2 * sms of them on there is one share.
+    few = [(b * q, b) for b in range(1, bounds["B"] + 1) for q in range(1, bounds["Q"] + 1)]
+    few = [(t, b) for t, b in few if t <= min(bounds["T"], 2 * low.phase.sms)] + [(bounds["T"], bounds["B"])]
+    most = max(t * evaluate(splits, {"T": t, "B": b}) for t, b in few)
     partial = Place(low.slot(most * count * width_ * 4), 0, width_, width_, 4)
     return splits, partial, Place(low.slot(most * count * 4), 0, 1, 1, 4)
 

@@ -9,7 +9,7 @@ from typing import Any
 from moec.codegen.arena import Slot, assign
 from moec.codegen.triton.aot import aligned
 from moec.codegen.triton.errors import NoKernel
-from moec.codegen.triton.fused.binding import Argument, cache_distances, cache_of, width
+from moec.codegen.triton.fused.binding import Argument, cache_distances, cache_of, tensor_of, width
 from moec.codegen.triton.fused.groups import EVENTS, VIEWS, Group, groups_of
 from moec.codegen.triton.lower.places import Base, Matrix, Place, Step, cache_part, reference
 from moec.codegen.triton.lower.table import KernelTable, grid_of
@@ -42,7 +42,7 @@ class Phase:
     @property
     def shape(self) -> str:
         """The shape class of tiles."""
-        return self.name
+        return "prefill" if self.name == "prefill" else "decode"
 
     def most(self, size: Size | str) -> int:
         """The greatest value of a size."""
@@ -405,15 +405,23 @@ def lower_phase(phase: Phase) -> Lowered:
     for argument in function.args:
         if isinstance(argument.type, CacheType):
             env[argument] = argument.name
+        elif argument.name == "hidden":
+            env[argument] = _rows_at(argument, "hidden")
         else:
             env[argument] = Place(Base("input", argument.name), 0, 1, 1, 4)
-    (result,) = function.returns
+    result, *states = function.returns
     t = result.type
     if not isinstance(t, TensorType) or t.dtype != "f32":
         raise NoKernel(op="linear", reason=f"logits are {t}, the runtime reads f32")
-    columns = width(result)
-    low = Lowering(phase, function, env, {result: Place(Base("output", "logits"), 0, columns, columns, 4)})
+    into = {result: _rows_at(result, "logits"), **{v: _rows_at(v, "states") for v in states}}
+    low = Lowering(phase, function, env, into)
     low.run()
     end = low.settle()
     low.fill()
     return Lowered(low.steps, end)
+
+
+def _rows_at(value: Value, name: str) -> Place:
+    """Rows of the caller's, one behind the other."""
+    columns = width(value)
+    return Place(Base("output", name), 0, columns, columns, BITS[tensor_of(value).dtype] // 8)

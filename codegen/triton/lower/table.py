@@ -97,6 +97,11 @@ class KernelTable:
         entry.texts.append(f"@{function}\n{text}")
         return name
 
+    def support(self, instance: Instance) -> str:
+        """Add a kernel that the runtime launches by itself, for no op of the program; returns its name."""
+        self.entries.setdefault(instance.name, Entry(instance, ops=set(instance.spec.ops)))
+        return instance.name
+
 
 def _same(a: Instance, b: Instance) -> bool:
     def facts(i: Instance) -> Any:

@@ -1,4 +1,4 @@
-"""Declarations of the choice of the next token."""
+"""Declaration of the choice of the next token."""
 
 from __future__ import annotations
 
@@ -13,90 +13,86 @@ def no_constants(dims: Dims) -> dict[str, Constant]:
     return {}
 
 
-def build_greedy(p: Problem) -> dict[str, Any]:
-    logits = p.normal(p.T, p.V)
-    # Equal maxima, and a row whose only finite logit is the last.
-    logits[0, p.V // 3] = logits[0, p.V // 2] = 50.0
+def build(p: Problem) -> dict[str, Any]:
+    """Rows of all kinds: greedy, whole, nucleus, top-k, both, min-p; with TIES few different logits."""
+    import torch
+
+    logits = p.normal(p.T, p.V, scale=2.0)
+    if p.TIES:
+        logits = logits.round()
+    rows = torch.arange(p.T)
     if p.T > 1:
         logits[1, :-1] = float("-inf")
-    return {"logit_ptr": p.put("logit_ptr", logits), "token_ptr": p.output("token_ptr", p.T), "V": p.V}
-
-
-def reference_greedy(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
-    import torch
-
-    top = x["logit_ptr"].amax(-1, keepdim=True)
-    column = torch.arange(p.V).expand(p.T, -1)
-    return {"token_ptr": Expected(column.masked_fill(x["logit_ptr"] < top, p.V).amin(-1))}
-
-
-GREEDY = KernelSpec(
-    name="greedy",
-    function="sampling:greedy",
-    ops=("sample.greedy",),
-    summary="Index of the largest logit",
-    signature={"logit_ptr": "*fp32", "token_ptr": "*i32", "V": "i32"},
-    dims={"T": 128, "V": 129280},
-    constants=no_constants,
-    tiles=on(EVERYWHERE, any=Tile({"BLOCK": 4096}, 8, 2)),
-    grid=("T",),
-    build=build_greedy,
-    reference=reference_greedy,
-    cases=(Case("3 rows of 9000", {"T": 3, "V": 9000}), Case("one row of 100", {"T": 1, "V": 100})),
-    flops="T*V",
-    bytes="4*T*V + 4*T",
-)
-
-
-def build_top_p(p: Problem) -> dict[str, Any]:
-    import torch
-
-    rows = torch.arange(p.T)
     return {
-        "logit_ptr": p.put("logit_ptr", p.normal(p.T, p.V, scale=2.0)), "temperature_ptr": 0.5 + p.uniform(p.T),
-        "top_p_ptr": torch.tensor([0.9, 1.0, 1e-3, 0.5])[rows % 4], "uniform_ptr": p.uniform(p.T),
-        "token_ptr": p.output("token_ptr", p.T), "V": p.V,
-    }  # fmt: skip
+        "logit_ptr": p.put("logit_ptr", logits),
+        "temperature_ptr": torch.where(rows % 7 < 2, 0.0, 0.5 + p.uniform(p.T)),
+        "top_k_ptr": torch.tensor([0, 5, 0, 0, 20, 40, 0])[rows % 7].to(torch.int32),
+        "top_p_ptr": torch.tensor([1.0, 0.5, 1.0, 0.9, 1.0, 0.8, 0.97])[rows % 7],
+        "min_p_ptr": torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.05])[rows % 7],
+        "key_ptr": torch.randint(-(1 << 62), 1 << 62, (p.T,), generator=p.generator),
+        "number_ptr": p.integers(0, 1000, p.T),
+        "token_ptr": p.output("token_ptr", p.T),
+        "V": p.V,
+    }
 
 
-def reference_top_p(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
-    """By sorting, in float64; a row whose draw falls within rounding of a token's edge is not compared."""
+def reference(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
+    """By sorting, in float64; a row whose draw or nucleus ends within rounding of a token's edge is not compared."""
     import torch
 
-    probability = (x["logit_ptr"].double() / x["temperature_ptr"].double()[:, None]).softmax(-1)
-    order = probability.sort(-1, descending=True)
-    before = order.values.cumsum(-1) - order.values
-    kept = torch.zeros_like(probability, dtype=torch.bool)
-    kept.scatter_(1, order.indices, before < x["top_p_ptr"].double()[:, None])
-    mass = (probability * kept).cumsum(-1)
-    target = mass[:, -1:] * x["uniform_ptr"].double()[:, None]
-    token = (mass <= target).sum(-1)
-    clear = ((mass - target).abs().amin(-1) > 1e-5) & ((before - x["top_p_ptr"][:, None]).abs().amin(-1) > 1e-6)
+    from moec.runtime.draws import Draws
+
+    tokens, clear = [], []
+    for row in range(p.T):
+        logits = x["logit_ptr"][row].double()
+        if not x["temperature_ptr"][row]:
+            top = logits.amax()
+            tokens.append(int((logits == top).nonzero()[0]))
+            clear.append(True)
+            continue
+        probability = (logits / x["temperature_ptr"][row].double()).softmax(-1)
+        order = torch.sort(probability, descending=True, stable=True).indices
+        if k := int(x["top_k_ptr"][row]):
+            order = order[:k]
+        sorted_ = probability[order] / probability[order].sum()
+        before, share = sorted_.cumsum(-1) - sorted_, float(x["top_p_ptr"][row])
+        kept = order[(before < share) | (share >= 1)]
+        kept = kept[probability[kept] >= float(x["min_p_ptr"][row]) * probability[kept].amax()].sort().values
+        mass = probability[kept].cumsum(-1)
+        draw = Draws(int(x["key_ptr"][row]) % 2**64, int(x["number_ptr"][row]))
+        target = mass[-1] * draw.random()
+        tokens.append(int(kept[(mass > target).nonzero()[0]]))
+        near = share < 1 and float((before - share).abs().amin()) < 1e-6
+        clear.append(not near and float((mass - target).abs().amin() / mass[-1]) > 1e-6)
 
     def decided(written: dict[str, Any]) -> torch.Tensor:
-        return torch.where(clear, written["token_ptr"].double(), token.double())
+        return torch.where(torch.tensor(clear), written["token_ptr"].double(), torch.tensor(tokens).double())
 
-    return {"token_ptr": Expected(token, read=decided)}
+    return {"token_ptr": Expected(torch.tensor(tokens), read=decided)}
 
 
-TOP_P = KernelSpec(
-    name="top_p",
-    function="sampling:top_p",
-    ops=("sample.top_p",),
-    summary="A draw from the smallest set of tokens that holds mass top_p",
+DRAW = KernelSpec(
+    name="draw",
+    function="sampling:draw",
+    ops=("sample.draw",),
+    summary="The largest logit, or a draw among the most probable ones (top-k, top-p, min-p)",
     signature={
-        "logit_ptr": "*fp32", "temperature_ptr": "*fp32", "top_p_ptr": "*fp32", "uniform_ptr": "*fp32",
-        "token_ptr": "*i32", "V": "i32",
+        "logit_ptr": "*fp32", "temperature_ptr": "*fp32", "top_k_ptr": "*i32", "top_p_ptr": "*fp32",
+        "min_p_ptr": "*fp32", "key_ptr": "*i64", "number_ptr": "*i32", "token_ptr": "*i32", "V": "i32",
     },
-    dims={"T": 128, "V": 129280},
+    dims={"T": 128, "V": 129280, "TIES": 0},
     constants=no_constants,
-    tiles=on(EVERYWHERE, any=Tile({"BLOCK": 4096}, 8, 2)),
+    tiles=on(EVERYWHERE, any=Tile({"BLOCK": 2048}, 8, 1)),
     grid=("T",),
-    build=build_top_p,
-    reference=reference_top_p,
-    cases=(Case("4 rows of 5000", {"T": 4, "V": 5000}), Case("one row of 60", {"T": 1, "V": 60})),
+    build=build,
+    reference=reference,
+    cases=(
+        Case("21 rows of 5000", {"T": 21, "V": 5000}),
+        Case("14 rows with equals", {"T": 14, "V": 300, "TIES": 1}),
+        Case("one row of 60", {"T": 1, "V": 60}),
+    ),
     flops="T*V*35",
-    bytes="4*T*V + 16*T",
+    bytes="4*T*V + 36*T",
 )  # fmt: skip
 
-SPECS = (GREEDY, TOP_P)
+SPECS = (DRAW,)

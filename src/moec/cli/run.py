@@ -63,6 +63,8 @@ def run(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this sum.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the most probable tokens; 0: all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Draw from tokens with this share of the greatest probability.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
     speculate: Annotated[
         int,
@@ -93,7 +95,7 @@ def run(
     if compare is not None and (
         max_new_tokens is not None
         or record_loads is not None
-        or (temperature, top_p, seed, speculate) != (0.0, 1.0, 0, 0)
+        or (temperature, top_p, seed, speculate, top_k, min_p) != (0.0, 1.0, 0, 0, 0, 0.0)
     ):
         raise NothingGenerated()
     from moec.cli.options import UsageError
@@ -108,7 +110,7 @@ def run(
     if micro_batches > 1 and not launched():
         raise UsageError(message="--micro-batches is for several processes: start them with torchrun")
     check_place(record_loads)
-    sampling = Sampling(temperature, top_p, seed)
+    sampling = Sampling(temperature, top_p, seed, top_k, min_p)
     ids = _parse_ids(prompt_ids) if prompt_ids is not None else None
     with loaded(artifact, check, threads, timeout or TIMEOUT, micro_batches) as model:
         if ids is None:
