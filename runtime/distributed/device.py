@@ -114,7 +114,9 @@ class _Told:
         self.event: Any = None
         if counts.is_cuda:
             self.work.wait()  # the stream waits, not the host
-            self.told = self._sums().to("cpu", non_blocking=True)
+            # A copy into memory that is not page-locked would hold the host up.
+            self.told = torch.empty((2, self.size), dtype=torch.int64, pin_memory=True)
+            self.told.copy_(self._sums(), non_blocking=True)
             self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.event.record()
 
