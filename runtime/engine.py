@@ -65,8 +65,8 @@ class DrawingSteps(Protocol):
 
     draws: bool
 
-    def prefill_draw(self, sequence: Sequence, tokens: Ids, draw: Draw) -> int:
-        """As `Engine.prefill`; the token after the last."""
+    def prefill_draw(self, sequence: Sequence, tokens: Ids, draw: Draw | None) -> int:
+        """As `Engine.prefill`; the token after the last one, or without a draw any."""
 
     def decode_draw(self, sequences: List[Sequence], tokens: List[int], draws: List[Draw]) -> list[int]:
         """As `Engine.decode`; the token after each sequence."""

@@ -18,7 +18,7 @@ from moec.runtime.cuda.kernel import Kernel, load_kernels
 from moec.runtime.cuda.memory import DeviceMemory
 from moec.runtime.cuda.program import GpuEntry, GpuPlan, Sizes, symbols
 from moec.runtime.engine import Ids, Logits, Piece, States
-from moec.runtime.sampling import Draw
+from moec.runtime.sampling import Draw, Sampling
 from moec.runtime.weights import Weights
 
 if TYPE_CHECKING:
@@ -128,12 +128,12 @@ class GpuEngine:
             return found[-1][0] if last_only else np.concatenate([logits for logits, _ in found])
         return self._prefill(sequence, tokens, last_only).logits()
 
-    def prefill_draw(self, sequence: Sequence, tokens: Ids, draw: Draw) -> int:
-        """As `prefill`; the token that is drawn after the last one."""
+    def prefill_draw(self, sequence: Sequence, tokens: Ids, draw: Draw | None) -> int:
+        """As `prefill`; the token that is drawn after the last one, without a draw the most probable one."""
+        draw = draw or Draw(Sampling(), 0, 0)
         if "prefill" not in self._phases:
-            if len(tokens) > 1:
-                self.prefill(sequence, tokens[:-1])
-            return self.decode_draw([sequence], [int(tokens[-1])], [draw])[0]
+            drawn = [self.decode_draw([sequence], [int(token)], [draw])[0] for token in tokens]
+            return drawn[-1]
         return self._prefill(sequence, tokens, True, [draw]).drawn()[0]
 
     def _prefill(self, sequence: Sequence, tokens: Ids, last_only: bool, draws: List[Draw] = ()) -> Ran:
