@@ -54,9 +54,12 @@ class PagePool:
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Take back the tokens from `length` on, and the pages that held nothing else."""
         kept = -(-length // self.page_size)
+        if kept >= sequence.held:
+            sequence.length = length
+            return
         self._free.extend(reversed(sequence.table[kept : sequence.held].tolist()))
         sequence.table[kept : sequence.held] = 0
-        sequence.length, sequence.held = length, min(kept, sequence.held)
+        sequence.length, sequence.held = length, kept
 
     def close(self, sequence: Sequence) -> None:
         """Give the pages of `sequence` back; it is empty afterwards."""

@@ -20,6 +20,8 @@ from moec.runtime.plan import Argument, Entry, Plan, Routing
 from moec.runtime.sampling import Draw
 from moec.runtime.weights import Weights
 
+_FEW: Final = 16
+"""Tokens of a sequence that are set number by number."""
 _STEP_INPUTS: Final = ("ids", "seq", "pos", "pages", "starts", "rows")
 Logits = NDArray[np.float32]
 States = NDArray[np.float32]
@@ -248,21 +250,24 @@ class Engine:
     ) -> tuple[dict[str, NDArray[Any]], list[Any]]:
         """Arguments of a call with several tokens of each sequence, those of sequence b from position firsts[b] on."""
         total = sum(map(len, tokens))
-        rows = len(sequences) if last_only else total
-        arrays, args = call.bind(tokens=total, rows=rows, sequences=len(sequences))
-        arrays["starts"][0] = begin = cached = 0
+        wanted = len(sequences) if last_only else total
+        arrays, args = call.bind(tokens=total, rows=wanted, sequences=len(sequences))
+        ids, seq, pos, pages, starts, rows = (arrays[name] for name in _STEP_INPUTS)
+        starts[0] = begin = cached = 0
         for row, (sequence, first, few) in enumerate(zip(sequences, firsts, tokens, strict=True)):
-            end, cached = begin + len(few), cached + first + len(few)
-            arrays["ids"][begin:end] = few
-            arrays["seq"][begin:end] = row
-            arrays["pos"][begin:end] = range(first, first + len(few))
-            arrays["pages"][row] = sequence.table
-            arrays["starts"][row + 1] = cached
+            end = begin + len(few)
+            if len(few) > _FEW:
+                ids[begin:end], seq[begin:end], pos[begin:end] = few, row, np.arange(first, first + len(few))
+            else:  # as in `place`
+                for at, token in enumerate(few, begin):
+                    ids[at], seq[at], pos[at] = token, row, first + at - begin
+            pages[row] = sequence.table
+            starts[row + 1] = cached = cached + first + len(few)
             if last_only:
-                arrays["rows"][row] = end - 1
+                rows[row] = end - 1
             begin = end
         if not last_only:
-            arrays["rows"][:] = range(total)
+            rows[:] = np.arange(total)
         return arrays, args
 
     def _results(self, arrays: dict[str, NDArray[Any]]) -> Logits:

@@ -97,8 +97,9 @@ class Speculation(Scheduler):
                 assert request.rng is not None
                 proposal = request.sampling.propose(logits[row], request.rng)
                 proposals[request].append(proposal)
-                done = pieces[request]
-                pieces[request] = Piece(done.first + len(done.ids), [proposal.token], states[row : row + 1].copy())
+                if number + 1 < wanted[request]:
+                    done = pieces[request]
+                    pieces[request] = Piece(done.first + len(done.ids), [proposal.token], states[row : row + 1].copy())
         return proposals
 
     def _verify(self, request: Request, proposals: list[Proposal], logits: Logits) -> int:
