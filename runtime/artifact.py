@@ -46,8 +46,7 @@ class Artifact:
     def digests(self) -> dict[str, str]:
         """sha256 over the files of program, kernels, weights of all ranks and tokenizer, and of the manifest.
 
-        From the hashes that the manifest lists. What two artifacts of the same model differ in shows in the first of
-        these that differs.
+        From the hashes that the manifest lists: what two artifacts differ in.
         """
         parts: dict[str, list[str]] = {"program": [], "kernels": [], "weights": [], "tokenizer": []}
         for name, digest in sorted(self.manifest.files.items()):

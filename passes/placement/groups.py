@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.passes.placement.bounds import lower_bound
+from moec.passes.placement.counts import spread_widest
 from moec.passes.placement.crowding import crowded_bound
 from moec.passes.placement.packing import Packing, improve, pack
 from moec.passes.placement.problem import Floats, Ints, Problem
@@ -116,7 +117,23 @@ def place_groups(problem: Problem, bound: Floats, solve: Solver) -> Packing:
         packing = _best_sets(problem, rows, bound[rows], greatest[rows], solve)
         better = np.flatnonzero(packing.greatest < greatest[rows])
         best.replace(rows[better], packing.take(better))
+    # The search stops a little above the bound; where the greedy is lucky, its placement counts.
+    rows = np.arange(problem.layers)
+    greedy = _solve_nodes(problem, rows, _largest_first(problem).experts, bound, _greedily)
+    better = np.flatnonzero(greedy.greatest < best.greatest)
+    best.replace(better, greedy.take(better))
     return best
+
+
+def _greedily(loads: Floats, devices: int, slots: int, target: Floats, effort: float) -> Packing:
+    """A solver without a search: further replicas to the largest ones, largest first to the least loaded device."""
+    return pack(loads, spread_widest(loads, slots), devices)
+
+
+def _largest_first(problem: Problem) -> Packing:
+    """Groups on nodes, the heaviest first on the lightest node with room: [layers, nodes, groups per node]."""
+    sums = problem.loads.reshape(problem.layers, problem.groups, -1).sum(axis=2)
+    return pack(sums, np.ones(sums.shape, np.int64), problem.nodes)
 
 
 def _best_sets(problem: Problem, rows: Ints, bound: Floats, greatest: Floats, solve: Solver) -> Packing:
@@ -182,10 +199,9 @@ def _ways(problem: Problem) -> Iterator[tuple[Ints, Floats]]:
     sums = problem.loads.reshape(problem.layers, problem.groups, -1).sum(axis=2)
     devices = problem.devices // problem.nodes
     layers = np.arange(problem.layers)[:, None, None]
-    largest_first = pack(sums, np.ones(sums.shape, np.int64), problem.nodes)
     yield from (
         (homes, sums[layers, homes].sum(axis=2).max(axis=1) / devices)
-        for homes in (*_most_even(problem, sums), largest_first.experts)
+        for homes in (*_most_even(problem, sums), _largest_first(problem).experts)
     )
 
 

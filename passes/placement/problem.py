@@ -15,7 +15,7 @@ Ints = NDArray[np.int64]
 Shares = Literal["even", "free"]
 
 # Sums and products of so many tokens stay far from the limits of float64.
-_GREATEST = 1e100
+_GREATEST = 1e300
 _MOST_SLOTS = 20_000_000
 
 

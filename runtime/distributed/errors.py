@@ -22,10 +22,7 @@ class WrongRankCount(InputError):
 class OtherArtifact(InputError):
     """Ranks with different artifacts."""
 
-    template = (
-        "rank {rank} has another artifact than rank 0: {what} {found:.12} instead of {expected:.12} (sha256); "
-        "give every rank the same one"
-    )
+    template = "rank {rank} has another artifact than rank 0: {what} (sha256); give every rank the same one"
 
 
 class RankFailed(MoecError):

@@ -77,11 +77,11 @@ def load_distributed(
                 raise failure
             raise (RankInputFailed if is_input else RankFailed)(rank=rank, message=message)
     for rank, (found, _, _) in enumerate(told):
-        differs = [what for what, digest in told[0][0].items() if found[what] != digest]
-        if differs:
+        pairs = [(what, found[what], digest) for what, digest in told[0][0].items() if found[what] != digest]
+        if pairs:
             monitor.close()
-            what = differs[0]
-            raise OtherArtifact(rank=rank, what=what, found=found[what], expected=told[0][0][what])
+            what = ", ".join(f"{what} {other:.12} instead of {own:.12}" for what, other, own in pairs)
+            raise OtherArtifact(rank=rank, what=what)
     assert artifact is not None
     model = DistributedModel(artifact, world, monitor, threads)
     if micro_batches > 1:

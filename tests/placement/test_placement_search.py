@@ -142,6 +142,15 @@ def test_groups_stay_near_the_node_bound(baseline: ModuleType) -> None:
         assert (result.price_of_groups > 1).all()
 
 
+@pytest.mark.parametrize("seed", [611, 612, 613])
+def test_groups_are_never_worse_than_the_greedy(baseline: ModuleType, seed: int) -> None:
+    """Even loads, where the greedy sometimes comes nearer to the bound than a search that stops there."""
+    loads = np.random.default_rng(seed).poisson(4096, size=(58, 256)).astype(np.float64)
+    problem = Problem.of(loads, devices=32, slots_per_device=9, devices_per_node=8, groups=8)
+    published = baseline.greedy(problem).greatest_loads(loads)
+    assert (place(problem).greatest <= published * (1 + 1e-9)).all()
+
+
 def test_a_greatest_load_cannot_be_below_its_bound_even_for_all_placements() -> None:
     """All 2-slot placements of a tiny layer, listed: the bound is under the best of them."""
     rng = np.random.default_rng(0)
