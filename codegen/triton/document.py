@@ -74,7 +74,8 @@ plan.json names a descriptor's matrix by place, rows and columns; `runtime/cuda/
 Which form and blocks, warps and stages a product gets is the cost model's choice, by architecture, rows, columns and
 depth (`fused/choice.py`, `targets/cost/tiles.py`): blocks that a core holds, steps that overlap, waves, bytes in flight
 against the latency of memory, traffic out of the level-2 cache. A predicted tile whose kernel spills or fails another
-check gives way to the next, and the compilation says how many did. `moec tune ARTIFACT` measures the best of the menu,
+check gives way to the next, as declared ones of attention over heads do to their spares, and the compilation says how
+many did. `moec tune ARTIFACT` measures the best of the menu,
 with and without warps for the loads, on the GPU at hand, and keeps the winners by architecture with device, driver and
 date in the cache folder; the next compilation takes them. kernels.json says of each tile whether it is `predicted` (for
 which target, how many microseconds), `measured` (where and when) or `declared`. The warp-specialised form is measured

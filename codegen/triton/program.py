@@ -95,7 +95,7 @@ class Program:
         line = f"{len(compiled)} GPU kernels for {self.table.arch}, {cached} from the cache"
         line += f", tiles as measured in {self.table.measured} places" if self.table.measured else ""
         refused = len(self.table.refused)
-        line += f", {refused} predicted tiles replaced because they spill or do not compile" if refused else ""
+        line += f", {refused} tiles replaced because their kernels spill or fail another check" if refused else ""
         return line + (f"; known spills in {', '.join(spills)}" if spills else "")
 
     def write(self, compiled: list[aot.Compiled], folder: Path) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ class Program:
 
 
 def compiled_program(module: Module, target: Target, limits: Mapping[str, int]) -> tuple[Program, list[aot.Compiled]]:
-    """The lowered module and its kernels; a predicted tile whose kernel fails its checks gives way to the next.
+    """The lowered module and its kernels; a tile whose kernel fails its checks gives way to the next.
 
     Raises what `lower_module` and `Program.compile` raise.
     """

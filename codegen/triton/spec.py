@@ -93,7 +93,8 @@ class KernelSpec:
     module's text where the kernel was generated, and empty where `function` names a file; `loose` names pointers that
     need not lie at a multiple of 16 bytes. With `serve` lowering takes the kernel for `ops` that it has no kernel for.
     `boxes`: pointers that a tile with the constant TMA turns into tensor descriptors, and their boxes. `menu`: tiles
-    that may fit an instance by their predicted microseconds, the fastest first (fused/choice.py).
+    that may fit an instance by their predicted microseconds, the fastest first (fused/choice.py). `spares`:
+    tiles for sizes at which the declared one spills or fails another check, in order.
     """
 
     name: str
@@ -120,6 +121,7 @@ class KernelSpec:
     serve: Callable[[Op], Use] | None = None
     boxes: Mapping[str, str] = field(default_factory=dict)
     menu: Callable[[Instance, Target], list[tuple[float, Tile]]] | None = None
+    spares: tuple[Tile, ...] = ()
 
     def jit(self) -> Any:
         """The decorated Triton function. Imports Triton."""

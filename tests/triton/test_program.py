@@ -11,10 +11,10 @@ import pytest
 from whole_models import compile_uncompiled
 
 import moec
-from moec.codegen.triton.errors import NoKernel
+from moec.codegen.triton.errors import CheckFailed, NoKernel
 from moec.codegen.triton.fused.groups import VIEWS, groups_of
 from moec.codegen.triton.lower.lower import CONTROL
-from moec.codegen.triton.program import Program, lower_module
+from moec.codegen.triton.program import Program, compiled_program, lower_module
 from moec.ir import Module, parse_module
 
 PRESETS = ("deepseek-v3", "deepseek-v2-lite", "kimi-k2", "moonlight-16b", "tiny-deepseek-v3")
@@ -107,3 +107,34 @@ def test_what_no_kernel_can_do_is_said() -> None:
     plan = moec.trace("deepseek-v3").optimize("h800", recipe="per-tensor")
     with pytest.raises(NoKernel, match=r"no GPU kernel for quant\.cast: granularity"):
         lower_module(plan.ir, plan.context.target, vars(plan.context.limits))
+
+
+def test_a_tile_that_fails_its_checks_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next of the menu, or a spare of a declared kernel; where there is none the failure is told."""
+    plan = moec.trace("qwen3-30b-a3b").optimize("h800", phase="decode")
+    tried: list[Program] = []
+
+    def compile_once(program: Program, jobs: int = 0) -> list[Any]:
+        tried.append(program)
+        instances = [e.instance for e in program.table.entries.values()]
+        if len(tried) == 1:
+            wrong = [i for i in instances if i.origin.startswith("predicted") or i.spec.spares]
+            raise CheckFailed(name="x", arch="sm_90a", problems="it spills", instances=wrong)
+        return compile_uncompiled(program)
+
+    monkeypatch.setattr(Program, "compile", compile_once)
+    module, target, limits = plan.ir, plan.context.target, vars(plan.context.limits)
+    program, compiled = compiled_program(module, target, limits)
+    assert len(tried) == 2 and "tiles replaced because" in program.note(compiled)
+    before, after = ([e.instance for e in p.table.entries.values()] for p in tried)
+    for old, new in zip(before, after, strict=True):
+        other = old.origin.startswith("predicted") or bool(old.spec.spares)
+        assert (old.tile.facts != new.tile.facts) == other
+
+    def fails(program: Program, jobs: int = 0) -> list[Any]:
+        routing = [e.instance for e in program.table.entries.values() if e.instance.spec.name.startswith("permutation")]
+        raise CheckFailed(name=routing[0].name, arch="sm_90a", problems="it spills", instances=routing)
+
+    monkeypatch.setattr(Program, "compile", fails)
+    with pytest.raises(CheckFailed, match="it spills"):
+        compiled_program(module, target, limits)

@@ -40,7 +40,7 @@ class KernelTable:
     tiles: Mapping[str, Measured] = field(default_factory=dict)
     """Measured tiles by `tiles.key_of`, in place of predicted and declared ones."""
     refused: Collection[tuple[str, object]] = ()
-    """Predicted tiles, by the same keys, that turned out not to compile as they should."""
+    """Predicted and declared tiles, by the same keys, that turned out not to compile as they should."""
     entries: dict[str, Entry] = field(default_factory=dict)
     measured: int = 0
     """How often a measured tile was taken."""
@@ -63,14 +63,15 @@ class KernelTable:
         """The spec at the shape class of the phase, or at its first where it has one only."""
         shapes = spec.shapes(self.arch)
         chosen = spec.instance(self.arch, shape if shape in shapes else "", **dims)
-        if not self.tiles and spec.menu is None:
+        if not self.tiles and not self.refused and spec.menu is None:
             return chosen
         key = key_of(chosen)
         if key in self.tiles:
             self.measured += 1
             return with_tile(chosen, self.tiles[key].tile, self.tiles[key].source)
         if spec.menu is None:
-            return chosen
+            left = [t for t in (chosen.tile, *spec.spares) if (key, t.facts) not in self.refused]
+            return with_tile(chosen, left[0]) if left else chosen
         for us, tile in spec.menu(chosen, self.target):
             if (key, tile.facts) not in self.refused:
                 return with_tile(chosen, tile, f"predicted: {us:.1f} us on {self.target.name}")
@@ -82,8 +83,11 @@ class KernelTable:
         return self.target.device.arch
 
     def refusable(self, instances: Iterable[Instance]) -> set[tuple[str, object]]:
-        """Of kernels that failed, the predicted tiles: another can take their place."""
-        return {(key_of(i), i.tile.facts) for i in instances if i.origin.startswith("predicted")}
+        """Of kernels that failed, the tiles whose place another can take."""
+        chosen = (
+            i for i in instances if i.origin.startswith("predicted") or (i.spec.spares and i.origin == "declared")
+        )
+        return {(key_of(i), i.tile.facts) for i in chosen}
 
     def add(self, instance: Instance, function: str, ops: Sequence[tuple[int, Op]]) -> str:
         """Count a use of a kernel by ops of a function; returns the kernel's name in kernels.json."""

@@ -158,9 +158,15 @@ def attention(split: bool, sinks: bool) -> KernelSpec:
         aligned=("q_row", "q_head"),
         requires=("PAGE % BN == 0", "HEADS % KV_HEADS == 0", "D % 8 == 0", "DV % 8 == 0"),
         tensor_core=not split,
+        spares=SPARES[split],
     )  # fmt: skip
 
 
+SPARES = {
+    True: (Tile({"BM": 16, "BN": 64}, 4, 2), Tile({"BM": 16, "BN": 32}, 4, 3), Tile({"BM": 16, "BN": 32}, 4, 2)),
+    False: (Tile({"BM": 64, "BN": 64}, 4, 3), Tile({"BM": 64, "BN": 64}, 4, 2), Tile({"BM": 64, "BN": 32}, 4, 2)),
+}
+"""For heads of other widths than the declared tiles were chosen for."""
 PREFILL_CASES = (
     Case("5 and 70 tokens", {**SMALL, "CONTEXT": 70, "LOAD": 0}),
     Case("the same in float32", {**SMALL, "CONTEXT": 70, "LOAD": 0}, {**FLOAT, "out_ptr": "*fp32"}, interpreted=True),
