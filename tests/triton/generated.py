@@ -43,6 +43,20 @@ def generated_names(target: str, recipe: str, shared: bool = False, model: str =
     return [n for n, e in program(target, recipe, shared, model).table.entries.items() if e.instance.spec.source]
 
 
+def wide_names(target: str, recipe: str, model: str) -> list[str]:
+    """Products of BF16 rows with float32 weights."""
+    kernels = {
+        n: e.instance.spec.build.keywords["kernel"]  # type: ignore[attr-defined]
+        for n, e in program(target, recipe, model=model).table.entries.items()
+        if e.instance.spec.source
+    }
+    return [
+        n
+        for n, k in kernels.items()
+        if k.product and k.product.wide and k.product.a.type.dtype != k.product.b.type.dtype
+    ]
+
+
 def masked_error(fp8: bool, pair: bool, load: int, bulk: bool) -> dict[str, Any]:
     """The worst errors of experts in the masked layout: 3 of 40 rows each, gate, up, SwiGLU and quantisation or not."""
     rows, n, k = 120, 256, 192

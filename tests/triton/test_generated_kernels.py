@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from generated import bulk_names, generated_names
+from generated import bulk_names, generated_names, wide_names
 from small_families import FAMILIES
 
 PROGRAMS = [("h800", "deepseek-v3"), ("h800", "bf16"), ("b200", "deepseek-v3"), ("a100", "weight-only")]
@@ -40,6 +40,16 @@ def test_the_other_form_of_a_product(interpreter: Any, name: str) -> None:
     """Operands by pointers where the cost model takes tensor descriptors, and the other way round."""
     worst = interpreter("generated_error", target="h800", recipe="deepseek-v3", name=name, tokens=5, turned=True)
     assert worst and all(share <= 1.0 for share in worst.values()), worst
+
+
+def test_float32_weights_beside_bf16_rows(interpreter: Any) -> None:
+    """The shared expert's gate of a family in a recipe that keeps it in float32: its rows are widened."""
+    call = {"target": "a100", "recipe": "weight-only", "model": "qwen1.5-moe-a2.7b"}
+    mixed = [n for n in wide_names(**call) if n.endswith("decode")]
+    assert mixed
+    for name in mixed:
+        worst = interpreter("generated_error", name=name, tokens=5, **call)
+        assert worst and all(share <= 1.0 for share in worst.values()), (name, worst)
 
 
 @pytest.mark.parametrize("load", [0, 1, 2])

@@ -47,8 +47,7 @@ def tiles(product: Product, arch: str) -> Iterator[Tile]:
     """Every tile worth considering, whether or not it fits."""
     heights = (64, 128) if arch in BULK_COPIES else (16, 32, 64, 128)
     widths = (128,) if product.quantises else (32, 64, 128) if product.form != "plain" else (32, 64, 128, 256)
-    wide = tensor_of(product.a).dtype == "f32"
-    bulk = (False, True) if arch in BULK_COPIES and product.boxes and not wide else (False,)
+    bulk = (False, True) if arch in BULK_COPIES and product.boxes and not product.wide else (False,)
     for height, width, depth, tma, warps, stages in combinations(
         heights, widths, depths(product), bulk, (4, 8), (2, 3, 4, 5)
     ):

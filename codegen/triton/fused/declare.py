@@ -64,7 +64,7 @@ def product_spec(kernel: Generated, product: Product) -> KernelSpec:
     # A tile reaches into two blocks of scales at most.
     widest = ["BN == 128"] if product.quantises else ["BN <= 128"] if form != "plain" else []
     requires = ["K % 16 == 0", *widest, *(["ALIGN % BM == 0"] if grouped else [])]
-    tensor_core = tensor_of(product.a).dtype != "f32"
+    tensor_core = not product.wide
     aligned = tuple(a.name for a in kernel.arguments if a.kind == "i64" or a.name == "K")
     spec = _spec(kernel, tiles, grid, dims, tuple(requires), tensor_core, aligned, _product_cost(product),
                  depths(product)[-1])  # fmt: skip

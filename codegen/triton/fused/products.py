@@ -95,6 +95,11 @@ class Product:
         return form_of(tensor_of(self.a), tensor_of(self.b))
 
     @property
+    def wide(self) -> bool:
+        """Whether an operand is float32: the products are made outside the tensor cores then."""
+        return "f32" in (tensor_of(self.a).dtype, tensor_of(self.b).dtype)
+
+    @property
     def columns(self) -> int:
         """Columns of the result."""
         n = self._stored[self.transposed]
@@ -140,7 +145,7 @@ def form_of(a: TensorType, b: TensorType) -> Form:
         return "fp8"
     if b.quant is not None:
         return "widened"
-    if a.dtype != b.dtype:
+    if a.dtype != b.dtype and {a.dtype, b.dtype} != {"bf16", "f32"}:
         raise NoKernel(op="linear", reason=f"no product of {a} with {b}")
     return "plain"
 

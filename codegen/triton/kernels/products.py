@@ -33,7 +33,10 @@ def load_rows(source, first, k, step, K, BK: tl.constexpr, EVEN_K: tl.constexpr,
 def added(acc, a, b, a_scale, b_scale):
     """`acc` plus the product of `a` with the transpose of `b`, scaled."""
     if b_scale is None:
-        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        if a.dtype == b.dtype:
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a.to(tl.float32), b.to(tl.float32).T, acc, input_precision="ieee")
     elif a_scale is None:
         acc += tl.dot(a, widen(b, a.dtype).T, input_precision="ieee") * b_scale
     else:

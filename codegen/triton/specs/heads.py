@@ -163,7 +163,12 @@ def attention(split: bool, sinks: bool) -> KernelSpec:
 
 
 SPARES = {
-    True: (Tile({"BM": 16, "BN": 64}, 4, 2), Tile({"BM": 16, "BN": 32}, 4, 3), Tile({"BM": 16, "BN": 32}, 4, 2)),
+    True: (
+        Tile({"BM": 16, "BN": 64}, 4, 2),
+        Tile({"BM": 16, "BN": 64}, 8, 2),
+        Tile({"BM": 16, "BN": 32}, 4, 3),
+        Tile({"BM": 16, "BN": 32}, 4, 2),
+    ),
     False: (Tile({"BM": 64, "BN": 64}, 4, 3), Tile({"BM": 64, "BN": 64}, 4, 2), Tile({"BM": 64, "BN": 32}, 4, 2)),
 }
 """For heads of other widths than the declared tiles were chosen for."""
