@@ -22,10 +22,10 @@ from moec.passes.scheduling.schedule import Schedule, makespan
 from moec.passes.scheduling.search import Effort, Found, LocalSearch
 
 EFFORT = Effort(placements=700_000, exact=0.2)
-"""Default effort for a graph that runs once: about a second on two cores."""
+"""Default effort for a graph that runs once: one to one and a half seconds on two cores."""
 
 CYCLIC_EFFORT = Effort(placements=300_000, exact=0.4)
-"""Default effort for a graph that repeats: about three seconds on two cores."""
+"""Default effort for a graph that repeats: one to two seconds on two cores."""
 
 _PATIENCE = 30.0
 """Seconds after which a search without a time limit ends although its work is not done."""
@@ -80,7 +80,7 @@ class Repeating:
 def solve(graph: TaskGraph, time_limit: float | None = None, seed: int = 0, effort: float = 1.0) -> Solution:
     """The best schedule found within `time_limit` seconds, on two threads at most.
 
-    Without a time limit the search does a fixed amount of work, about a second (cyclic: three) for an `effort` of 1:
+    Without a time limit the search does a fixed amount of work, one to two seconds for an `effort` of 1:
     the same graph then gets the same schedule, unless the machine is so busy that thirty seconds do not suffice. A
     graph that runs once gets the least makespan; one with `repeat` edges the least interval and, at that interval, a
     short iteration. A proof ends the search early. The schedule has passed `check`.
