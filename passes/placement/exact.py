@@ -161,10 +161,14 @@ def exact_pairs(loads: Floats, slots: int, *, seconds: float, hint: Ints | None 
             out_of_reach = target
         else:
             break
-    if proven < out_of_reach and left > 0:
-        status, _ = _pairs_within(loads / out_of_reach, slots, counts, _solver(left), optimistic=True)
-        if status == cp_model.INFEASIBLE:
-            proven = out_of_reach
+    # Where that is too optimistic to be out of reach, once more with twice as many counts told apart.
+    for separate in (_SEPARATE_COUNTS, 2 * _SEPARATE_COUNTS):
+        if proven < out_of_reach and left > 0:
+            solver = _solver(left)
+            status, _ = _pairs_within(loads / out_of_reach, slots, counts, solver, optimistic=True, separate=separate)
+            left -= solver.wall_time
+            if status == cp_model.INFEASIBLE:
+                proven = out_of_reach
     packing = pack(loads[None], counts[None], devices)
     return Exact(min(proven, greatest), greatest, Packing(packing.experts[0], packing.sizes[0]))
 
@@ -179,11 +183,17 @@ def _solver(seconds: float) -> cp_model.CpSolver:
 
 
 def _pairs_within(
-    loads: Floats, slots: int, hint: Ints, solver: cp_model.CpSolver, *, optimistic: bool
+    loads: Floats,
+    slots: int,
+    hint: Ints,
+    solver: cp_model.CpSolver,
+    *,
+    optimistic: bool,
+    separate: int = _SEPARATE_COUNTS,
 ) -> tuple[cp_model.CpSolverStatus, Ints | None]:
     """Replica counts with which all pairs carry at most 1, and the solver's answer.
 
-    An expert may have its fewest replicas or up to `_SEPARATE_COUNTS - 1` more. With `optimistic` it may also have
+    An expert may have its fewest replicas or up to `separate - 1` more. With `optimistic` it may also have
     more, all as small as they could ever be, and replicas beyond that come in the smallest size there is: the
     question gets easier, so only "infeasible" means something, and no counts are returned.
     """
@@ -196,7 +206,7 @@ def _pairs_within(
     if (fewest > most).any():
         return cp_model.INFEASIBLE, None
     for expert, load in enumerate(loads):
-        counts = range(int(fewest[expert]), min(int(fewest[expert]) + _SEPARATE_COUNTS, most + 1))
+        counts = range(int(fewest[expert]), min(int(fewest[expert]) + separate, most + 1))
         flags.append([model.new_bool_var("") for _ in counts])
         for count, flag in zip(counts, flags[-1], strict=True):
             options.append((load / count, count * flag))
