@@ -45,6 +45,8 @@ def row(model: str, target: str) -> tuple[str, ...]:
     ops = [(f.name, i, op) for f in plan.ir.functions.values() for i, op in enumerate(f.ops)]
     without = sum((f, i) not in done and op.name not in (*CONTROL, *VIEWS) for f, i, op in ops)
     used = {s["kernel"] for p in program.phases.values() for s in launched(p.steps) if "kernel" in s}
+    # The next token is drawn by the engine, after the program's last op.
+    used |= {n for n, e in program.table.entries.items() if e.instance.spec.ops[0].startswith("sample.")}
     spills = [f"{k.instance.name} {k.facts['spill_stores']} B" for k in compiled if k.facts["spill_stores"]]
     return (
         model, target, str(len(ops)), str(len(compiled)), str(without), str(len(set(program.table.entries) - used)),

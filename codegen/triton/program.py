@@ -128,7 +128,7 @@ def compiled_program(module: Module, target: Target, limits: Mapping[str, int]) 
             return program, program.compile()
         except CheckFailed as error:
             more = program.table.refusable(error.instances)
-            if not more - refused or len(more) < len(error.instances):
+            if not more - refused:
                 raise
             refused |= more
 

@@ -43,11 +43,14 @@ def table_file(arch: str) -> Path:
 
 
 def key_of(instance: Instance) -> str:
-    """What a measured tile belongs to: text, types, constants but for the tile's, sizes of a product, shape class."""
+    """What a tile belongs to: text, declared types, constants but for the tile's, sizes of a product, shape class.
+
+    Types that a use has in place of the declared ones are not known yet when its tile is chosen.
+    """
     from moec.codegen.triton.aot import source_of
 
     constants = instance.spec.constants(instance.dims)
-    parts = [source_of(instance.spec.function, instance.spec.source), instance.spec.signature, dict(instance.types)]
+    parts = [source_of(instance.spec.function, instance.spec.source), instance.spec.signature]
     sizes = {n: instance.dims[n] for n in SIZES if n in instance.dims and instance.spec.menu}
     text = json.dumps([*parts, constants, sizes, instance.shape, instance.arch], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

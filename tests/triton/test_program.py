@@ -111,7 +111,7 @@ def test_what_no_kernel_can_do_is_said() -> None:
 
 def test_a_tile_that_fails_its_checks_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next of the menu, or a spare of a declared kernel; where there is none the failure is told."""
-    plan = moec.trace("qwen3-30b-a3b").optimize("h800", phase="decode")
+    plan = moec.trace("gpt-oss-20b").optimize("h800", phase="decode")
     tried: list[Program] = []
 
     def compile_once(program: Program, jobs: int = 0) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,12 +82,11 @@ class KernelTable:
         """The architecture that kernels are compiled for."""
         return self.target.device.arch
 
-    def refusable(self, instances: Iterable[Instance]) -> set[tuple[str, object]]:
-        """Of kernels that failed, the tiles whose place another can take."""
-        chosen = (
-            i for i in instances if i.origin.startswith("predicted") or (i.spec.spares and i.origin == "declared")
-        )
-        return {(key_of(i), i.tile.facts) for i in chosen}
+    def refusable(self, instances: Sequence[Instance]) -> set[tuple[str, object]]:
+        """The tiles of kernels that failed, where another can take the place of each; else none."""
+        if not all(i.origin.startswith("predicted") or (i.spec.spares and i.origin == "declared") for i in instances):
+            return set()
+        return {(key_of(i), i.tile.facts) for i in instances}
 
     def add(self, instance: Instance, function: str, ops: Sequence[tuple[int, Op]]) -> str:
         """Count a use of a kernel by ops of a function; returns the kernel's name in kernels.json."""
