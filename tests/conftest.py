@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,3 +16,17 @@ os.environ.setdefault("MOEC_CACHE_DIR", tempfile.mkdtemp(prefix="moec-test-cache
 settings.register_profile("desk", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "desk")
+
+SEED = int(os.environ.get("MOEC_SEED") or random.SystemRandom().randrange(10**6))
+"""What configurations of models are drawn from: a new one each run, or the one in MOEC_SEED."""
+
+
+def pytest_report_header() -> str:
+    return f"families are drawn from MOEC_SEED={SEED}"
+
+
+@pytest.fixture
+def seed() -> int:
+    """The seed of this run; printed, so that a failure shows it."""
+    print(f"MOEC_SEED={SEED}")
+    return SEED

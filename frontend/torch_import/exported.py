@@ -60,6 +60,21 @@ class Exported:
         """Its name in the checkpoint."""
         return str(self.parameters[node.name])
 
+    def rename_inside(self, number: int, inside: set[Node]) -> None:
+        """Names with the number of their layer for the parameters that only one layer takes, where they have none."""
+        count = 0
+        for node in self.nodes:
+            kept = self.parameters.get(node.name)
+            if kept is None or node not in inside or f".{number}." in kept or any(u not in inside for u in node.users):
+                continue
+            user = (
+                str(next(iter(node.users)).target).removeprefix("aten.").partition(".")[0] if node.users else "weight"
+            )
+            fresh = f"layers.{number}.{user}_{count}"
+            count += 1
+            self.parameters[node.name] = fresh
+            self.constants[fresh] = self.constants[kept]
+
     def value(self, wanted: Node, length: int) -> torch.Tensor:
         """The value of a node that depends on the number of tokens only, for `length` tokens."""
         graph_module = self.program.graph_module
@@ -126,6 +141,8 @@ def _export(module: nn.Module, example: Sequence[torch.Tensor]) -> Any:
     try:
         with torch.no_grad():
             return torch.export.export(module, tuple(example), dynamic_shapes=dynamic, strict=False)
+    except InputError:
+        raise
     except Exception as error:
         text = str(error).strip()
         if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__:

@@ -155,7 +155,7 @@ class Raiser:
         attrs: dict[str, Any] = {"scale": found.scale, "kv_heads": heads, "v": width, "context": "C"}
         window = self._window(node, found)
         attrs |= {"window": window} if window else {}
-        sinks = [self.weights.ref(found.sinks)] if found.sinks is not None else []
+        sinks = [self.weights.vector(found.sinks)] if found.sinks is not None else []
         return self.emit("attn.heads", node, q, kv, layer, *batch, *sinks, **attrs)  # type: ignore[no-any-return]
 
     def _latent_attention(self, node: Node, found: P.Attention, given: Latent) -> Value:

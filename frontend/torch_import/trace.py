@@ -15,6 +15,7 @@ from moec.frontend.source import ModelSource
 from moec.frontend.torch_import import patterns as P
 from moec.frontend.torch_import.exported import Exported, ancestors, layer_of, shape
 from moec.frontend.torch_import.latent import latent
+from moec.frontend.torch_import.layers import Span, spans_by_dominance
 from moec.frontend.torch_import.raising import NotRaised, Raiser, Report
 from moec.frontend.torch_import.weights import Weights
 from moec.ir import Builder, CacheType, Function, IndexType, Module, TensorType, Type, Value, Weight, print_module
@@ -78,27 +79,31 @@ class _Importer:
 
     def run(self) -> None:
         """Raise layer by layer, then what is around them, and add the entry functions of both phases."""
+        logits = self._logits()
+        spans = self._spans_by_name() or spans_by_dominance(self.exported.nodes, logits)
+        if not spans:
+            raise NotRaised(module="the module", op="output", shape=[], why="it has no list of layers")
+        self.layers = len(spans)
+        for span in spans:
+            self.exported.rename_inside(span.number, ancestors(span.out) - ancestors(span.first))
+            self._layer(span)
+        entry, out = spans[0].first, spans[-1].out
+        for phase in ("prefill", "decode"):
+            self._entry(phase, entry, out, logits)
+
+    def _spans_by_name(self) -> list[Span]:
+        """Layers by the numbers in the paths of their modules."""
         by_layer: dict[int, list[Node]] = {}
         for node in self.exported.nodes:
             number = layer_of(node)
             if number is not None and node.op == "call_function":
                 by_layer.setdefault(number, []).append(node)
-        self.layers = len(by_layer)
-        logits = self._logits()
-        before: Node | None = None
-        out: Node | None = None
+        spans: list[Span] = []
         for number in sorted(by_layer):
             inside = set(by_layer[number])
-            first = self._input(inside, before)
-            out = self._output(inside)
-            before = out
-            self._layer(number, first, out)
-            if number == min(by_layer):
-                entry = first
-        if out is None:
-            raise NotRaised(module="the module", op="output", shape=[], why="it has no list of layers")
-        for phase in ("prefill", "decode"):
-            self._entry(phase, entry, out, logits)
+            first = self._input(inside, spans[-1].out if spans else None)
+            spans.append(Span(number, first, self._output(inside)))
+        return spans
 
     def _logits(self) -> Node:
         outputs = next(n for n in self.exported.nodes if n.op == "output").args[0]
@@ -125,8 +130,9 @@ class _Importer:
             raise NotRaised(module="a layer", op="output", shape=[], why="nothing of it is used behind it")
         return used[-1]
 
-    def _layer(self, number: int, first: Node, out: Node) -> None:
+    def _layer(self, span: Span) -> None:
         """Raise one layer; it joins the run before it when it is equal up to the number."""
+        number, first, out = span.number, span.first, span.out
         scratch = Module("")
         builder = Builder(scratch, "layer", {"phase": "prefill"})
         layer = builder.arg("l", IndexType())
@@ -134,7 +140,7 @@ class _Importer:
         x = builder.arg("x", TensorType("bf16", (symbol("T"), hidden)))
         report = Report()
         if not self.width:
-            self.kind, self.width = _cache(self.exported, out)
+            self.kind, self.width = _cache(self.exported, span)
         weights = Weights(self.exported, scratch, self.positions, "layers", number, layer)
         state = _state(builder, CacheType(self.kind, (self.layers, symbol("P"), PAGE, self.width), "bf16"))
         state["l"] = layer
@@ -204,19 +210,18 @@ class _Importer:
             self.report.plain += report.plain
 
 
-def _cache(exported: Exported, out: Node) -> tuple[str, int]:
+def _cache(exported: Exported, span: Span) -> tuple[str, int]:
     """Kind of the cache and elements of a cached position, from the attention that a layer holds."""
-    number = layer_of(out)
+    inside = ancestors(span.out) - ancestors(span.first)
     for node in exported.nodes:
-        if layer_of(node) == number and node in ancestors(out):
-            found = P.attention(node) if node.op == "call_function" else None
-            if found is not None:
-                compressed = latent(found)
-                if compressed is not None:
-                    return "kv.latent", compressed.rank + compressed.key.dims
-                k, v = shape(found.k), shape(found.v)
-                return "kv.heads", int(k[1] if isinstance(k[1], int) else k[2]) * (int(k[-1]) + int(v[-1]))
-    raise NotRaised(module=f"layer {number}", op="attention", shape=[], why="no attention of a known form in it")
+        found = P.attention(node) if node in inside and node.op == "call_function" else None
+        if found is not None:
+            compressed = latent(found)
+            if compressed is not None:
+                return "kv.latent", compressed.rank + compressed.key.dims
+            k, v = shape(found.k), shape(found.v)
+            return "kv.heads", int(k[1] if isinstance(k[1], int) else k[2]) * (int(k[-1]) + int(v[-1]))
+    raise NotRaised(module=f"layer {span.number}", op="attention", shape=[], why="no attention of a known form in it")
 
 
 def _state(builder: Builder, kv: CacheType) -> dict[str, Any]:

@@ -32,6 +32,12 @@ class DraftsOfRanks(InputError):
     template: ClassVar[str] = "--mtp runs in one process: compile it for one device (it is planned for {ranks} ranks)"
 
 
+class NoOnnx(InputError):
+    """An ONNX graph where the package that reads them is not installed."""
+
+    template: ClassVar[str] = "{model}: reading an ONNX graph needs the package onnx: pip install 'moec[onnx]'"
+
+
 MOST_DRAFTS = 8
 PHASES = ("both", "prefill", "decode")
 
@@ -157,6 +163,8 @@ def trace(
 
     With `mtp` the model's multi-token-prediction module comes along as `@draft`.
 
+    The path of an ONNX file whose graph maps token ids to logits is raised like a torch module.
+
     A torch module that maps token ids i64[1, T] to logits is exported with `example_inputs` (default: eight zeros) and
     raised; `traced.source.report` says what was. Raises the InputErrors of `moec.frontend`.
 
@@ -178,6 +186,8 @@ def trace(
         example = (torch.zeros(1, 8, dtype=torch.int64),) if example_inputs is None else example_inputs
         imported, module = trace_module(model, example)
         return Traced(imported, module)
+    if model.endswith(".onnx"):
+        return _trace_onnx(Path(model), bool(overrides) or mtp or weights is not None)
     source = find_model(model, overrides)
     module = trace_model(source, mtp)
     folder = Path(weights) if weights is not None else source.folder
@@ -189,3 +199,16 @@ def trace(
         # What is wrong is said when the weights are read, if ever.
         return Traced(source, module)
     return Traced(source, module, tuple(adopt(module, checkpoint)))
+
+
+def _trace_onnx(path: Path, changed: bool) -> Traced:
+    """An ONNX graph with the weights that are its own."""
+    try:
+        from moec.frontend.onnx_import import trace_onnx
+        from moec.frontend.onnx_import.files import OnnxError
+    except ModuleNotFoundError:
+        raise NoOnnx(model=path) from None
+    if changed:
+        raise OnnxError(file=path, message="a graph is compiled as it is: leave --set, --mtp and --weights away")
+    source, module = trace_onnx(path)
+    return Traced(source, module, tuple(str(source.report).splitlines()))

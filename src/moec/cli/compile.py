@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compile_model(
-    model: Annotated[str, typer.Argument(help="Preset, Hugging Face folder, or FILE.py:Model.")],
+    model: Annotated[str, typer.Argument(help="Preset, Hugging Face folder, FILE.py:Model, or FILE.onnx.")],
     out: Annotated[Path | None, typer.Option(help="Artifact folder to write.")] = None,
     target: Annotated[str, typer.Option(help="Hardware description: a name or a YAML file.")] = "cpu",
     phase: Annotated[str, typer.Option(help="Entry points to keep: both, prefill or decode.")] = "both",

@@ -1,0 +1,177 @@
+"""ONNX graphs that moec did not write: torch's exporter and onnxruntime's fused operators, against onnxruntime."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from imported import module_of
+from onnx import TensorProto, helper
+from runtime_graphs import Sizes, mixture
+from test_families import evaluated
+from typer.testing import CliRunner
+
+import moec
+from moec.cli import make_app
+from moec.frontend.onnx_import.files import OnnxError
+from moec.frontend.torch_import import TorchSource
+
+BOUND = 1e-4
+LENGTH = 40
+SLOW = (
+    "mistral", "qwen2", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "dots1", "glm4_moe", "hunyuan_v1_moe",
+    "minimax_m2", "gpt_oss", "ernie4_5_moe",
+)  # fmt: skip
+FAMILIES = ["llama", "qwen3", "mixtral", "deepseek_v3", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)]
+MIXTURES = {
+    "float": Sizes(),
+    "biases, limits": Sizes(bias=True, limit=7.0, normalise=0),
+    "window": Sizes(window=8),
+    "8 bits": Sizes(bits=8),
+    "4 bits in blocks": Sizes(bits=4, block=16),
+}
+
+
+def exported(family: str, seed: int, path: Path, **settings: Any) -> np.ndarray[Any, Any]:
+    """Write the graph of a transformers class, and return some token ids for it."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    module = module_of(family, seed)
+    module.config.use_cache = False
+    for key, value in settings.items():
+        setattr(module.config, key, value)
+    tokens = torch.export.Dim("tokens", min=2)
+    example = (torch.zeros(1, 8, dtype=torch.int64),)
+    torch.onnx.export(module, example, str(path), dynamo=True, dynamic_shapes=({1: tokens},), opset_version=20)
+    ids: np.ndarray[Any, Any] = np.random.default_rng(seed).integers(0, int(module.config.vocab_size), (1, LENGTH))
+    return ids
+
+
+def oracle(path: Path, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """onnxruntime's logits [T, V], with empty caches."""
+    session = onnxruntime.InferenceSession(str(path))
+    feed: dict[str, Any] = {}
+    for value in session.get_inputs():
+        if value.name.startswith("past"):
+            feed[value.name] = np.zeros([{"batch": 1, "past": 0}.get(d, d) for d in value.shape], np.float32)
+        else:
+            feed[value.name] = np.ones_like(ids) if "mask" in value.name else ids
+    logits: np.ndarray[Any, Any] = np.asarray(session.run(None, feed)[0])[0]
+    return logits
+
+
+def check(path: Path, ids: np.ndarray[Any, Any]) -> TorchSource:
+    """The raised program's logits are onnxruntime's, and all of the graph was raised."""
+    traced = moec.trace(str(path))
+    source = traced.source
+    assert isinstance(source, TorchSource)
+    assert source.report.share == 1.0, source.report
+    expected = oracle(path, ids)
+    got = evaluated(traced.ir, lambda name, shape, dtype: source.tensors[name], torch.tensor(ids[0])).numpy()
+    assert np.abs(got - expected).max() / expected.std() < BOUND
+    return source
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_of_the_torch_exporter(family: str, seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    source = check(path, exported(family, seed, path))
+    if family != "llama":
+        return
+    assert "model.layers.0.self_attn.q_proj.weight" in source.tensors
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_fused_operators_and_experts_of_onnxruntime(name: str, seed: int, tmp_path: Path) -> None:
+    path, sizes = tmp_path / "model.onnx", MIXTURES[name]
+    onnx.save(mixture(sizes, seed), path)
+    ids = np.random.default_rng(seed).integers(0, sizes.vocab, (1, LENGTH))
+    source = check(path, ids)
+    assert source.report.raised["moe.experts"] and source.report.raised["moe.route"]
+
+
+def test_compile_and_run_from_the_command(seed: int, tmp_path: Path) -> None:
+    """A folder with weights beside the graph; both phases of the artifact; token ids where there is no tokenizer."""
+    path, out = tmp_path / "graph" / "model.onnx", tmp_path / "m.moec"
+    path.parent.mkdir()
+    onnx.save(mixture(Sizes(), seed), path, save_as_external_data=True, location="weights.bin", size_threshold=64)
+    invoke = CliRunner().invoke
+    done = invoke(make_app([]), ["compile", str(path), "--recipe", "fp32", "--context", "64", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    ids = np.random.default_rng(seed).integers(0, Sizes().vocab, (1, LENGTH))
+    expected = oracle(path, ids)
+    model = moec.load(out)
+    for chunk in (None, 1):
+        assert np.abs(model.logits(ids, chunk=chunk)[0] - expected).max() / expected.std() < BOUND
+    done = invoke(make_app([]), ["run", str(out), "--prompt-ids", "1,2,3", "--max-new-tokens", "4", "--json"])
+    assert done.exit_code == 0, done.output
+    done = invoke(make_app([]), ["run", str(out), "--prompt", "hello"])
+    assert done.exit_code == 2 and "no tokenizer" in done.output
+
+
+def refused(model: onnx.ModelProto, folder: Path) -> str:
+    path = folder / "bad.onnx"
+    onnx.save(model, path)
+    with pytest.raises(OnnxError) as error:
+        moec.trace(str(path))
+    text = str(error.value)
+    assert "\n" not in text and str(path) in text
+    return text
+
+
+def test_unknown_operator_is_named(tmp_path: Path) -> None:
+    model = mixture(Sizes(layers=1), 0)
+    next(n for n in model.graph.node if n.op_type == "MoE").op_type = "MoEx"
+    text = refused(model, tmp_path)
+    assert "node /model/layers.0/moe/MoE: com.microsoft::MoEx of operator set 1" in text and "did you mean" in text
+
+
+def test_experts_without_gate_are_refused(tmp_path: Path) -> None:
+    model = mixture(Sizes(layers=1), 0)
+    node = next(n for n in model.graph.node if n.op_type == "MoE")
+    next(a for a in node.attribute if a.name == "activation_type").s = b"tanh"
+    assert "experts with tanh" in refused(model, tmp_path)
+
+
+def test_data_outside_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    """Neither by `..`, nor by an absolute path, nor by a link."""
+    secret = tmp_path / "secret.bin"
+    secret.write_bytes(bytes(1 << 16))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "link.bin").symlink_to(secret)
+    for place in ("../secret.bin", str(secret), "link.bin"):
+        model = mixture(Sizes(layers=1), 0)
+        weight = next(t for t in model.graph.initializer if t.name == "lm_head.weight")
+        weight.ClearField("raw_data")
+        weight.data_location = TensorProto.EXTERNAL
+        entry = weight.external_data.add()
+        entry.key, entry.value = "location", place
+        assert "outside of the model's folder" in refused(model, folder)
+
+
+def test_truncated_data_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(mixture(Sizes(layers=1), 0), path, save_as_external_data=True, location="w.bin", size_threshold=64)
+    (tmp_path / "w.bin").write_bytes((tmp_path / "w.bin").read_bytes()[:5000])
+    with pytest.raises(OnnxError, match=r"ends behind the end of w\.bin"):
+        moec.trace(str(path))
+
+
+def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
+    model = mixture(Sizes(layers=1), 0)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 8
+    assert "tokens dynamic" in refused(model, tmp_path)
+    model = mixture(Sizes(layers=1), 0)
+    model.graph.input.append(helper.make_tensor_value_info("pixels", TensorProto.FLOAT, [1, 3]))
+    assert "input pixels" in refused(model, tmp_path)
+    with pytest.raises(OnnxError, match="no such file"):
+        moec.trace(str(tmp_path / "none.onnx"))
+    (tmp_path / "text.onnx").write_text("hello")
+    with pytest.raises(OnnxError, match="not an ONNX model"):
+        moec.trace(str(tmp_path / "text.onnx"))
