@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,24 +54,14 @@ class Tokenizer:
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The text that the model's Jinja template makes of `messages`, in a sandbox: templates are untrusted."""
-        import jinja2
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from moec.runtime.chat_template import TemplateFails, render
 
-        def raise_exception(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = _to_json
         special = {key: self._special(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         known = {key: value for key, value in special.items() if value is not None}
         try:
-            template = environment.from_string(self._chat_template())
-            return template.render(messages=messages, add_generation_prompt=True, **known)
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
-            raise ChatTemplateFails(path=self._artifact, why=str(error).partition("\n")[0]) from None
+            return render(self._chat_template(), messages, known)
+        except TemplateFails as error:
+            raise ChatTemplateFails(path=self._artifact, why=str(error)) from None
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -144,7 +133,3 @@ class TextStream:
     def _pending(self) -> str:
         before = self._tokenizer.decode(self._ids[self._begin : self._told])
         return self._tokenizer.decode(self._ids[self._begin :])[len(before) :]
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)

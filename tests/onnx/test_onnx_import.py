@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tokenizers
 import torch
 from imported import module_of
 from onnx import TensorProto, helper
@@ -110,8 +112,35 @@ def test_compile_and_run_from_the_command(seed: int, tmp_path: Path) -> None:
         assert np.abs(model.logits(ids, chunk=chunk)[0] - expected).max() / expected.std() < BOUND
     done = invoke(make_app([]), ["run", str(out), "--prompt-ids", "1,2,3", "--max-new-tokens", "4", "--json"])
     assert done.exit_code == 0, done.output
-    done = invoke(make_app([]), ["run", str(out), "--prompt", "hello"])
-    assert done.exit_code == 2 and "no tokenizer" in done.output
+    for option in ("--prompt", "--chat"):
+        done = invoke(make_app([]), ["run", str(out), option, "hello"])
+        assert done.exit_code == 2 and "no tokenizer" in done.output
+
+
+def test_tokenizer_and_chat_template_beside_the_graph(seed: int, tmp_path: Path) -> None:
+    """A made-up tokenizer of 61 tokens and its template, from the folder through the commands."""
+    path, out = tmp_path / "graph" / "model.onnx", tmp_path / "m.moec"
+    path.parent.mkdir()
+    onnx.save(mixture(Sizes(layers=1), seed), path)
+    words = {f"w{i}": i for i in range(60)} | {"<unk>": 60}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast.save(str(path.parent / "tokenizer.json"))
+    template = path.parent / "chat_template.jinja"
+    template.write_text("{% for m in messages %}w1 {{ m['content'] }} w2{% endfor %}")
+    invoke = CliRunner().invoke
+    command = ["compile", str(path), "--recipe", "fp32", "--context", "64", "--out", str(out)]
+    assert invoke(make_app([]), command).exit_code == 0
+    answers = []
+    for given in (["--prompt", "w1 w7 w9 w2"], ["--chat", "w7 w9"], ["--prompt-ids", "1,7,9,2"]):
+        done = invoke(make_app([]), ["run", str(out), *given, "--max-new-tokens", "4", "--json"])
+        assert done.exit_code == 0, done.output
+        answers.append(json.loads(done.stdout))
+    assert answers[0]["token_ids"] == answers[1]["token_ids"] == answers[2]["token_ids"]
+    assert answers[1]["text"].split() == [f"w{i}" if i < 60 else "<unk>" for i in answers[1]["token_ids"]]
+    (out / "tokenizer" / "chat_template.jinja").unlink()
+    done = invoke(make_app([]), ["run", str(out), "--chat", "w7"])
+    assert done.exit_code == 2 and "\n" not in done.stderr.strip()
 
 
 def refused(model: onnx.ModelProto, folder: Path) -> str:

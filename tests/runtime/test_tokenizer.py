@@ -117,6 +117,20 @@ def spoil(file: str, content: str) -> Callable[[Path], object]:
         (spoil("chat_template.jinja", "{{ raise_exception('no') }}"), ChatTemplateFails),
         (spoil("chat_template.jinja", "{% if %}"), ChatTemplateFails),
         (spoil("chat_template.jinja", "{{ messages.append(1) }}"), ChatTemplateFails),
+        (
+            spoil(
+                "chat_template.jinja", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+            ),
+            ChatTemplateFails,
+        ),
+        (spoil("chat_template.jinja", "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}"), ChatTemplateFails),
+        (spoil("chat_template.jinja", "{{ 'a' * 99999999999 }}"), ChatTemplateFails),
+        (spoil("chat_template.jinja", "{{ 9 ** 9 ** 9 }}"), ChatTemplateFails),
+        (spoil("chat_template.jinja", "{{ 1 // 0 }}"), ChatTemplateFails),
+        (
+            spoil("chat_template.jinja", "{{ range(99999) | map('string') | map('upper') | list | length * 'x' }}"),
+            ChatTemplateFails,
+        ),
         (spoil("chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"), ChatTemplateFails),
     ],
 )
