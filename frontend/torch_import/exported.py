@@ -17,6 +17,10 @@ EXPERTS = (
     "torch.bmm(gate_up[ids.flatten()], rows[..., None]), ..., and (y.view(T, k, -1) * weights[..., None]).sum(1); "
     "transformers does so with config._experts_implementation = 'batched_mm'"
 )
+ROTARY = (
+    "take a rotary embedding whose frequencies do not depend on how long the text is "
+    "(rope_type default, linear, yarn or llama3)"
+)
 OTHERWISE = "write it without a branch or a loop on tensor values, or fix the value before tracing"
 
 
@@ -111,8 +115,8 @@ def ancestors(node: Node) -> set[Node]:
 
 
 def shape(node: Node) -> tuple[Any, ...]:
-    """Dims; those that depend on the tokens are torch.SymInt."""
-    return tuple(node.meta["val"].shape)
+    """Dims; those that depend on the tokens are torch.SymInt. None of a number."""
+    return tuple(getattr(node.meta["val"], "shape", ()))
 
 
 def layer_of(node: Node) -> int | None:
@@ -148,8 +152,16 @@ def _export(module: nn.Module, example: Sequence[torch.Tensor]) -> Any:
         if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__:
             why = text.partition("\n")[0]
             culprit = _culprit(error, module)
-            advice = EXPERTS if re.search("expert|moe", culprit, re.IGNORECASE) else OTHERWISE
+            experts = re.search(r"experts|moe(block|layer)?\)", culprit, re.IGNORECASE)
+            advice = ROTARY if "rotary" in culprit.lower() else EXPERTS if experts else OTHERWISE
             raise DataDependent(module=culprit, why=printable(why), advice=advice) from None
+        guard = re.search(r"satisfy the generated guard (.*)", text)
+        if guard is not None:
+            lengths = guard[1].replace("L['input_ids'].size()[1]", "T").rstrip(".")
+            why = (
+                f"its graph is for numbers of tokens T with {lengths} only; write it without sizes that depend so on T"
+            )
+            raise NotExportable(why=printable(why)) from None
         raise NotExportable(why=printable(text.partition("\n")[0])) from None
     finally:
         if kept is not None:

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from moec.errors import InputError
 from moec.frontend.torch_import import patterns as P
+from moec.frontend.torch_import.experts import experts
 from moec.frontend.torch_import.exported import Exported, shape, where
 from moec.frontend.torch_import.latent import Latent, latent
 from moec.frontend.torch_import.rotary import Turned, rope
@@ -227,7 +228,7 @@ class Raiser:
         return None
 
     def _experts(self, node: Node) -> Value | None:
-        found = P.experts(node)
+        found = experts(node)
         if found is None:
             return None
         gate = P.gate(found.ids, found.weights)

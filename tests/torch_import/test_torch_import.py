@@ -68,6 +68,16 @@ def test_artifact_of_an_imported_module(seed: int, tmp_path: Path) -> None:
         assert np.abs(model.logits(ids, chunk=chunk) - expected).max() / expected.std() < 1e-4
 
 
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_experts_grouped_after_sorting(family: str, seed: int) -> None:
+    """The form that transformers takes for export by itself; gpt-oss has biases, and weights as [in, out]."""
+    module = module_of(family, seed)
+    module.config._experts_implementation = "grouped_mm"
+    traced = moec.trace(module)
+    assert report_of(traced).share == 1.0
+    assert difference(traced, module, seed) < BOUND
+
+
 def test_scaled_dot_product_attention(seed: int) -> None:
     module = module_of("mixtral", seed)
     module.config._attn_implementation = "sdpa"
