@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from moec.frontend.torch_import.patterns import Glu, glu, op, pair, parameter, same, unview
+from moec.frontend.torch_import.patterns import Gate, Glu, glu, op, pair, parameter, same, unview
 
 
 @dataclass(frozen=True)
@@ -134,3 +134,41 @@ def _grouped(node: Node, bias: Node | None) -> Chosen | None:
         return None
     chosen: Any = ids.args[0].args[0]
     return Chosen(rows, weight, chosen, bias, not turned)  # type: ignore[arg-type]
+
+
+def sparsemixer(ids: Any, weights: Any) -> Gate | None:
+    """The gate that chooses one expert after the other (Liu et al. 2024, arXiv 2409.12136, at inference).
+
+    Each choice is the greatest logit, the second without the first; its weight a softmax over those near it.
+    """
+    chosen, scores = (same(n) for n in (ids, weights))
+    joined = all(op(n).startswith(("cat", "concat")) for n in (chosen, scores))
+    if not joined or len(chosen.args[0]) != 2:
+        return None
+    first, second = (same(n) for n in chosen.args[0])
+    logits = _greatest(first)
+    without = _greatest(second)
+    apart = op(without).startswith("scatter") and same(without.args[0]) is logits and same(without.args[2]) is first
+    if not op(logits).startswith("linear") or not apart or without.args[3] != float("-inf"):
+        return None
+    jitters = [_near(same(w), logits if i == 0 else without, (first, second)[i]) for i, w in enumerate(scores.args[0])]
+    if None in jitters or jitters[0] != jitters[1]:
+        return None
+    attrs = {"score": "sparsemixer", "groups": 1, "top_groups": 1, "group_score": "top2", "top_k": 2}
+    return Gate(logits.args[0], logits.args[1], None, attrs | {"normalise": False, "scale": 1.0, "jitter": jitters[0]})
+
+
+def _greatest(index: Any) -> Any:
+    """What a node is the place of the greatest element of."""
+    found = op(index) == "getitem" and index.args[1] == 1 and op(index.args[0]).startswith("max.dim")
+    return same(index.args[0].args[0]) if found else None
+
+
+def _near(weight: Any, logits: Any, index: Any) -> float | None:
+    """The jitter of `gather(softmax(logits without those further off than 2 jitters), index)`."""
+    soft: Any = same(weight.args[0]) if op(weight).startswith("gather") and same(weight.args[2]) is index else None
+    masked: Any = same(soft.args[0]) if op(soft).startswith("softmax") else None
+    if not op(masked).startswith("masked_fill") or same(masked.args[0]) is not logits:
+        return None
+    beyond = same(masked.args[1])
+    return float(beyond.args[1]) / 2 if op(beyond).startswith("gt.Scalar") else None

@@ -137,14 +137,24 @@ def where(node: Node) -> str:
 
 def _export(module: nn.Module, example: Sequence[torch.Tensor]) -> Any:
     tokens = torch.export.Dim("T", min=2, max=1 << 20)
-    dynamic = tuple({1: tokens} for _ in example)
+    fixed = tuple({1: tokens} for _ in example)
     config: Any = getattr(module, "config", None)
     kept = getattr(config, "use_cache", None)
     if kept is not None:
         config.use_cache = False
     try:
         with torch.no_grad():
-            return torch.export.export(module, tuple(example), dynamic_shapes=dynamic, strict=False)
+            try:
+                return torch.export.export(module, tuple(example), dynamic_shapes=fixed, strict=False)
+            except Exception as error:
+                if "satisfy the generated guard" not in str(error):
+                    raise
+                # A condition on the number of tokens that torch cannot prove, often one that always holds.
+                loose = tuple({1: torch.export.Dim.AUTO} for _ in example)
+                program = torch.export.export(module, tuple(example), dynamic_shapes=loose, strict=False)
+                if all(isinstance(d, int) for n in program.graph.nodes if n.op == "placeholder" for d in shape(n)):
+                    raise
+                return program
     except InputError:
         raise
     except Exception as error:

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from moec.errors import InputError
 from moec.frontend.torch_import import patterns as P
-from moec.frontend.torch_import.experts import experts
+from moec.frontend.torch_import.experts import experts, sparsemixer
 from moec.frontend.torch_import.exported import Exported, shape, where
 from moec.frontend.torch_import.latent import Latent, latent
 from moec.frontend.torch_import.rotary import Turned, rope
@@ -231,7 +231,7 @@ class Raiser:
         found = experts(node)
         if found is None:
             return None
-        gate = P.gate(found.ids, found.weights)
+        gate = P.gate(found.ids, found.weights) or sparsemixer(found.ids, found.weights)
         if gate is None:
             raise self.fail(node, "the experts' gate is not a known one")
         x = self.value(found.x)

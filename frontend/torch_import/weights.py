@@ -62,7 +62,9 @@ class Weights:
         """The rotary table behind `cos`: its frequencies are those of the buffer that it depends on."""
         buffers = [n for n in ancestors(cos) if n.name in exported.parameters and len(shape(n)) == 1]
         frequencies = [exported.tensor(n) for n in buffers if exported.tensor(n).is_floating_point()]
-        (inverse,) = [f for f in frequencies if f.numel() * 2 == dims] or [frequencies[0]]
+        fitting = [f for f in frequencies if f.numel() * 2 == dims]
+        inverse = next(iter(fitting or frequencies), None)
+        inverse = computed_frequencies(exported, cos, dims) if inverse is None else inverse
         # At position 0 all angles are 0: what is left is a factor on all of them.
         scale = float(exported.value(cos, 2).reshape(2, -1)[0, 0].real)
         factors = tuple(float(1.0 / f) for f in inverse.double())
@@ -152,3 +154,13 @@ class Weights:
         assert isinstance(out, Value)
         program.function.returns = [out]
         return Weight(symbol, out.type, tuple(indices), program.function)
+
+
+def computed_frequencies(exported: Exported, cos: Node, dims: int) -> torch.Tensor:
+    """Frequencies that a module makes of constants whenever it runs. Raises LookupError."""
+    made = [n for n in exported.nodes if n.op == "call_function" and "val" in n.meta and shape(n) == (dims // 2,)]
+    behind = ancestors(cos)
+    constant = [n for n in made if n in behind and all(a.op != "placeholder" for a in ancestors(n))]
+    if not constant:
+        raise LookupError(dims)
+    return exported.value(constant[-1], 2)

@@ -15,7 +15,7 @@ from moec.stages import Traced
 
 IMPORTED = (
     "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "dots1",
-    "glm4_moe", "hunyuan_v1_moe", "minimax_m2", "gpt_oss", "deepseek_v2", "deepseek_v3", "ernie4_5_moe",
+    "glm4_moe", "hunyuan_v1_moe", "minimax_m2", "gpt_oss", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "phimoe",
 )  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def module_of(family: str, seed: int) -> Any:
     """A module whose experts are in a form that exports, and whose rotary embedding does not look at its input."""
     for number in range(seed, seed + 20):
         model = make_model(family, number)
-        if model.config.rope_parameters["rope_type"] != "dynamic":
+        if model.config.rope_parameters["rope_type"] not in ("dynamic", "longrope"):
             break
     model.config._experts_implementation = "batched_mm"
     return model

@@ -23,7 +23,7 @@ import moec
 from moec.cli import make_app
 from moec.frontend.onnx_import.files import OnnxError
 from moec.frontend.torch_import import TorchSource
-from moec.runtime.errors import NoChatTemplate, NoTokenizer
+from moec.runtime.errors import NoTokenizer
 
 BOUND = 1e-4
 LENGTH = 40
@@ -141,7 +141,7 @@ def test_tokenizer_and_chat_template_beside_the_graph(seed: int, tmp_path: Path)
     assert answers[1]["text"].split() == [f"w{i}" if i < 60 else "<unk>" for i in answers[1]["token_ids"]]
     (out / "tokenizer" / "chat_template.jinja").unlink()
     done = invoke(make_app([]), ["run", str(out), "--chat", "w7"])
-    assert isinstance(done.exception, NoChatTemplate)
+    assert "chat_template.jinja is missing" in str(done.exception)
 
 
 def refused(model: onnx.ModelProto, folder: Path) -> str:

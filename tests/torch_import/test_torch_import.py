@@ -121,10 +121,19 @@ def test_loop_over_experts_that_were_hit() -> None:
 
 
 def test_forms_that_are_not_known_are_named() -> None:
-    module = make_model("phimoe", 0)
-    module.config._experts_implementation = "batched_mm"
+    """Chunked attention and all experts at once; torch cannot prove a condition on its lengths, which always holds."""
     with pytest.raises(NotRaised, match=r"model\.layers\.0\."):
+        moec.trace(make_model("llama4_text", 1))
+
+
+def test_rotary_embeddings_that_depend_on_the_length_are_named() -> None:
+    module = next(m for m in (make_model("phimoe", n) for n in range(40)) if rope_type(m) == "longrope")
+    with pytest.raises(DataDependent, match=r"rotary_emb.*frequencies do not depend on how long the text is"):
         moec.trace(module)
+
+
+def rope_type(module: Any) -> str:
+    return str(module.config.rope_parameters["rope_type"])
 
 
 def test_every_imported_family_is_declared() -> None:
