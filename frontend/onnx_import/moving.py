@@ -41,7 +41,15 @@ def reshape(c: Call, x: Any, to: Any) -> Any:
     x = tensor(x)
     zero = bool(c.attr("allowzero", 0))
     dims = [x.shape[i] if isinstance(d, int) and d == 0 and not zero else d for i, d in enumerate(ints(to))]
-    return x.reshape(dims)
+    laid_down = c.origin(0, "Transpose")
+    heads = getattr(laid_down[0], "heads_of", None) if laid_down is not None and x.ndim == 3 else None
+    if heads is not None and dims == [*heads.shape[:2], heads.shape[3], heads.shape[2]]:
+        return heads.transpose(-1, -2)
+    out: Any = x.reshape(dims)
+    if x.ndim == 4 and out.ndim == 3 and list(out.shape[1:]) == list(x.shape[2:]):
+        # Matrices of all heads, which may be transposed before they are heads again.
+        out.heads_of = x
+    return out
 
 
 def flatten(c: Call, x: Any) -> Any:

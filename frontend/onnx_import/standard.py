@@ -124,6 +124,9 @@ def where(c: Call, condition: Any, a: Any, b: Any) -> Any:
     """A choice by element."""
     if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
         return torch.where(tensor(condition), tensor(a), tensor(b))
+    broken = c.origin(0, "IsNaN")
+    if broken is not None and broken[0] is b and number(a) == 0 and c.origin(2, "Softmax") is not None:
+        return b  # rows that see nothing, of which a causal mask has none
     inverse = c.origin(0, "Not")
     if number(a) is not None and _covers(condition, b):
         return b.masked_fill(tensor(condition), number(a))
@@ -172,6 +175,11 @@ def matmul(c: Call, a: Any, b: Any) -> Any:
     a, b = tensor(a), tensor(b)
     if c.parameter(1) and b.ndim == 2:
         return F.linear(a, b)
+    left, right = (c.origin(i, "Mul") for i in (0, 1))
+    factors: list[Any] = [number(m[1]) if m is not None else None for m in (left, right)]
+    if left is not None and right is not None and None not in factors:
+        # Attention scales queries and keys by the root; torch scales their product.
+        return torch.matmul(tensor(left[0]), tensor(right[0])) * (factors[0] * factors[1])
     return torch.bmm(a, b) if a.ndim == b.ndim == 3 else torch.matmul(a, b)
 
 

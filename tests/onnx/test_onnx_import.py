@@ -31,7 +31,12 @@ SLOW = (
     "qwen3", "mixtral", "mistral", "qwen2", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "dots1", "glm4_moe",
     "hunyuan_v1_moe", "minimax_m2", "gpt_oss", "ernie4_5_moe",
 )  # fmt: skip
-FAMILIES = ["llama", "deepseek_v3", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)]
+GRAPHS = [
+    ("llama", "sdpa"),
+    ("deepseek_v3", "eager"),
+    *(pytest.param(f, "eager", marks=pytest.mark.slow) for f in SLOW),
+    *(pytest.param(f, "sdpa", marks=pytest.mark.slow) for f in ("qwen3", "qwen3_moe", "mixtral", "deepseek_v3")),
+]
 MIXTURES = {
     "float": Sizes(),
     "biases, limits": Sizes(bias=True, limit=7.0, normalise=0),
@@ -80,10 +85,10 @@ def check(path: Path, ids: np.ndarray[Any, Any]) -> TorchSource:
     return source
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_graphs_of_the_torch_exporter(family: str, seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "attention"), GRAPHS)
+def test_graphs_of_the_torch_exporter(family: str, attention: str, seed: int, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    source = check(path, exported(family, seed, path))
+    source = check(path, exported(family, seed, path, _attn_implementation=attention))
     if family != "llama":
         return
     assert "model.layers.0.self_attn.q_proj.weight" in source.tensors
