@@ -102,7 +102,7 @@ def test_the_crowded_bound_never_exceeds_the_optimum() -> None:
     """Small layers of a few heavy experts and many alike, with much and little room for replicas."""
     rng = np.random.default_rng(77)
     reached = 0
-    for _ in range(24):
+    for _ in range(12):
         devices, per_device, heavy = (int(rng.integers(2, most)) for most in (5, 5, 3))
         experts = max(3, devices * per_device - int(rng.integers(1, 5)))
         loads = rng.random(experts) * 0.2 + 0.5 * (rng.random() < 0.5)
@@ -111,7 +111,7 @@ def test_the_crowded_bound_never_exceeds_the_optimum() -> None:
         bound = crowded_bound(loads[None], devices, devices * per_device)[0]
         assert bound <= exact.greatest * (1 + 1e-6)
         reached += bound >= exact.greatest * (1 - 1e-3)
-    assert reached > 3
+    assert reached > 1
 
 
 @pytest.mark.parametrize("per_device", [3, 5, 6])
