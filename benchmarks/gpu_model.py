@@ -188,7 +188,7 @@ def measured_launches(
     In decode `tokens` sequences have a token each; a prefill has so many tokens of one sequence.
     """
     sequences = tokens if phase == "decode" else 1
-    sizes = symbols(engine.plan, engine.pool.table_width, tokens, min(tokens, 128), sequences, CONTEXT)
+    sizes = symbols(engine.pool.table_width, tokens, min(tokens, 128), sequences, CONTEXT)
     executor = engine.executor(phase)
     for launch in launches(engine.plan.entries[phase].steps):
         step = launch.step

@@ -5,6 +5,7 @@ Placed greedily, largest first (Pisarchyk and Lee, "Efficient Memory Management 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -18,11 +19,16 @@ class Slot:
     offset: int = -1
 
 
-def assign(slots: list[Slot]) -> int:
-    """Give every slot its offset; returns the units that the arena needs."""
+def at_once(x: Slot, y: Slot) -> bool:
+    """Whether two slots are alive at the same step."""
+    return x.first <= y.last and y.first <= x.last
+
+
+def assign(slots: Sequence[Slot], meet: Callable[[Slot, Slot], bool] = at_once) -> int:
+    """Give every slot its offset, apart from those that it may `meet`; returns the units that the arena needs."""
     placed: list[Slot] = []
     for slot in sorted(slots, key=lambda s: -s.size):
-        meeting = sorted((p for p in placed if p.first <= slot.last and slot.first <= p.last), key=lambda p: p.offset)
+        meeting = sorted((p for p in placed if meet(p, slot)), key=lambda p: p.offset)
         offset = 0
         for p in meeting:
             if offset + slot.size <= p.offset:

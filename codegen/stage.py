@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from moec.ir import Module, WeightRef
 from moec.ir.mesh import mesh_of
+from moec.ir.module import ENTRIES
 from moec.ir.rewrite import clone_module, remove_unused
 
 
@@ -27,6 +28,29 @@ def stage_module(module: Module, stage: int) -> Module:
         (index, _, _), *rest = weight.indices
         out.weights[name] = replace(weight, indices=((index, layers.start, layers.stop), *rest))
     return out
+
+
+def with_entries(module: Module, other: Module, names: list[str]) -> Module:
+    """A copy of a module whose entries `names`, and what they call, are those of another one with the same weights."""
+    out, donor = clone_module(module), clone_module(other)
+    others = [n for n in out.functions if n.partition(".")[0] in ENTRIES and n not in names]
+    kept = {called for name in others for called in _reached(out, name)}
+    for name in names:
+        for called in _reached(out, name).keys() - kept:
+            del out.functions[called]
+    taken = {called for name in names for called in _reached(donor, name)}
+    # What is called stands before who calls it.
+    out.functions = {**{n: f for n, f in donor.functions.items() if n in taken}, **out.functions}
+    return out
+
+
+def _reached(module: Module, name: str) -> dict[str, None]:
+    """A function and those that it calls."""
+    found = {name: None}
+    for op in module.functions[name].ops:
+        if "func" in op.attrs:
+            found |= _reached(module, str(op.attrs["func"]))
+    return found
 
 
 def _layers(module: Module) -> dict[str, range]:

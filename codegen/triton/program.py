@@ -14,7 +14,8 @@ from moec.codegen.triton import aot
 from moec.codegen.triton import tiles as measured
 from moec.codegen.triton.errors import CheckFailed, NoKernel
 from moec.codegen.triton.fused.groups import VIEWS
-from moec.codegen.triton.lower.lower import CONTROL, Lowered, Phase, lower_phase
+from moec.codegen.triton.lower.lower import Lowered, Phase, lower_phase, parts_of
+from moec.codegen.triton.lower.order import CONTROL
 from moec.codegen.triton.lower.places import Step
 from moec.codegen.triton.lower.table import KernelTable
 from moec.codegen.triton.spec import kernel
@@ -75,7 +76,11 @@ class Program:
         return {
             "arena_bytes": max(p.arena for p in phases.values()),
             "programs": {
-                name: {"steps": p.steps, **{n: self.bounds[name][s] for n, s in sizes.items()}}
+                name: {
+                    "steps": p.steps,
+                    **{n: self.bounds[name][s] for n, s in sizes.items()},
+                    **({"parts": p.parts} if p.parts > 1 else {}),
+                }
                 for name, p in phases.items()
             },
         }
@@ -159,8 +164,8 @@ def lower_module(
         phases: dict[str, Lowered] = {}
         suffix = f".{number}" if mesh_of(module).pp > 1 else ""
         for name in (n for n in PHASES if n in stage.functions):
-            bounds[name] = phase_bounds(name, limits)
-            bounds[name] |= comm_bounds(stage, bounds[name]["T"])
+            bounds[name] = phase_bounds(name, limits, parts_of(stage.functions[name]))
+            bounds[name] |= comm_bounds(stage, bounds[name].get("T0", bounds[name]["T"]))
             phase = Phase(stage, name, table, bounds[name], sms, 128 if name == "prefill" else 64, suffix)
             phases[name] = lower_phase(phase)
         stages.append(phases)
@@ -205,7 +210,7 @@ def _notes(module: Module) -> tuple[str, ...]:
     return (line,) if forwarded else ()
 
 
-def phase_bounds(name: str, limits: Mapping[str, int]) -> dict[str, int]:
+def phase_bounds(name: str, limits: Mapping[str, int], parts: int = 1) -> dict[str, int]:
     """The greatest value of every run-time symbol: prefill takes a chunk of one sequence, decode a token of each and
     those that were drafted for it, a draft as many or a piece of a prompt.
 
@@ -223,10 +228,16 @@ def phase_bounds(name: str, limits: Mapping[str, int]) -> dict[str, int]:
         queries = max(queries, min(chunk, MOST_DRAFTED))
         tokens = rows = max(step, queries)
         sequences = step
-    return {
+    bounds = {
         "T": tokens, "R": rows, "B": sequences, "N": pages, "S": sequences * context, "C": context,
         "P": batch * pages + 1, "Q": queries,
     }  # fmt: skip
+    if parts > 1:
+        # As many sequences in each micro-batch, to within one.
+        each = {"T": -(-tokens // parts), "R": -(-rows // parts), "B": -(-sequences // parts)}
+        each["S"] = each["B"] * context
+        bounds |= {f"{symbol}{k}": size for symbol, size in each.items() for k in range(parts)}
+    return bounds
 
 
 def uncovered(module: Module, program: Program) -> list[str]:

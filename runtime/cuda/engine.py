@@ -38,20 +38,29 @@ def exact(count: int) -> int:
 
 @dataclass(frozen=True)
 class Ran:
-    """A call that has ended: what it left on the host."""
+    """A call that has ended: what it left on the host, in rows from `first` on for each micro-batch."""
 
     memory: DeviceMemory
-    rows: int
-    wanted: int
     vocab: int
+    spans: tuple[tuple[int, int], ...]
+    order: tuple[int, ...] = ()
+    """Of micro-batches: which sequence each row is of, in the order of the spans."""
 
     def logits(self) -> Logits:
         """f32[wanted rows, V], a view that the next call overwrites."""
-        return self.memory.result(self.rows, self.vocab)[: self.wanted]
+        whole = self.memory.result(max(first + count for first, count in self.spans), self.vocab)
+        return whole[: self.spans[0][1]] if len(self.spans) == 1 else whole[self._rows()]
 
     def drawn(self) -> list[int]:
         """The tokens of the wanted rows."""
-        return self.memory.result_tokens(self.rows)[: self.wanted]
+        tokens = self.memory.result_tokens(max(first + count for first, count in self.spans))
+        return [tokens[row] for row in self._rows()]
+
+    def _rows(self) -> list[int]:
+        rows = [first + i for first, count in self.spans for i in range(count)]
+        if not self.order:
+            return rows
+        return [row for _, row in sorted(zip(self.order, rows, strict=True))]
 
 
 class GpuEngine:
@@ -140,7 +149,7 @@ class GpuEngine:
         self._ready("prefill")
         self.pool.extend(sequence, len(tokens))
         given = self._inputs([sequence], [sequence.length], [tokens], last_only, exact)
-        ran = self._run("prefill", given, len(tokens), graph=False, draws=draws)
+        ran = self._run("prefill", [given], graph=False, draws=draws)
         sequence.length += len(tokens)
         return ran
 
@@ -165,11 +174,14 @@ class GpuEngine:
         self._ready("decode")
         for sequence, few in zip(sequences, tokens, strict=True):
             self.pool.extend(sequence, len(few))
-        given = self._inputs(sequences, [s.length for s in sequences], tokens, False, self._bucket)
-        ran = self._run("decode", given, given.count, graph=True, draws=draws)
+        ran = self._call_decode(sequences, tokens, draws)
         for sequence, few in zip(sequences, tokens, strict=True):
             sequence.length += len(few)
         return ran
+
+    def _call_decode(self, sequences: List[Sequence], tokens: List[List[int]], draws: List[Draw]) -> Ran:
+        given = self._inputs(sequences, [s.length for s in sequences], tokens, False, self._bucket)
+        return self._run("decode", [given], graph=True, draws=draws)
 
     def _ready(self, phase: str) -> None:
         """Nobody else has to do the same phase."""
@@ -191,7 +203,7 @@ class GpuEngine:
         given = self._inputs(sequences, [p.first for p in pieces], ids, last_only, self._bucket if step else exact)
         hidden = np.zeros((given.tokens, pieces[0].hidden.shape[1]), dtype=np.float32)
         hidden[: given.count] = np.concatenate([p.hidden for p in pieces])
-        return self._run("draft", given, given.count, graph=step, hidden=hidden).logits()
+        return self._run("draft", [given], graph=step, hidden=hidden).logits()
 
     def _bucket(self, count: int) -> int:
         """The next number of sequences that has a graph."""
@@ -204,29 +216,38 @@ class GpuEngine:
         return inputs_of(sequences, firsts, tokens, last_only, self.spare, self.pool.table_width, bucket)
 
     def _run(
-        self, phase: str, given: Inputs, live: int, graph: bool, hidden: States | None = None, draws: List[Draw] = ()
+        self, phase: str, parts: List[Inputs], graph: bool, hidden: States | None = None, draws: List[Draw] = ()
     ) -> Ran:  # fmt: skip
-        """A call of a phase, the first `live` of whose tokens are somebody's; with `draws`, one for each wanted row,
-        tokens come back and logits stay on the device."""
-        memory, vocab = self.memory, self.manifest.vocab
+        """A call of a phase with what each micro-batch is given; with `draws`, one for each wanted row, tokens come
+        back and logits stay on the device."""
+        memory, vocab, entry = self.memory, self.manifest.vocab, self.plan.entries[phase]
         executor = self._drawing(phase) if draws else self._phases[phase]
-        for name, array in given.arrays.items():
-            memory.input(name, len(array))[:] = array
-        if draws:
-            self._ask(draws, given.rows)
+        room = entry.most(entry.max_rows)
+        sizes: dict[str, int] = {}
+        asked = list(draws)
         # One graph serves every length: sizes that follow the longest sequence are taken at the limit.
-        longest = self.manifest.context if graph else given.longest
-        sizes = self._symbols(given.tokens, given.rows, given.sequences, longest, live)
-        states = 0 if not self.drafts else given.rows if phase == "draft" else given.tokens
+        longest = self.manifest.context if graph else max(given.longest for given in parts)
+        for number, given in enumerate(parts):
+            k = str(number) if entry.parts > 1 else ""
+            end = f"_{k}" if k else ""
+            for name, array in given.arrays.items():
+                memory.input(name + end, len(array))[:] = array
+            if draws:
+                self._ask(asked[: given.wanted], given.rows, end)
+                del asked[: given.wanted]
+            sizes |= self._symbols(given, longest, k)
+        only = parts[0]
+        states = 0 if not self.drafts else only.rows if phase == "draft" else only.tokens
 
         def before() -> None:
             memory.send(executor.main)
 
         def after() -> None:
-            if draws:
-                memory.receive_tokens(given.rows, executor.main)
-            else:
-                memory.receive(given.rows, vocab, executor.main)
+            for number, given in enumerate(parts):
+                if draws:
+                    memory.receive_tokens(number * room, given.rows, executor.main)
+                else:
+                    memory.receive(number * room, given.rows, vocab, executor.main)
             if states:
                 memory.receive_states(states, executor.main)
 
@@ -235,23 +256,36 @@ class GpuEngine:
         (executor.replay if graph else executor.run)(sizes, before, after)
         self._end(executor.main)
         if states:
-            self.states = memory.result_states(states)[: given.wanted if phase == "draft" else given.count]
-        return Ran(memory, given.rows, given.wanted, vocab)
+            self.states = memory.result_states(states)[: only.wanted if phase == "draft" else only.count]
+        return Ran(memory, vocab, tuple((number * room, given.wanted) for number, given in enumerate(parts)))
 
     def _drawing(self, phase: str) -> Executor:
         """What runs a phase and draws tokens behind it."""
         if phase not in self._draw_phases:
             entry = self.plan.entries[phase]
-            entry = replace(entry, steps=(*entry.steps, self.plan.draw))
-            self._draw_phases[phase] = self._executor(self._kernels, entry)
+            draws = [self._draw_step(entry, k) for k in range(entry.parts)] if entry.parts > 1 else [self.plan.draw]
+            self._draw_phases[phase] = self._executor(self._kernels, replace(entry, steps=(*entry.steps, *draws)))
         return self._draw_phases[phase]
 
-    def _ask(self, draws: List[Draw], rows: int) -> None:
+    def _draw_step(self, entry: GpuEntry, k: int) -> Mapping[str, Any]:
+        """The draw of a micro-batch: its inputs, and its rows of logits and tokens."""
+        first = k * entry.most(entry.max_rows)
+        bytes_ = {"logits": 4 * self.manifest.vocab, "tokens": 4}
+        given = {}
+        for name, value in self.plan.draw["arguments"].items():
+            if isinstance(value, Mapping) and value["base"] == "input":
+                value = {**value, "name": f"{value['name']}_{k}"}
+            elif isinstance(value, Mapping):
+                value = {**value, "offset": value["offset"] + first * bytes_[value["name"]]}
+            given[name] = value
+        return {**self.plan.draw, "grid": [f"R{k}"], "arguments": given}
+
+    def _ask(self, draws: List[Draw], rows: int, end: str) -> None:
         """Give the device the options of every row; rows that nobody wants are greedy."""
         put = self.memory.input
-        whole = {n: put(n, rows) for n in ("temperature", "top_k", "top_p", "min_p", "number")}
+        whole = {n: put(n + end, rows) for n in ("temperature", "top_k", "top_p", "min_p", "number")}
         floats = {n: whole[n].view(np.float32) for n in ("temperature", "top_p", "min_p")}
-        keys = put("key", 2 * rows).view(np.uint64)
+        keys = put(f"key{end}", 2 * rows).view(np.uint64)
         whole["temperature"][:] = 0
         for row, draw in enumerate(draws):
             for name, array in floats.items():
@@ -259,9 +293,9 @@ class GpuEngine:
             whole["top_k"][row] = min(draw.sampling.top_k, self.manifest.vocab)
             whole["number"][row], keys[row] = draw.number, draw.key
 
-    def _symbols(self, tokens: int, rows: int, sequences: int, longest: int, live: int) -> dict[str, int]:
-        """The sizes of a call, `live` of whose tokens are somebody's."""
-        return symbols(self.plan, self.pool.table_width, tokens, rows, sequences, longest)
+    def _symbols(self, given: Inputs, longest: int, k: str) -> dict[str, int]:
+        """The sizes of a call, or of its micro-batch `k`."""
+        return symbols(self.pool.table_width, given.tokens, given.rows, given.sequences, longest, k)
 
     def executor(self, phase: str) -> Executor:
         """What runs a phase, "prefill" or "decode"."""

@@ -41,10 +41,14 @@ class DeviceMemory:
         }  # fmt: skip
         self.input_offsets: dict[str, int] = {}
         size = 0
-        for name, count in INPUTS.items():
-            self.input_offsets[name] = size
-            size += _up(4 * evaluate(count, largest))
+        parts = max(e.parts for e in entries)
+        for k in ("", *(f"_{number}" for number in range(parts if parts > 1 else 0))):
+            for name, count in INPUTS.items():
+                self.input_offsets[f"{name}{k}"] = size
+                size += _up(4 * evaluate(count, largest))
         self.input_bytes = size
+        # Micro-batches have room for equally many rows.
+        largest["R"] = max(e.parts * e.most(e.max_rows) for e in entries)
         self.logits_bytes = 4 * largest["R"] * vocab
         self.inputs = driver.allocate(size, "the inputs of a step")
         self.arena = driver.allocate(_up(plan.arena_bytes), "the arena of activations")
@@ -97,20 +101,21 @@ class DeviceMemory:
         """Copy all inputs to the device."""
         self.driver.upload(self.inputs, self.host_inputs, self.input_bytes, stream)
 
-    def receive(self, rows: int, vocab: int, stream: int) -> None:
-        """Copy logits of `rows` to the host."""
-        self.driver.download(self.host_logits, self.logits, 4 * rows * vocab, stream)
+    def receive(self, first: int, rows: int, vocab: int, stream: int) -> None:
+        """Copy logits of `rows` from `first` on to the host."""
+        at = 4 * first * vocab
+        self.driver.download(self.host_logits + at, self.logits + at, 4 * rows * vocab, stream)
 
     def result(self, rows: int, vocab: int) -> NDArray[np.float32]:
         """The logits that were received, f32[rows, vocab]."""
         return _view(self.host_logits, rows * vocab, np.float32).reshape(rows, vocab)
 
-    def receive_tokens(self, rows: int, stream: int) -> None:
-        """Copy the drawn tokens of `rows` to the host."""
-        self.driver.download(self.host_tokens, self.tokens, 4 * rows, stream)
+    def receive_tokens(self, first: int, rows: int, stream: int) -> None:
+        """Copy the drawn tokens of `rows` from `first` on to the host."""
+        self.driver.download(self.host_tokens + 4 * first, self.tokens + 4 * first, 4 * rows, stream)
 
     def result_tokens(self, rows: int) -> list[int]:
-        """The tokens that were received."""
+        """The tokens that were received, of so many rows."""
         return _view(self.host_tokens, rows, np.int32).tolist()  # type: ignore[no-any-return]
 
     def send_hidden(self, states: NDArray[np.float32], stream: int) -> None:

@@ -21,7 +21,7 @@ from moec.runtime.cuda.memory import DeviceMemory
 from moec.runtime.cuda.program import Exchange, GpuEntry, Sizes, parse_exchange
 from moec.runtime.fields import Fields
 
-LATE = re.compile(r"\bD\b")
+LATE = re.compile(r"\bD\d*\b")
 
 
 class Communicator(Protocol):

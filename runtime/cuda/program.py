@@ -24,6 +24,9 @@ each row is drawn (some of it float32, and 64-bit keys, by their bits)."""
 SYMBOLS = ("T", "R", "B", "N", "S", "C", "U", "D", "RANK")
 """Run-time sizes: tokens, rows of logits, sequences, pages of each, cached positions of all and of the longest; of one
 of several ranks its part of the tokens, the rows that a dispatch brought, and its place among those with experts."""
+MOST_PARTS = 16
+KNOWN = dict.fromkeys([*SYMBOLS, *(f"{s}{k}" for s in "TRBSUD" for k in range(MOST_PARTS))], 1)
+"""Sizes of a call with one of each, to see whether expressions have values."""
 EXCHANGES = (
     "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "rows", "send", "recv", "dispatch_rows", "combine_rows",
 )  # fmt: skip
@@ -39,6 +42,12 @@ class GpuEntry:
     max_tokens: int
     max_rows: int
     max_sequences: int
+    parts: int = 1
+    """Micro-batches: inputs and run-time sizes have their number behind their names, but for N, C and RANK."""
+
+    def most(self, size: int) -> int:
+        """The most of a micro-batch, of so many of the whole batch."""
+        return -(-size // self.parts)
 
 
 @dataclass(frozen=True)
@@ -140,12 +149,14 @@ def _entry(name: str, fields: Fields, manifest: Manifest) -> GpuEntry:
     if name != "prefill" and min(tokens, rows, sequences) < least:
         what = f"the {least} tokens of a step" if manifest.drafts else f"the batch of {least} sequences"
         raise fields.problem("max_tokens", f"takes less than {what}")
-    return GpuEntry(name, steps, tokens, rows, sequences)
+    parts = fields.integer("parts", 1) if "parts" in fields.data else 1
+    if parts > MOST_PARTS:
+        raise fields.problem("parts", f"is {parts}, at most {MOST_PARTS} are known")
+    return GpuEntry(name, steps, tokens, rows, sequences, parts)
 
 
 def _check(step: Fields) -> None:
     """Raise MalformedFile for a step that the executor does not know or whose sizes cannot be evaluated."""
-    sizes = dict.fromkeys(SYMBOLS, 1)
     if "repeat" in step.data:
         step.integers("repeat")
         for inner in step.tables("steps"):
@@ -161,7 +172,7 @@ def _check(step: Fields) -> None:
         texts += [value] if isinstance(value, str) else value.get("shape", []) if isinstance(value, Mapping) else []
     for text in texts:
         try:
-            evaluate(str(text), sizes)
+            evaluate(str(text), KNOWN)
         except BadExpression as error:
             raise step.problem("arguments", f"has an {error}") from None
 
@@ -181,12 +192,13 @@ def _view(fields: Fields) -> DeviceView:
         raise fields.problem("dtype", f"is {dtype!r}, known: {', '.join(DTYPES)}")
     try:
         for size in shape:
-            evaluate(size, dict.fromkeys(SYMBOLS, 1))
+            evaluate(size, KNOWN)
     except BadExpression as error:
         raise fields.problem("shape", f"has an {error}") from None
     return DeviceView(fields.table("at").data, dtype, shape, fields.integer("ld", 1))
 
 
-def symbols(plan: GpuPlan, table_width: int, tokens: int, rows: int, sequences: int, longest: int) -> dict[str, int]:
-    """The run-time sizes of a call: `longest` is the most cached positions of one of its sequences."""
-    return {"T": tokens, "R": rows, "B": sequences, "N": table_width, "S": sequences * longest, "C": longest}
+def symbols(table_width: int, tokens: int, rows: int, sequences: int, longest: int, k: str = "") -> dict[str, int]:
+    """The run-time sizes of a call, or of its micro-batch `k`: `longest` is the most cached positions of a sequence."""
+    own = {"T": tokens, "R": rows, "B": sequences, "S": sequences * longest}
+    return {**{f"{name}{k}": size for name, size in own.items()}, "N": table_width, "C": longest}

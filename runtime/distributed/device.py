@@ -80,7 +80,7 @@ class DeviceCollectives:
     def start(self, op: Exchange, layer: int, sizes: dict[str, int]) -> Iterator[None]:
         """Run an exchange. One whose size is not known yet stops once while ranks tell each other; going on waits.
 
-        A dispatch sets `D` in `sizes`. Raises RuntimeError when a peer is gone or late.
+        A dispatch sets in `sizes` what its rows are named by. Raises RuntimeError when a peer is gone or late.
         """
         axis = self.world.axes[op.axis]
         inputs, outputs = op.inputs, op.outputs
@@ -93,13 +93,13 @@ class DeviceCollectives:
             told = _Told(axis, counts, came)
             yield
             sent, got = told.wait()
-            sizes["D"] = sum(got)
+            sizes[op.attrs["rows"]] = sum(got)
             self._moved[_key(outputs[-1])] = sent, got
             arrived = [self.tensors.tensor(v, sizes, layer) for v in outputs[:-1]]
             _move(axis, packed, arrived, sent, got)
         else:
             sent, got = self._moved.pop(_key(inputs[-1]))
-            results = [self.tensors.tensor(v, {**sizes, "D": sum(got)}, layer) for v in inputs[:-1]]
+            results = [self.tensors.tensor(v, {**sizes, op.attrs["rows"]: sum(got)}, layer) for v in inputs[:-1]]
             home = [self.tensors.tensor(v, sizes, layer) for v in outputs]
             _move(axis, results, home, got, sent)
 

@@ -16,7 +16,7 @@ from moec.errors import InputError
 if TYPE_CHECKING:
     from moec.codegen.resume import Partial
     from moec.frontend import ModelSource
-    from moec.ir import Module
+    from moec.ir import Function, Module
     from moec.packing import Tensors
     from moec.passes.base import Context
     from moec.passes.manager import Record
@@ -150,14 +150,15 @@ class Plan:
         return {**interfaces[0], **({"stages": interfaces[1:]} if len(interfaces) > 1 else {})}
 
     def _whole(self, say: Callable[[str], None]) -> Module:
-        """The module that GPU ranks run: one whose batch is not split into micro-batches."""
-        entries = [f for f in self.ir.functions.values() if f.name.partition(".")[0] in ("prefill", "decode")]
-        split = [f.name for f in entries if int(str(f.attrs.get("micro_batches", 1))) > 1]
+        """The module that GPU ranks run: prefill takes one prompt at a time, and is not split into micro-batches."""
+        from moec.codegen.stage import with_entries
+
+        split = [n for n, f in self.ir.functions.items() if n.partition(".")[0] == "prefill" and _parts(f) > 1]
         if not split or self.unscheduled is None:
             return self.ir
         names = ", ".join(f"@{name}" for name in split)
-        say(f"{names}: compiled without micro-batches and streams: GPU ranks run a batch whole so far")
-        return self.unscheduled
+        say(f"{names}: compiled without micro-batches and streams: on GPUs a prompt is prefilled whole so far")
+        return with_entries(self.ir, self.unscheduled, split)
 
     def _gpu_kernels(self, folder: Path, module: Module, say: Callable[[str], None]) -> dict[str, Any]:
         from moec.codegen.triton.program import compiled_program
@@ -254,3 +255,8 @@ def _needs(target: Target) -> dict[str, Any]:
         return {"kind": target.kind, "arch": device.arch, "cores": int(device.cores)}
     triple = "aarch64-linux-gnu" if device.arch.startswith(("arm", "aarch64")) else "x86_64-linux-gnu"
     return {"triple": triple, "mcpu": device.arch, "features": list(device.isa), "cores": int(device.cores)}
+
+
+def _parts(function: Function) -> int:
+    """Micro-batches of an entry."""
+    return int(str(function.attrs.get("micro_batches", 1)))

@@ -15,7 +15,7 @@ from whole_models import compile_uncompiled
 
 import moec
 from moec.codegen.triton.fused.groups import Group
-from moec.codegen.triton.lower.lower import releases
+from moec.codegen.triton.lower.order import Buffer, Order
 from moec.codegen.triton.program import Program
 from moec.ir import Op
 from moec.passes.planning.layout import LayoutRequest
@@ -29,6 +29,8 @@ MESHES: dict[str, tuple[LayoutRequest, tuple[str, ...]]] = {
     "dp2-ep2-redundant": (LayoutRequest(ranks=2, redundant=2), ()),
     "tp2": (LayoutRequest(ranks=2, tp=2, ep=1), ()),
     "tp2-ep2": (LayoutRequest(ranks=2, tp=2), ()),
+    "tp2-ep2-split": (LayoutRequest(ranks=2, tp=2), ("split-microbatches{count=2,phase=decode}",)),
+    "dp2-ep2-split": (LayoutRequest(ranks=2), ("split-microbatches{count=2}",)),
     "pp2": (LayoutRequest(ranks=2, pp=2), ()),
     "dp2-tp2-ep4": (LayoutRequest(ranks=4, tp=2), ()),
     "dp4-ep4": (LayoutRequest(ranks=4), ()),
@@ -100,7 +102,7 @@ def test_scales_travel_with_fp8_rows(tmp_path: Path) -> None:
 
 
 def test_streams_keep_their_memory() -> None:
-    """What a stream reads is not written over by another that has not waited for it."""
+    """What a stream reads is not written over by another that has not waited for it, in this layer or the next."""
 
     def op(name: str, stream: str, **attrs: Any) -> Any:
         return Group([Op(name, [], {"stream": stream, **attrs}, [])], 0)
@@ -110,6 +112,22 @@ def test_streams_keep_their_memory() -> None:
         op("add", "a"), op("event.record", "b", event=1), op("norm.rms", "a"), op("event.wait", "a", event=1),
         op("add", "a"),
     ]  # fmt: skip
-    # b may still run at 4 and 6: what it touches at 3 is free once a has waited; a's last groups are never waited for.
-    assert releases(groups) == [2, 2, 7, 7, 9, 7, 9, 9, 9]
-    assert releases([Group([Op("add", [], {}, [])], 0)] * 2) == [0, 1]
+    order = Order(groups)
+    assert order.before("a", 0, "b", 3) and not order.before("a", 4, "b", 3) and order.before("a", 4, "a", 6)
+    assert order.before("b", 3, "a", 8) and not order.before("b", 3, "a", 6)
+    # b waits for a at 2 of every layer, so behind all of a's layer before.
+    assert order.before_next("b", 3, "a", 0) and order.before_next("a", 8, "b", 3)
+    assert not order.before_next("a", 8, "b", 1)
+
+    def buffer(**uses: tuple[int, int]) -> Buffer:
+        first, last = min(f for f, _ in uses.values()), max(t for _, t in uses.values())
+        return Buffer(1, first, last, uses=dict(uses))
+
+    read_by_b = buffer(a=(0, 0), b=(3, 3))
+    assert order.meet(read_by_b, buffer(a=(4, 6))), "b may still read"
+    assert not order.meet(buffer(a=(0, 0)), buffer(a=(4, 6)))
+    assert not order.meet(buffer(b=(3, 3)), buffer(a=(8, 8))), "free behind the wait"
+    assert order.turns(read_by_b, buffer(a=(0, 0)))
+    # Without a's wait, b may still read when the next layer begins.
+    loop = Order(groups[:7], loops=True)
+    assert loop.meet(read_by_b, buffer(a=(0, 0))) and not loop.turns(read_by_b, buffer(a=(0, 0)))

@@ -13,7 +13,7 @@ from whole_models import compile_uncompiled
 import moec
 from moec.codegen.triton.errors import CheckFailed, NoKernel
 from moec.codegen.triton.fused.groups import VIEWS, groups_of
-from moec.codegen.triton.lower.lower import CONTROL
+from moec.codegen.triton.lower.order import CONTROL
 from moec.codegen.triton.program import Program, compiled_program, lower_module
 from moec.ir import Module, parse_module
 

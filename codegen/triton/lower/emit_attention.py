@@ -58,10 +58,11 @@ def cache_read(low: Lowering, group: Group) -> None:
     parts, dims = cache_parts(low, op, cache, int(op.attrs["rank"]), width(rope))  # type: ignore[arg-type]
     instance = low.phase.table.instance(of_cache("cache_read", cache), "any", **dims)
     instance = typed(instance, cache_types(cache), latent_out_ptr=latent, rope_out_ptr=rope)
+    k = part(op)
     low.launch(instance, group, {
         **parts, "pages_ptr": low.place(pages), "start_ptr": low.place(starts), "latent_out_ptr": low.place(latent),
         "rope_out_ptr": low.place(rope), "max_pages": str(tensor_of(pages).shape[1]),
-    }, {"CONTEXT": "C", "B": "B"})  # fmt: skip
+    }, {"CONTEXT": "C", "B": f"B{k}"})  # fmt: skip
 
 
 def attention(low: Lowering, group: Group) -> None:
@@ -78,11 +79,12 @@ def attention(low: Lowering, group: Group) -> None:
     powers(op, dims)
     instance = low.phase.table.instance(kernel("mla_prefill"), "any", **dims)
     instance = typed(instance, q_ptr=q, kv_ptr=kv, rope_ptr=rope, out_ptr=op.result)
+    k = part(op)
     low.launch(instance, group, {
         "q_ptr": low.place(q), "kv_ptr": low.place(kv), "rope_ptr": low.place(rope),
-        "q_start_ptr": Place(Base("input", "q_starts"), 0, 1, 1, 4), "k_start_ptr": low.place(starts),
+        "q_start_ptr": given_place(op, "q_starts"), "k_start_ptr": low.place(starts),
         "out_ptr": low.place(op.result), "q_row": low.place(q).row, "softmax_scale": op.attrs["scale"],
-    }, {"CONTEXT": "ceildiv(T, B)", "B": "B"})  # fmt: skip
+    }, {"CONTEXT": f"ceildiv(T{k}, B{k})", "B": f"B{k}"})  # fmt: skip
 
 
 def absorbed(low: Lowering, group: Group) -> None:
@@ -95,19 +97,20 @@ def absorbed(low: Lowering, group: Group) -> None:
     dims["HEADS"] = heads
     powers(op, {"DV": rank, "DR": dims["DR"]})
     at, rope_at = low.place(q), low.place(rope)
-    spec, sequences, queries = of_cache("mla_decode_split", cache), "B", "ceildiv(T, B)"
-    seen: dict[str, Any] = {"length_ptr": Place(Base("input", "lengths"), 0, 1, 1, 4)}
+    k = part(op)
+    spec, sequences, queries = of_cache("mla_decode_split", cache), f"B{k}", f"ceildiv(T{k}, B{k})"
+    seen: dict[str, Any] = {"length_ptr": given_place(op, "lengths")}
     if chosen:
         if cache_of(cache).quant is not None:
             raise NoKernel(op=op.name, reason=f"positions are chosen and the cache is {cache_of(cache)}")
         # Every token has keys of its own: it is a sequence with one query.
-        spec, sequences, queries = kernel("mla_decode_split_sparse"), "T", "1"
+        spec, sequences, queries = kernel("mla_decode_split_sparse"), f"T{k}", "1"
         dims["TOP"] = width(chosen[0])
         seen = {"length_ptr": low.place(pos), "seq_ptr": low.place(seq), "chosen_ptr": low.place(chosen[0])}
     split = low.phase.table.instance(spec, "any", **dims)
     split = typed(split, cache_types(cache), q_ptr=q, q_rope_ptr=rope)
     rows_ = f"{queries} * {heads}"
-    splits, partial, lse = shares(low, f"{sequences} * ceildiv({rows_}, {split.tile.constants['BH']})", heads, rank)
+    splits, partial, lse = shares(low, k, f"{sequences} * ceildiv({rows_}, {split.tile.constants['BH']})", heads, rank)
     low.launch(split, group, {
         "q_ptr": at, "q_rope_ptr": rope_at, **parts, "pages_ptr": low.place(pages), **seen,
         "partial_ptr": partial, "lse_ptr": lse, "q_row": at.row, "q_head": at.head, "q_rope_row": rope_at.row,
@@ -128,7 +131,7 @@ def index(low: Lowering, group: Group) -> None:
     heads_, dim = (int(d) for d in tensor_of(q).shape[1:])  # type: ignore[arg-type]
     row, top, page = int(kind.shape[3]), int(op.attrs["top_k"]), int(kind.shape[2])  # type: ignore[arg-type]
     dims = {"HEADS": heads_, "DIM": dim, "PAGE": page, "KEY_ROW": row, "TOP": top}
-    score = Place(low.slot(low.phase.bounds["T"] * low.phase.bounds["C"] * 4), 0, 1, 1, 4)
+    score = Place(low.slot(low.phase.bounds[f"T{part(op)}"] * low.phase.bounds["C"] * 4), 0, 1, 1, 4)
     keys, at, tokens = low.cache(cache, layer).part(row - dim), low.place(q), str(tensor_of(q).shape[0])
     scores = typed(low.phase.table.instance(kernel("index_scores"), "any", **dims), q_ptr=q, weight_ptr=weights,
                    key_ptr=cache)  # fmt: skip
@@ -160,8 +163,8 @@ def heads(low: Lowering, group: Group) -> None:
     dims["SOFTCAP"] = int("softcap" in attrs)
     given: dict[str, Any] = {
         "q_ptr": low.place(q), "cache_ptr": low.cache(cache, layer), "pages_ptr": low.place(pages),
-        "q_start_ptr": Place(Base("input", "q_starts"), 0, 1, 1, 4),
-        "length_ptr": Place(Base("input", "lengths"), 0, 1, 1, 4), "q_row": low.place(q).row,
+        "q_start_ptr": given_place(op, "q_starts"),
+        "length_ptr": given_place(op, "lengths"), "q_row": low.place(q).row,
         "q_head": low.place(q).head, "softmax_scale": attrs["scale"], "softcap": attrs.get("softcap", 1.0),
         "max_pages": str(tensor_of(pages).shape[1]),
     }  # fmt: skip
@@ -169,39 +172,49 @@ def heads(low: Lowering, group: Group) -> None:
     sinks = ""
     if len(op.operands) == 7:
         sinks, given["sink_ptr"], types["sink_ptr"] = "_sinks", low.place(op.operands[6]), op.operands[6]
-    rows_ = f"ceildiv(T, B) * {count}"
+    k = part(op)
+    rows_ = f"ceildiv(T{k}, B{k}) * {count}"
     if low.phase.shape != "decode":
         instance = low.phase.table.instance(kernel(f"heads_prefill{sinks}"), "any", **dims)
         more = {"out_ptr": low.place(op.result), "splits": 1, "ROWS": rows_}
-        sizes: dict[str, int | str] = {"CONTEXT": "ceildiv(T, B)", "B": "B", "SPLITS": 1}
+        sizes: dict[str, int | str] = {"CONTEXT": f"ceildiv(T{k}, B{k})", "B": f"B{k}", "SPLITS": 1}
         low.launch(typed(instance, out_ptr=op.result, **types), group, {**given, **more}, sizes)
         return
     split = typed(low.phase.table.instance(kernel(f"heads_decode_split{sinks}"), "any", **dims), **types)
-    blocks = f"B * {kv_heads} * ceildiv(ceildiv(T, B) * {count // kv_heads}, {split.tile.constants['BM']})"
-    splits, partial, lse = shares(low, blocks, count, v)
+    blocks = f"B{k} * {kv_heads} * ceildiv(ceildiv(T{k}, B{k}) * {count // kv_heads}, {split.tile.constants['BM']})"
+    splits, partial, lse = shares(low, k, blocks, count, v)
     given |= {"out_ptr": partial, "lse_ptr": lse, "splits": splits, "ROWS": rows_}
-    low.launch(split, group, given, {"B": "B", "QUERIES": "ceildiv(T, B)", "SPLITS": splits})
-    join(low, group, partial, lse, splits, rows_)
+    low.launch(split, group, given, {"B": f"B{k}", "QUERIES": f"ceildiv(T{k}, B{k})", "SPLITS": splits})
+    join(low, group, partial, lse, splits, rows_, f"B{k}")
 
 
-def shares(low: Lowering, blocks: str, count: int, width_: int) -> tuple[str, Place, Place]:
+def part(op: Op) -> str:
+    """What the run-time symbols of an op's micro-batch end in."""
+    return str(op.attrs.get("micro_batch", ""))
+
+
+def given_place(op: Op, name: str) -> Place:
+    """An input that the runtime makes for attention, of the op's micro-batch."""
+    return Place(Base("input", f"{name}_{part(op)}" if part(op) else name), 0, 1, 1, 4)
+
+
+def shares(low: Lowering, k: str, blocks: str, count: int, width_: int) -> tuple[str, Place, Place]:
     """How many shares of the keys, and room for their results and log-sum-exps.
 
     Enough programs to fill the device twice, where `blocks` run for one share.
     """
     splits = f"max(1, min({MOST_SPLITS}, {2 * low.phase.sms} // ({blocks})))"
     bounds = low.phase.bounds
+    most_b, most_t = bounds[f"B{k}"], bounds[f"T{k}"]
     # Every sequence has equally many tokens; from 2 * sms of them on there is one share.
-    few = [(b * q, b) for b in range(1, bounds["B"] + 1) for q in range(1, bounds["Q"] + 1)]
-    few = [(t, b) for t, b in few if t <= min(bounds["T"], 2 * low.phase.sms)] + [(bounds["T"], bounds["B"])]
-    most = max(t * evaluate(splits, {"T": t, "B": b}) for t, b in few)
+    few = [(b * q, b) for b in range(1, most_b + 1) for q in range(1, bounds["Q"] + 1)]
+    few = [(t, b) for t, b in few if t <= min(most_t, 2 * low.phase.sms)] + [(most_t, most_b)]
+    most = max(t * evaluate(splits, {f"T{k}": t, f"B{k}": b}) for t, b in few)
     partial = Place(low.slot(most * count * width_ * 4), 0, width_, width_, 4)
     return splits, partial, Place(low.slot(most * count * 4), 0, 1, 1, 4)
 
 
-def join(
-    low: Lowering, group: Group, partial: Place, lse: Place, splits: str, rows_: str, sequences: str = "B"
-) -> None:
+def join(low: Lowering, group: Group, partial: Place, lse: Place, splits: str, rows_: str, sequences: str) -> None:
     """The sum of the shares."""
     result = group.anchor.result
     width_ = int(tensor_of(result).shape[-1])  # type: ignore[arg-type]

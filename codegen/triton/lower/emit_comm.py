@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moec.codegen.triton.errors import NoKernel
 from moec.codegen.triton.fused.binding import tensor_of, width
 from moec.codegen.triton.fused.groups import VIEWS, Group
+from moec.codegen.triton.lower.emit_attention import given_place
 from moec.codegen.triton.lower.emit_moe import padded_rows
 from moec.codegen.triton.lower.launching import typed
 from moec.codegen.triton.lower.places import Base, Place, Step
@@ -16,9 +17,6 @@ from moec.ir.types import BITS, SCALE_BITS
 
 if TYPE_CHECKING:
     from moec.codegen.triton.lower.lower import Lowering
-
-ARRIVED = "D"
-"""Rows that a dispatch brings: known once the ranks have told each other."""
 
 
 def all_reduce(low: Lowering, group: Group) -> None:
@@ -51,13 +49,13 @@ def dispatch(low: Lowering, group: Group) -> None:
         raise NoKernel(op=op.name, reason=f"its rows are read by {', '.join(sorted(others))}")
     slots, experts, ranks = (int(op.attrs[n]) for n in ("slots", "experts", "ranks"))  # type: ignore[arg-type]
     tokens, top_k, local, align = str(tensor_of(x).shape[0]), width(ids), slots // ranks, low.phase.align
-    pairs = f"({tokens}) * {top_k}"
+    pairs, arrived_ = f"({tokens}) * {top_k}", str(op.attrs["rows"])
     table, count, source = low.phase.table, counters(low, slots), whole_numbers(low, pairs)
     slot, row = whole_numbers(low, pairs), whole_numbers(low, pairs)
-    whole = Base("input", "live", 0)
+    live = given_place(op, "live").part(int(tokens.startswith("U")))
     low.launch(table.instance(kernel("choose_slots"), "any", E=experts, SLOTS=slots, TOP_K=top_k), group, {
         "index_ptr": low.place(ids), "table_ptr": placement(low, layer, slots, experts, int(op.attrs["first"])),  # type: ignore[arg-type]
-        "live_ptr": Place(whole, 4 * (tokens == "U"), 1, 1, 4), "slot_ptr": slot, "count_ptr": count, "PAIRS": pairs,
+        "live_ptr": live, "slot_ptr": slot, "count_ptr": count, "PAIRS": pairs,
         "source": "RANK",
     }, {})  # fmt: skip
     # Blocks of one row: no padding between slots.
@@ -68,14 +66,14 @@ def dispatch(low: Lowering, group: Group) -> None:
     }, {})  # fmt: skip
     packed = buffers(low, x, pairs)
     move(low, group, x, places_of(low, x), packed, source, pairs)
-    arrived, came = buffers(low, x, ARRIVED), Place(low.slot(slots * 4), 0, local, local, 4)
+    arrived, came = buffers(low, x, arrived_), Place(low.slot(slots * 4), 0, local, local, 4)
     collective(
         low, group, "dispatch_rows",
         [*views(low, x, packed, pairs), view(low, count, "i32", (slots,))],
-        [*views(low, x, arrived, ARRIVED), view(low, came, "i32", (slots,))],
+        [*views(low, x, arrived, arrived_), view(low, came, "i32", (slots,))],
     )  # fmt: skip
-    total = padded_rows(low, ARRIVED, 1, local)
-    sorted_, back = whole_numbers(low, total), whole_numbers(low, ARRIVED)
+    total = padded_rows(low, arrived_, 1, local)
+    sorted_, back = whole_numbers(low, total), whole_numbers(low, arrived_)
     blocks = Place(low.slot(low.phase.most(total) // align * 4), 0, 1, 1, 4)
     low.launch(table.instance(kernel("sort_arrived"), "any", RANKS=ranks, LOCAL=local, ALIGN=align), group, {
         "count_ptr": came, "source_ptr": sorted_, "place_ptr": back, "block_expert_ptr": blocks, "ROWS": total,
@@ -101,12 +99,12 @@ def combine(low: Lowering, group: Group) -> None:
     low.touch(back)
     low.touch(row)
     tokens, top_k, columns = str(tensor_of(weights).shape[0]), width(weights), width(rows_)
-    pairs = f"({tokens}) * {top_k}"
-    sent, home = buffers(low, rows_, ARRIVED), buffers(low, rows_, pairs)
-    move(low, group, rows_, [low.place(rows_)], sent, back, ARRIVED)
+    pairs, arrived = f"({tokens}) * {top_k}", str(op.attrs["rows"])
+    sent, home = buffers(low, rows_, arrived), buffers(low, rows_, pairs)
+    move(low, group, rows_, [low.place(rows_)], sent, back, arrived)
     collective(
         low, group, "combine_rows",
-        [*views(low, rows_, sent, ARRIVED), view(low, low.place(handle), "i32", (int(op.attrs["slots"]),))],  # type: ignore[arg-type]
+        [*views(low, rows_, sent, arrived), view(low, low.place(handle), "i32", (int(op.attrs["slots"]),))],  # type: ignore[arg-type]
         views(low, rows_, home, pairs),
     )  # fmt: skip
     instance = low.phase.table.instance(kernel("unpermute"), "any", TOP_K=top_k)

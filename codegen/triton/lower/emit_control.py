@@ -31,7 +31,7 @@ def repeat(low: Lowering, group: Group) -> None:
         if others or state in low.function.args:
             raise NoKernel(op=op.name, reason=f"%{state.name} is changed in place while another op reads it")
         low.env[result] = into[returned] = low.place(state)
-    inner = Lowering(low.phase, function, env, into)
+    inner = Lowering(low.phase, function, env, into, loops=True)
     low.steps.append({"repeat": [op.attrs["first"], op.attrs["last"]], "function": function.name, "steps": inner.steps})
     low.callees.append(inner)
     inner.run()
@@ -59,7 +59,12 @@ def call(low: Lowering, group: Group) -> None:
             env[argument] = low.env[operand]  # type: ignore[index]
         else:
             env[argument] = low.place(operand)
-    into = {returned: low.place(result) for returned, result in zip(function.returns, op.results, strict=True)}
+    into = {}
+    for returned, result in zip(function.returns, op.results, strict=True):
+        if returned in function.args and low.uses[op.operands[function.args.index(returned) - 1]] == [op]:  # type: ignore[index]
+            low.env[result] = env[returned]  # handed on as it is
+        else:
+            into[returned] = low.place(result)
     inner = Lowering(low.phase, function, env, into)
     low.callees.append(inner)
     inner.run()

@@ -10,7 +10,8 @@ from moec.codegen.arena import Slot, assign
 from moec.codegen.triton.aot import aligned
 from moec.codegen.triton.errors import NoKernel
 from moec.codegen.triton.fused.binding import Argument, cache_distances, cache_of, tensor_of, width
-from moec.codegen.triton.fused.groups import EVENTS, VIEWS, Group, groups_of
+from moec.codegen.triton.fused.groups import VIEWS, Group, groups_of
+from moec.codegen.triton.lower.order import Buffer, Order
 from moec.codegen.triton.lower.places import Base, Matrix, Place, Step, cache_part, reference
 from moec.codegen.triton.lower.table import KernelTable, grid_of
 from moec.codegen.triton.spec import Instance
@@ -19,8 +20,6 @@ from moec.ir.dims import Size
 from moec.ir.expr import evaluate
 from moec.ir.types import BITS, SCALE_BITS
 
-CONTROL = ("repeat", "call", "index.affine", *EVENTS)
-"""Ops that decide which steps run and when; no kernel computes them."""
 ALIGN = 256
 """Bytes to which buffers are rounded: what cuMemAlloc keeps, and more than any vector load wants."""
 
@@ -75,6 +74,7 @@ class Lowering:
         function: Function,
         env: Mapping[Value, Any],
         into: Mapping[Value, Place],
+        loops: bool = False,
     ) -> None:
         self.phase, self.function = phase, function
         self.env: dict[Value, Any] = dict(env)
@@ -85,9 +85,9 @@ class Lowering:
         self.index = {op: i for i, op in enumerate(function.ops)}
         self.when = {op: i for i, g in enumerate(self.groups) for op in g.ops}
         self.uses = function.uses()
-        self.slots: list[Slot] = []
+        self.slots: list[Buffer] = []
         self.now = 0
-        self.free = releases(self.groups)
+        self.order = Order(self.groups, loops)
         self.steps: list[Step] = []
         self._pending: list[Callable[[], None]] = []
         self.layers: dict[object, Any] = {}
@@ -99,7 +99,8 @@ class Lowering:
     def slot(self, size: Size | str | int) -> Slot:
         """A buffer of `size` bytes, alive from now until it is last asked for."""
         most = size if isinstance(size, int) else self.phase.most(size)
-        made = Slot(-(-max(most, 1) // ALIGN) * ALIGN, self.now, self.free[self.now])
+        made = Buffer(-(-max(most, 1) // ALIGN) * ALIGN, self.now, self.now)
+        made.use(self.order.stream(self.now), self.now)
         self.slots.append(made)
         return made
 
@@ -209,7 +210,8 @@ class Lowering:
                 for op in self.uses.get(pending.pop(), []):
                     pending += op.results if op.name in VIEWS else []
                     readers += [] if op.name in VIEWS else [op]
-            if any(self._until(op, group) > at for op in readers):
+            others = [self.when[op] for op in readers if self.when[op] != at]
+            if not all(self.order.before(self.order.stream(t), t, self.order.stream(at), at) for t in others):
                 return False
             here = [op for op in readers if self.when[op] == at]
             by_element = ("add", "norm.add_rms", "norm.rms") if group.rowwise else ("add",)
@@ -217,15 +219,10 @@ class Lowering:
                 return False
         return True
 
-    def _until(self, op: Op, writer: Group) -> int:
-        """The group behind which an op has ended for a writer."""
-        at = self.when[op]
-        return at if op.attrs.get("stream") == writer.anchor.attrs.get("stream") else self.free[at]
-
     def touch(self, place: Place) -> None:
         # A caller's buffer lives as long as the caller says.
-        if isinstance(place.base, Slot) and place.base in self.slots:
-            place.base.last = max(place.base.last, self.free[self.now])
+        if isinstance(place.base, Buffer) and place.base in self.slots:
+            place.base.use(self.order.stream(self.now), self.now)
 
     def rotates_in_place(self, op: Op) -> bool:
         """Whether nobody wants the unrotated value: neither directly nor through another view of it."""
@@ -255,10 +252,19 @@ class Lowering:
 
     def settle(self, base: int = 0) -> int:
         """Place all buffers from byte `base` on, those of called functions behind the caller's; returns the end."""
-        own = base + assign(self.slots)
+        if self.order.several and self.order.loops and (odd := [s for s in self.slots if not self.order.turns(s, s)]):
+            when = self.groups[odd[0].first].anchor.name
+            raise NoKernel(op=when, reason=f"a buffer of @{self.function.name} would be in use by two layers at once")
+        own = base + assign(self.slots, self.order.meet)
         for slot in self.slots:
             slot.offset += base
-        return max([own, *(callee.settle(own) for callee in self.callees)])
+        # What runs on several streams may not have ended when the next function begins.
+        end, following = own, own
+        for callee in self.callees:
+            last = callee.settle(following if callee.order.several else own)
+            following = last if callee.order.several else following
+            end = max(end, last)
+        return end
 
     def fill(self) -> None:
         """Write the places into the steps."""
@@ -271,10 +277,22 @@ class Lowering:
         """Copy returned values that could not be written where the caller wants them."""
         for value, place in self.into.items():
             if self.place(value) != place:
+                if self.order.several and not self._may_copy(value, place):
+                    raise NoKernel(op="return", reason=f"%{value.name} must be copied while other streams may use it")
                 t = value.type
                 assert isinstance(t, TensorType)
                 step = self.step({"copy": None, "bytes": str(t.nbytes())})
                 self.later(step, "copy", (place, self.place(value)))
+
+    def _may_copy(self, value: Value, to: Place) -> bool:
+        """Whether the main stream may copy a value at the end of a turn: it is there, nobody reads any more what lies
+        at its place, and who reads it in the next turn waits for the main stream."""
+        made, main, end = self.function.producer().get(value), self.order.main, len(self.groups)
+        if made is None or not self.order.before(self.order.stream(self.when[made]), self.when[made], main, end):
+            return False
+        readers = [o for a in self.function.args if self.env.get(a) == to for o in self.uses.get(a, [])]
+        at = [(self.order.stream(self.when[o]), self.when[o]) for o in readers if o in self.when]
+        return all(self.order.before(s, t, main, end) and self.order.before_next(main, end, s, t) for s, t in at)
 
     def step(self, step: Step) -> Step:
         """Append a step, on the stream of the current group."""
@@ -353,35 +371,6 @@ class Lowering:
         raise AssertionError(argument)
 
 
-def releases(groups: Sequence[Group]) -> list[int]:
-    """For every group the first one after which all streams know that it has ended: its memory may be used again then.
-
-    That is the group itself where there is one stream; else the last of the other streams' first waits for an event
-    that its own stream records behind it.
-    """
-    streams = [g.anchor.attrs.get("stream") for g in groups]
-    every = {s for g, s in zip(groups, streams, strict=True) if g.anchor.name not in CONTROL}
-    known: dict[tuple[object, object], int] = {}
-    recorded: dict[object, int] = {}
-    for at, group in enumerate(groups):
-        if group.anchor.name == "event.record":
-            recorded[group.anchor.attrs["event"]] = at
-    # Backwards: known[a, b] is the first wait of b, from here on, for something that a records from here on.
-    found = [0] * len(groups)
-    waits = [
-        (recorded[g.anchor.attrs["event"]], at, streams[recorded[g.anchor.attrs["event"]]], streams[at])
-        for at, g in enumerate(groups)
-        if g.anchor.name == "event.wait" and g.anchor.attrs["event"] in recorded
-    ]
-    for at in reversed(range(len(groups))):
-        for record, wait, source, stream in waits:
-            if record == at:
-                known[source, stream] = min(wait, known.get((source, stream), wait))
-        others = every - {streams[at]}
-        found[at] = max([at, *(known.get((streams[at], s), len(groups)) for s in others)])
-    return found
-
-
 def _odd(value: Any) -> bool:
     """Whether an argument is not always a multiple of 16: bytes of a place, or a number."""
     if isinstance(value, Place):
@@ -396,6 +385,8 @@ class Lowered:
 
     steps: list[Step]
     arena: int
+    parts: int = 1
+    """Micro-batches, each with inputs of its own."""
 
 
 def lower_phase(phase: Phase) -> Lowered:
@@ -409,16 +400,25 @@ def lower_phase(phase: Phase) -> Lowered:
             env[argument] = _rows_at(argument, "hidden")
         else:
             env[argument] = Place(Base("input", argument.name), 0, 1, 1, 4)
-    result, *states = function.returns
-    t = result.type
-    if not isinstance(t, TensorType) or t.dtype != "f32":
-        raise NoKernel(op="linear", reason=f"logits are {t}, the runtime reads f32")
-    into = {result: _rows_at(result, "logits"), **{v: _rows_at(v, "states") for v in states}}
+    parts = parts_of(function)
+    logits, states = function.returns[:parts], function.returns[parts:]
+    into = {v: _rows_at(v, "states") for v in states}
+    for number, value in enumerate(logits):
+        t = value.type
+        if not isinstance(t, TensorType) or t.dtype != "f32":
+            raise NoKernel(op="linear", reason=f"logits are {t}, the runtime reads f32")
+        # Micro-batches one behind the other, each with room for its most rows.
+        into[value] = replace(_rows_at(value, "logits"), offset=number * phase.most(t.nbytes()))
     low = Lowering(phase, function, env, into)
     low.run()
     end = low.settle()
     low.fill()
-    return Lowered(low.steps, end)
+    return Lowered(low.steps, end, parts)
+
+
+def parts_of(function: Function) -> int:
+    """Micro-batches of an entry."""
+    return int(str(function.attrs.get("micro_batches", 1)))
 
 
 def _rows_at(value: Value, name: str) -> Place:
