@@ -14,7 +14,8 @@ from moec.codegen.triton import aot
 from moec.codegen.triton import tiles as measured
 from moec.codegen.triton.errors import CheckFailed, NoKernel
 from moec.codegen.triton.fused.groups import VIEWS
-from moec.codegen.triton.lower.lower import Lowered, Phase, lower_phase, parts_of
+from moec.codegen.triton.lower.entry import Lowered, lower_phase, parts_of
+from moec.codegen.triton.lower.lower import Phase
 from moec.codegen.triton.lower.order import CONTROL
 from moec.codegen.triton.lower.places import Step
 from moec.codegen.triton.lower.table import KernelTable
