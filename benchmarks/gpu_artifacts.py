@@ -16,7 +16,7 @@ from typing import Any
 
 import moec
 from moec.codegen.triton.fused.groups import VIEWS
-from moec.codegen.triton.lower.lower import CONTROL
+from moec.codegen.triton.lower.order import CONTROL
 from moec.codegen.triton.program import compiled_program
 from moec.errors import MoecError
 
