@@ -74,7 +74,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "name",
-    [n if n == "tp2-ep2" else pytest.param(n, marks=pytest.mark.slow) for n in MESHES],
+    [n if n == "tp2-ep2-split" else pytest.param(n, marks=pytest.mark.slow) for n in MESHES],
 )
 def test_ranks_equal_one_device(name: str, one: Any, tmp_path: Path) -> None:
     """Prefill and captured decode steps, and greedy tokens; with more ranks than prompts, some have none."""
