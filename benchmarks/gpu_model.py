@@ -208,7 +208,7 @@ def experts_timer(
 ) -> Callable[[], float]:
     """Microseconds of one layer's launches from the gate to the sum of its experts, as a graph of their own."""
     sequences = tokens if phase == "decode" else 1
-    sizes = symbols(engine.plan, engine.pool.table_width, tokens, min(tokens, 128), sequences, CONTEXT)
+    sizes = symbols(engine.pool.table_width, tokens, min(tokens, 128), sequences, CONTEXT)
     layer = next(s for s in engine.plan.entries[phase].steps if str(s.get("function", "")).startswith("moe_layers"))
     first, steps, kernels = layer["repeat"][0], [], engine.executor(phase).kernels
     for step in layer["steps"]:
