@@ -121,7 +121,7 @@ def test_streams_keep_their_memory() -> None:
 
     def buffer(**uses: tuple[int, int]) -> Buffer:
         first, last = min(f for f, _ in uses.values()), max(t for _, t in uses.values())
-        return Buffer(1, first, last, uses={**uses})
+        return Buffer(1, first, last, uses={s: u for s, u in uses.items()})
 
     read_by_b = buffer(a=(0, 0), b=(3, 3))
     assert order.meet(read_by_b, buffer(a=(4, 6))), "b may still read"
