@@ -27,10 +27,7 @@ def memory_shortage(module: Module, ctx: Context) -> TooLittleMemory | None:
     """What is wrong when weights and cache of a rank exceed its device; ranks on a CPU share its memory."""
     mesh, on_cpu = mesh_of(module), ctx.target.kind == "cpu"
     sharers = mesh.ranks if on_cpu else 1
-    experts, others = (part * sharers / mesh.pp for part in _weights(module))
-    pages = ctx.limits.batch * -(-ctx.limits.context // PAGE)
-    kinds = {a.type for f in module.functions.values() for a in f.args if isinstance(a.type, CacheType)}
-    cache = sum(bind(t.nbytes(), dict.fromkeys(t.symbols(), pages)) for t in kinds) * sharers / mesh.pp
+    experts, others, cache = (part * sharers for part in _parts(module, ctx))
     memory = ctx.target.device.memory_bytes
     if experts + others + cache <= memory:
         return None
@@ -49,6 +46,29 @@ def memory_shortage(module: Module, ctx: Context) -> TooLittleMemory | None:
         target=ctx.target.name if on_cpu else f"a device of {ctx.target.name}", memory=amount(memory, "B"),
         advice=advice,
     )  # fmt: skip
+
+
+def arena_shortage(module: Module, ctx: Context, arena: int) -> str:
+    """What to say where only the `arena`, bytes of values between kernels, makes a GPU's memory too small; else ""."""
+    experts, others, cache = _parts(module, ctx)
+    memory = ctx.target.device.memory_bytes
+    if not experts + others + cache <= memory < experts + others + cache + arena:
+        return ""
+    return (
+        f"beside {amount(experts + others, 'B')} of weights and {amount(cache, 'B')} of cache, steps need "
+        f"{amount(arena, 'B')} for what lies between kernels, a device of {ctx.target.name} has {amount(memory, 'B')}: "
+        f"use a smaller --chunk or --batch"
+    )
+
+
+def _parts(module: Module, ctx: Context) -> tuple[float, float, float]:
+    """Bytes of a rank's experts, of its other weights, and of its cache."""
+    mesh = mesh_of(module)
+    experts, others = _weights(module)
+    pages = ctx.limits.batch * -(-ctx.limits.context // PAGE)
+    kinds = {a.type for f in module.functions.values() for a in f.args if isinstance(a.type, CacheType)}
+    cache = sum(bind(t.nbytes(), dict.fromkeys(t.symbols(), pages)) for t in kinds)
+    return experts / mesh.pp, others / mesh.pp, cache / mesh.pp
 
 
 def _weights(module: Module) -> tuple[float, float]:

@@ -162,13 +162,18 @@ class Plan:
 
     def _gpu_kernels(self, folder: Path, module: Module, say: Callable[[str], None]) -> dict[str, Any]:
         from moec.codegen.triton.program import compiled_program
+        from moec.passes.sharding.memory import arena_shortage
 
         program, compiled = compiled_program(module, self.context.target, self._sizes)
         say(program.note(compiled))
         for line in program.notes:
             say(line)
         program.write(compiled, folder)
-        return program.plan(module)
+        plan = program.plan(module)
+        arena = max(stage["arena_bytes"] for stage in (plan, *plan.get("stages", ())))
+        if shortage := arena_shortage(module, self.context, arena):
+            say(f"warning: {shortage}")
+        return plan
 
     def _partial(
         self, out: Path, tensors: Tensors | None, say: Callable[[str], None]

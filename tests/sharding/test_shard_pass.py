@@ -20,7 +20,7 @@ from moec.passes.planning.errors import CutBlock, WrongLayout
 from moec.passes.planning.layout import Layout, LayoutRequest, resolve
 from moec.passes.planning.precision import RECIPES
 from moec.passes.shard import Shard
-from moec.passes.sharding.memory import memory_shortage
+from moec.passes.sharding.memory import arena_shortage, memory_shortage
 from moec.targets import load
 
 SMALL = {"num_hidden_layers": "3", "first_k_dense_replace": "1"}
@@ -153,6 +153,14 @@ def test_a_mesh_that_does_not_fit_the_memory() -> None:
     line = r"a rank would hold .* of weights .* of cache, a device of h800 has 80 GB: use --ranks 32"
     assert re.match(line, shortage(8) or "")
     assert shortage(32) is None
+
+
+def test_what_lies_between_kernels_counts_too() -> None:
+    module, context = moec.trace("moonlight-16b").ir, Context(load("h800"), Limits(8, 4096))
+    assert memory_shortage(module, context) is None and arena_shortage(module, context, 1 << 30) == ""
+    assert "steps need 64.4 GB for what lies between kernels" in arena_shortage(module, context, 60 << 30)
+    # Where weights and cache do not fit, that is said, and it is enough.
+    assert arena_shortage(module, Context(load("h800"), Limits(8000, 4096)), 60 << 30) == ""
 
 
 def test_placement_from_a_file(tmp_path: Path) -> None:
