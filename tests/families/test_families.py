@@ -102,7 +102,9 @@ def test_fp8_weights_stay_close(family: str, seed: int, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     bind(plan.ir, checkpoint)
     got = evaluated(plan.ir, checkpoint.load, torch.tensor(ids[0])).numpy()
-    # A token whose experts change with the rounding is not typical: the median over tokens counts.
+    # A token whose experts change with the rounding is not typical: the median over tokens counts. Nor is one that
+    # attends to other positions because of it: with an indexer only tokens that see no more than it chooses count.
     error = np.sqrt(((got - expected) ** 2).mean(-1)) / expected.std()
+    error = error[: getattr(model.config, "index_topk", LENGTH)]
     print(f"{family}: relative error {np.median(error):.3f}")
     assert 0.001 < np.median(error) < 0.3

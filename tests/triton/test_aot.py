@@ -42,10 +42,10 @@ def few() -> list[Instance]:
     return [
         product(),
         product(bulk=True),
-        kernel("greedy").instance("sm_90a"),
+        kernel("draw").instance("sm_90a"),
         kernel("heads_prefill").instance("sm_80"),
         kernel("cache_read").instance("sm_100a"),
-        kernel("greedy").instance("gfx942"),
+        kernel("draw").instance("gfx942"),
         product(bulk=True, specialised=True),
     ]
 
@@ -65,7 +65,7 @@ def test_binaries_and_instructions(compiled: list[aot.Compiled]) -> None:
     found = {(k.instance.arch, k.instance.name): k.facts["tensor_instruction"] for k in compiled}
     assert found["sm_90a", "linear.decode"] == "wgmma"
     assert found["sm_80", "heads_prefill"] == "mma"
-    assert found["sm_90a", "greedy"] is None
+    assert found["sm_90a", "draw"] is None
     assert b"e4m3.e4m3" in compiled[0].assembly
     assert all(k.facts["registers"] > 0 and k.facts["threads"] >= 32 for k in compiled)
 
@@ -173,7 +173,7 @@ def test_written_folder(compiled: list[aot.Compiled], tmp_path: Path) -> None:
         assert (tmp_path / record["ptx"]).read_bytes() == k.assembly
         assert cache.digest(k.binary) == record["launch"]["sha256"]
     source = (tmp_path / "sampling.py").read_text()
-    assert source.startswith("# greedy.sm_90a: sample.greedy; 8 warps, 2 stages; BLOCK=4096")
+    assert source.startswith("# draw.sm_90a: sample.draw; 8 warps, 1 stages; BLOCK=2048")
     assert source.endswith((aot.KERNELS / "sampling.py").read_text())
     assert (tmp_path / "linear.py").read_text().startswith("# linear.decode.sm_90a: linear; 4 warps, 4 stages; ")
     assert (tmp_path / "common.py").exists() and (tmp_path / "products.py").exists()
@@ -212,8 +212,8 @@ def test_bad_tile_fails_its_check(folder: Path) -> None:
 
 
 def test_kernel_that_does_not_compile(folder: Path) -> None:
-    odd = replace(kernel("greedy").instance("sm_90a"), tile=Tile({"BLOCK": 1000}))
-    with pytest.raises(CompileFailed, match=r"'greedy' does not compile for sm_90a: .*power of 2") as caught:
+    odd = replace(kernel("draw").instance("sm_90a"), tile=Tile({"BLOCK": 1000}))
+    with pytest.raises(CompileFailed, match=r"'draw' does not compile for sm_90a: .*power of 2") as caught:
         aot.compile_kernels([odd], folder=folder)
     assert "\n" not in str(caught.value)
 
@@ -225,8 +225,8 @@ def test_wrong_use_is_one_line() -> None:
         kernel("permute_fp8").instance("sm_80")
     with pytest.raises(UnknownArchitecture, match=r"'sm_90' .*did you mean sm_90a"):
         instances("sm_90")
-    with pytest.raises(UnknownKernel, match=r"'greed' .*did you mean greedy"):
-        kernel("greed")
+    with pytest.raises(UnknownKernel, match=r"'drow' .*did you mean draw"):
+        kernel("drow")
     with pytest.raises(UnknownShapeClass, match=r"'decod' on sm_90a \(did you mean decode\?\)"):
         product().spec.instance("sm_90a", "decod")
     with pytest.raises(UnmetRequirement, match=r"needs 'D % 8 == 0', which does not hold for {'D': 60}"):

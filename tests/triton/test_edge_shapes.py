@@ -20,13 +20,13 @@ TINY = {torch.float32: 1.17e-38, torch.bfloat16: 1.17e-38, torch.float8_e4m3fn: 
 
 def wanted(spec: KernelSpec) -> set[str]:
     """The edges that a kernel of these arguments must be run at."""
-    names = set(spec.signature)
+    names, numbers = set(spec.signature), {n for n, t in spec.signature.items() if not t.startswith("*i")}
     edges = {"one row"}
     if names & {"length_ptr", "start_ptr", "k_start_ptr", "pos_ptr"}:
         edges |= {"length 1", "length 4097", "ragged lengths"}
     if "count_ptr" in names:
         edges |= {"an empty expert", "all to one expert"}
-    if names & {"cache_ptr", "latent_ptr", "kv_ptr", "key_ptr", "x_ptr"}:
+    if numbers & {"cache_ptr", "latent_ptr", "kv_ptr", "key_ptr", "x_ptr"}:
         edges |= {"zeros", "subnormals"}
     return edges
 
