@@ -100,6 +100,22 @@ def test_a_signal_leaves_nothing(model_folder: Path, tmp_path: Path, number: sig
     assert not [p for p in tmp_path.rglob("*") if p != cache and p != cache / "cpu"]
 
 
+def test_an_interrupt_within_executed_text_ends_with_130(tmp_path: Path) -> None:
+    """CPython remembers a KeyboardInterrupt that passes through exec(), and dies by it although it was caught."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "import moec.cli\n"
+        "def interrupted(arguments):\n"
+        "    exec('os.kill(os.getpid(), signal.SIGINT)\\nfor _ in range(10**9): pass')\n"
+        "moec.cli.make_app = interrupted\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "moec", "doctor"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 130 and done.stderr == ""
+
+
 def test_replacing_keeps_the_old_artifact_until_the_end(tmp_path: Path) -> None:
     out = tmp_path / "x.moec"
     for value in ("1", "2"):

@@ -62,13 +62,21 @@ def _group(
 
 def main() -> None:
     """Entry point of the `moec` command: one line for a wrong input, exit codes 0, 1 and 2."""
-    # A terminated command cleans up as an interrupted one does.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # Terminated or interrupted, a command cleans up and ends with 128 and the signal's number. No KeyboardInterrupt is
+    # raised: when one passes through exec() of a text, as dataclasses use it, CPython kills itself with SIGINT at the
+    # end, although it was caught. Who ignores interrupts goes on ignoring them.
+    signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
     try:
         code = _run(sys.argv[1:])
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     raise SystemExit(code)
+
+
+def _end(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _run(arguments: Sequence[str]) -> int:
