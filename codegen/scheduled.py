@@ -130,13 +130,21 @@ class _Walk:
         return found
 
     def arrange(self, function: Function) -> None:
-        """Ops in the order of one micro-batch, and a cut wherever in any of them another op comes between."""
+        """Ops in the order of one micro-batch, and a cut wherever in any of them another op or a wait comes between.
+
+        A segment runs where its first op stands: behind a wait for an exchange another one has to begin.
+        """
         order = next(iter(self._by_part(function).values()))
         ours = set(function.ops)
         assert len(order) == len(ours), f"@{function.name}: {len(order)} of {len(ours)} ops are found in the schedule"
         beside: dict[tuple[int, int], set[tuple[Op, Op]]] = defaultdict(set)
         last: tuple[Op, int, int] | None = None
-        for op, part, layer in self.place.values():
+        for at, issued in enumerate(self.order):
+            if issued.op.name == "event.wait":
+                last = None
+            if at not in self.place:
+                continue
+            op, part, layer = self.place[at]
             if op.name in VIEWS or op.name.startswith("comm."):
                 continue
             if op in ours:
@@ -153,15 +161,15 @@ class _Walk:
         steps = _Steps()
         steps.add(self.base, self.entry)
         found: dict[Turn, None] = {}
-        recorded: dict[object, Turn] = {}
-        exchange: dict[str, Turn] = {}
+        recorded: dict[object, list[Turn]] = {}
+        started: dict[str, list[Turn]] = defaultdict(list)
         for at, issued in enumerate(self.order):
-            if issued.op.name == "event.record" and issued.stream in exchange:
-                recorded[issued.op.attrs["event"]] = exchange[issued.stream]
-            elif issued.op.name == "event.wait" and issued.op.attrs["event"] in recorded:
-                _, part, layer, step = recorded[issued.op.attrs["event"]]
-                if issued.stream not in exchange:
-                    found["wait", part, layer, step] = None
+            if issued.op.name == "event.record" and issued.stream in started:
+                # An event tells that all exchanges before it on its stream are over.
+                recorded[issued.op.attrs["event"]] = list(started[issued.stream])
+            elif issued.op.name == "event.wait" and issued.stream not in started:
+                for _, part, layer, step in recorded.get(issued.op.attrs["event"], ()):
+                    found.setdefault(("wait", part, layer, step))
             elif at in self.place:
                 op, part, layer = self.place[at]
                 if op not in steps.of:
@@ -169,7 +177,7 @@ class _Walk:
                 turn = ("start" if op.name in EXCHANGES else "run", part, layer, steps.of[op])
                 found.setdefault(turn)
                 if op.name in EXCHANGES:
-                    exchange[issued.stream] = turn
+                    started[issued.stream].append(turn)
         return list(found)
 
 

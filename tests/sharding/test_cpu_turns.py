@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,36 @@ from moec.errors import InputError
 from moec.ir import Module
 from moec.ir.rewrite import clone_module
 from moec.passes.planning import LayoutRequest
+from moec.targets import load
 
 TARGET = Path(__file__).parents[2] / "benchmarks" / "cpu_with_network.yaml"
 PASSES = ["split-microbatches{count=2,phase=decode}", "overlap{phase=decode}"]
 
 
-def planned(layers: int = 6, passes: list[str] = PASSES) -> Any:
-    return moec.trace("tiny-deepseek-v3", {"num_hidden_layers": str(layers)}).optimize(
-        str(TARGET), batch=64, context=64, layout=LayoutRequest(ranks=2), recipe="fp32", passes=passes
+def planned(passes: list[str] = PASSES, batch: int = 64, bandwidth: float = 0.1) -> Any:
+    """`bandwidth`: of each process's card in GB/s; exchanges that last longer give other orders."""
+    target = load(str(TARGET))
+    assert target.node.scale_out is not None
+    card = replace(target.node.scale_out, bandwidth=bandwidth * 1e9)
+    target = replace(target, node=replace(target.node, scale_out=card))
+    return moec.trace("tiny-deepseek-v3", {"num_hidden_layers": "6"}).optimize(
+        target, batch=batch, context=64, layout=LayoutRequest(ranks=2), recipe="fp32", passes=passes
     )
 
 
-def arranged() -> tuple[Module, list[Turn]]:
-    plan = planned()
+def arranged(count: int = 2, batch: int = 64, bandwidth: float = 0.1) -> tuple[Module, list[Turn]]:
+    plan = planned([f"split-microbatches{{count={count},phase=decode}}", PASSES[1]], batch, bandwidth)
     base = clone_module(plan.unscheduled)
     return base, arrange(base, plan.ir, "decode")
 
 
-def test_every_step_runs_once_for_each_part_and_layer_and_after_what_it_needs() -> None:
-    base, turns = arranged()
+@pytest.mark.parametrize(
+    ("count", "batch", "bandwidth"), [(2, 64, 0.1), (2, 4, 0.1), (2, 8, 1.0), (3, 8, 0.02), (3, 9, 1.0), (4, 64, 0.05)]
+)
+def test_every_step_runs_once_for_each_part_and_layer_and_after_what_it_needs(
+    count: int, batch: int, bandwidth: float
+) -> None:
+    base, turns = arranged(count, batch, bandwidth)
     layer = next(f for f in base.functions.values() if "segments" in f.attrs)
     call = next(op for op in base.functions["decode"].ops if op.attrs.get("func") == layer.name)
     first, last = int(str(call.attrs["first"])), int(str(call.attrs["last"]))
@@ -57,9 +69,9 @@ def test_every_step_runs_once_for_each_part_and_layer_and_after_what_it_needs() 
         if at > first and step == offset:
             assert (part, at - 1, offset + len(steps) - 1) in done
         done.add(key)
-    assert done == {(p, at, s) for p in (0, 1) for at in range(first, last + 1) for s in set(group.values())}
+    assert done == {(p, at, s) for p in range(count) for at in range(first, last + 1) for s in set(group.values())}
     started = [turn[1:] for turn in turns if turn[0] == "start"]
-    assert len(started) == len(set(started)) == 2 * 2 * (last - first + 1)
+    assert len(started) == len(set(started)) == 2 * count * (last - first + 1)
 
 
 def test_something_runs_between_start_and_wait() -> None:
