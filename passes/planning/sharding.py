@@ -57,14 +57,25 @@ def roles(function: Function) -> dict[int, Role]:
             for operand in op.operands[:2]:
                 _before(operand, made, found)
             _after(op, users, found)
-    routed = next((op for op in function.ops if op.name == "moe.dispatch"), None)
-    if routed is None:
-        for op in function.ops:
-            if op.name == "swiglu":
-                _feed_forward(op, made, users, found)
-    else:
-        _downstream(routed.operands[0], users, found)
+    routed = [op for op in function.ops if op.name == "moe.dispatch"]
+    for op in [] if routed else function.ops:
+        if op.name == "swiglu":
+            _feed_forward(op, made, users, found)
+    for op in routed:
+        found.update(dict.fromkeys(map(id, routed_region(function, op)), "tokens"))
     return found
+
+
+def routed_region(function: Function, dispatch: Op) -> list[Op]:
+    """The ops that depend on what is dispatched and on nothing else that is computed: router, experts, shared ones."""
+    inside: set[Value | WeightRef] = {dispatch.operands[0]}
+    region = []
+    for op in function.ops:
+        values = [o for o in op.operands if isinstance(o, Value) and isinstance(o.type, TensorType)]
+        if values and all(v in inside for v in values):
+            region.append(op)
+            inside.update(op.results)
+    return region
 
 
 def wide_norm(function: Function) -> bool:
@@ -139,14 +150,6 @@ def _feed_forward(op: Op, made: dict[Value, Op], users: dict[Value, list[Op]], f
         for user in users.get(op.result, []):
             if user.name == "linear":
                 found[id(user)] = "row"
-
-
-def _downstream(value: object, users: dict[Value, list[Op]], found: dict[int, Role]) -> None:
-    for user in users.get(value, []) if isinstance(value, Value) else []:
-        if found[id(user)] != "tokens":
-            found[id(user)] = "tokens"
-            for result in user.results:
-                _downstream(result, users, found)
 
 
 def sharded_weights(module: Module) -> Iterator[Cut]:

@@ -12,7 +12,7 @@ from moec.ir.patterns import Pattern, match, matches
 from moec.ir.rewrite import append_to_program
 from moec.passes.base import Outcome, PassError
 from moec.passes.planning.layout import check_blocks, padded_width
-from moec.passes.planning.sharding import key_heads, roles
+from moec.passes.planning.sharding import key_heads, roles, routed_region
 from moec.passes.sharding.edit import PASS, behind, cut_weight, insert, use_instead, weight_at
 
 FEED_FORWARD = Pattern("linear", (Pattern("swiglu", (Pattern("linear", bind="up"),), alone=True),))
@@ -183,7 +183,7 @@ def _divide_tokens(module: Module, function: Function, mesh: Mesh) -> int:
     for dispatch in [o for o in function.ops if o.name == "moe.dispatch"]:
         x = dispatch.operands[0]
         assert isinstance(x, Value)
-        region = _region(function, x)
+        region = routed_region(function, dispatch)
         position = min(i for i, op in enumerate(function.ops) if op in region)
         rows = insert(module, function, position, "comm.rows", [x], {**attrs, "rows": "U"})
         for op in region:
@@ -202,18 +202,6 @@ def _divide_tokens(module: Module, function: Function, mesh: Mesh) -> int:
             function.returns = [gather.result if v is value else v for v in function.returns]
         count += 1
     return count
-
-
-def _region(function: Function, x: Value) -> list[Op]:
-    """The ops that depend on `x` and on nothing else that is computed: routing, experts, and what runs beside them."""
-    inside: set[Value] = {x}
-    region = []
-    for op in function.ops:
-        values = [o for o in op.operands if isinstance(o, Value) and isinstance(o.type, TensorType)]
-        if values and all(v in inside for v in values) and any(v in inside for v in values):
-            region.append(op)
-            inside.update(op.results)
-    return region
 
 
 def _join_sums(module: Module, function: Function, mesh: Mesh) -> None:

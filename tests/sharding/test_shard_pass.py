@@ -216,6 +216,8 @@ GROUPED = {
     "mixtral-8x7b": {"num_local_experts": "4"},
     "qwen3-30b-a3b": {"head_dim": "8", "num_experts": "8", "num_experts_per_tok": "2", "moe_intermediate_size": "16"},
     "gpt-oss-20b": {"head_dim": "8", "num_local_experts": "4", "num_experts_per_tok": "2"},
+    # Layers in pairs, with a window and without, in one function.
+    "gpt-oss-120b": {"head_dim": "8", "num_local_experts": "4", "num_experts_per_tok": "2", "num_hidden_layers": "4"},
     "llama-3.2-1b": {"head_dim": "8"},
 }
 GROUPED_SIZES = {
