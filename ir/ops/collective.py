@@ -226,8 +226,9 @@ class Dispatch(OpDef):
 
     `layer` chooses the layer's row of the placement (module attribute `placement`, from layer `first` on; without one,
     slot s holds expert s mod `experts`), `ids[T, k]` the experts, and `Replicas.choose` the copy where an expert has
-    several. Gives `x` rows `[D, H]`, where slot s owns rows `offsets[s]..offsets[s+1]`, `rows` names D, and a handle
-    by which `comm.combine` sends results back. Weights travel where nodes sum on the way back (`via = node`).
+    several. Gives `x` rows `[D, H]`, where slot s owns rows `offsets[s]..offsets[s+1]`, `rows` names D, a number anew
+    with every dispatch, and a handle by which `comm.combine` sends results back. Weights travel where nodes sum on the
+    way back (`via = node`).
     """
 
     name = "comm.dispatch"

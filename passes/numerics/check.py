@@ -194,6 +194,9 @@ class _Routed(Evaluator):
             self._sizes = outside
 
     def _note(self, function: Function, op: Op, results: list[Any]) -> None:
+        if op.name == "comm.dispatch":
+            # How many rows arrive is known anew with every dispatch: of two layers in a function each has its own.
+            self._sizes.pop(str(op.attrs["rows"]), None)
         for value, made in zip(op.results, results, strict=True):
             # What an exchange hands to the one behind it is no tensor.
             if not isinstance(value.type, TensorType) or not isinstance(made, torch.Tensor):
