@@ -11,12 +11,10 @@ what the compiler says of it, with times PREDICTED from the data sheet's rates: 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -28,12 +26,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
+from gpu_dry_run import dry_run
 from gpu_model import (
     BATCHES,
     CONTEXT,
     REPEATS,
     SMALL,
-    compiled_for,
     engine_for,
     event_timer,
     experts_timer,
@@ -43,101 +41,24 @@ from gpu_model import (
     predicted_step,
     program_for,
     run_once,
-    sized,
     target_here,
     with_folder,
 )
 from gpu_peers import compiled_experts
-from gpu_predict import SHEETS, predicted_us, sizes
-from gpu_shapes import published
+from gpu_predict import predicted_us, sizes
+from gpu_tables import measured_table, table
 from gpu_timing import Packed, Row, measure, timed_us, wanted
 
-from moec.codegen.triton import aot
 from moec.codegen.triton.arch import ARCHITECTURES, architecture
 from moec.codegen.triton.fused.check import symbols as symbols_of
 from moec.codegen.triton.fused.choice import BULK_COPIES
 from moec.codegen.triton.problem import Problem, check, make
-from moec.codegen.triton.spec import Instance, instances, registry
+from moec.codegen.triton.spec import Instance, registry
 from moec.errors import MoecError
 from moec.ir.expr import evaluate
 from moec.targets import Target, load
 
 FLUSH_BYTES = 512 << 20
-
-
-def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns padded to their widest cell; the first two to the left, numbers to the right."""
-    cells = [head, *rows]
-    widths = [max(len(r[i]) for r in cells) for i in range(len(head))]
-
-    def line(row: tuple[str, ...]) -> str:
-        padded = (c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([line(head), "  ".join("-" * w for w in widths), *map(line, rows)])
-
-
-def dry_run(architectures: list[str], cold: bool, jobs: int) -> dict[str, Any]:
-    """Compiles everything and prints one table per architecture."""
-    result: dict[str, Any] = {"measured": False}
-    for arch in architectures:
-        target = load(SHEETS[arch])
-        with tempfile.TemporaryDirectory() as empty, cache_in(empty if cold else None):
-            started = time.perf_counter()
-            _, program, of_program = compiled_for(target)
-            seconds = time.perf_counter() - started
-            others = [*instances(arch), *published(target)]
-            compiled = aot.compile_kernels(others, jobs=jobs, strict=False)
-        named = [(sized(program, name), k) for name, k in zip(program.table.entries, of_program, strict=True)]
-        named += [(k.instance, k) for k in compiled]
-        rows = [
-            (*facts_of(k), f"{k.seconds:.2f}", f"{predicted_us(i, target):.1f}", "; ".join(k.problems()) or "ok")
-            for i, k in named
-        ]
-        head = ("kernel", "instruction", "tile", "registers", "spill bytes", "shared bytes", "compile s",
-                "PREDICTED us", "checks")  # fmt: skip
-        cached = sum(k.cached for k in of_program)
-        print(
-            f"\n{arch}: {len(of_program)} kernels of four DeepSeek-V3 layers, both phases, in {seconds:.1f} s "
-            f"({cached} from the cache), and {len(compiled)} others; predicted for {target.name}"
-        )
-        print(table(head, rows))
-        steps = {batch: predicted_step(target, batch) for batch in BATCHES}
-        print("decode of 4 DeepSeek-V3 layers, context 4096, PREDICTED: " + ", ".join(
-            f"batch {batch} {us / 1e3:.2f} ms ({count} launches)" for batch, (us, count) in steps.items()
-        ))  # fmt: skip
-        left_out = sorted(s.name for s in registry().values() if arch not in s.tiles)
-        print(f"not on {arch}: {', '.join(left_out) or 'none'}")
-        result[arch] = {
-            "seconds": seconds,
-            "predicted_decode_us": {str(batch): us for batch, (us, _) in steps.items()},
-            "kernels": [{**k.record(), "compile_s": k.seconds, "predicted_us": predicted_us(i, target),
-                         "problems": k.problems()} for i, k in named],
-        }  # fmt: skip
-    return result
-
-
-def facts_of(k: aot.Compiled) -> tuple[str, ...]:
-    """Name, instruction, tile and what the compiler tells of a kernel."""
-    tile = k.instance.tile
-    blocks = " ".join(f"{n}={v}" for n, v in tile.constants.items() if n != "GROUP_M")
-    spilled = f"{k.facts['spill_stores']}{' listed' if k.spills_listed else ''}"
-    return (
-        k.instance.name, k.facts["tensor_instruction"] or "-", f"{blocks} {tile.num_warps}w {tile.num_stages}s".strip(),
-        str(k.facts["registers"]), spilled, str(k.facts["shared_bytes"]),
-    )  # fmt: skip
-
-
-@contextlib.contextmanager
-def cache_in(folder: str | None) -> Iterator[None]:
-    """Compiled kernels are kept in `folder` meanwhile."""
-    before = os.environ.get("MOEC_CACHE_DIR")
-    if folder is not None:
-        os.environ["MOEC_CACHE_DIR"] = folder
-    yield
-    if folder is not None:
-        os.environ.pop("MOEC_CACHE_DIR")
-        os.environ.update({} if before is None else {"MOEC_CACHE_DIR": before})
 
 
 def this_arch() -> str:
@@ -368,18 +289,6 @@ def run_layer(session: Session) -> None:
     with_folder(work)
 
 
-def measured_table(rows: Sequence[Row]) -> str:
-    """Times and rates."""
-    return table(
-        ("kernel", "sizes", "us", "TFLOP/s", "GB/s", "beside (us)"),
-        [
-            (r.kernel, r.sizes, f"{r.microseconds:.1f}", f"{r.tflops:.1f}", f"{r.gbytes_per_s:.0f}",
-             ", ".join(f"{n} {t:.1f}" for n, t in r.peers.items()))
-            for r in rows
-        ],
-    )  # fmt: skip
-
-
 def run_on_gpu(out: Path, stages: Sequence[str], minutes: float, jobs: int) -> int:
     """The stages in order; one that breaks is told, and the next runs. The exit code is 1 when something failed."""
     session = Session(out, this_arch(), jobs, time.monotonic() + 60 * minutes, {"measured": True})
@@ -399,14 +308,6 @@ def run_on_gpu(out: Path, stages: Sequence[str], minutes: float, jobs: int) -> i
     return 1 if session.result["failed"] else 0
 
 
-def save(out: Path, result: dict[str, Any], text: str = "") -> None:
-    """The JSON, and the table beside it."""
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    if text:
-        out.with_suffix(".txt").write_text(text + "\n")
-    print(f"saved {out}", file=sys.stderr)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="compile and predict; needs no GPU")
@@ -421,7 +322,8 @@ def main() -> int:
         if options.dry_run:
             result = dry_run(options.arch or list(ARCHITECTURES), options.cold, options.jobs)
             if options.out:
-                save(options.out, result)
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
+                print(f"saved {options.out}", file=sys.stderr)
             return 0
         out = options.out or Path("gpu-results.json")
         return run_on_gpu(out, options.only or STAGES, options.minutes, options.jobs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from moec.runtime.distributed.monitor import Monitor
 from moec.runtime.distributed.world import World
 
@@ -10,14 +12,15 @@ NOTHING, DECODE, PREFILL = range(3)
 of so many more pieces."""
 
 
-class Meeting:
-    """An engine's side of the agreement. `idle(phase)` takes part in a call with no token."""
+class Meeting(ABC):
+    """An engine's side of the agreement."""
 
     world: World
     monitor: Monitor
 
+    @abstractmethod
     def idle(self, phase: int) -> None:
-        raise NotImplementedError
+        """Take part in a call with no token."""
 
     def drain(self) -> None:
         """Take part in the others' calls until no rank has anything to do."""
