@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,9 +88,3 @@ def replicas_of(module: Module, layer: int, experts: int, slots: int) -> Replica
         raise ValueError(f"the placement of layer {layer} must list the experts of {slots} slots")
     given = shares[layer] if isinstance(shares, tuple) else None
     return Replicas(row, experts, given)  # type: ignore[arg-type]
-
-
-def missing_expert(experts_of: Sequence[int], experts: int) -> int | None:
-    """The first expert that no slot holds; None when every one is placed."""
-    held = set(experts_of)
-    return next((e for e in range(experts) if e not in held), None)

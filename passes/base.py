@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from moec.errors import InputError
-from moec.ir import Function, Location, Module, Op, Value, WeightRef
+from moec.ir import Function, Location, Module, Op, Value
 from moec.ir.module import Attribute, Operand
 from moec.ir.optable import OPS, infer
 from moec.targets import Target
@@ -109,8 +109,3 @@ class Edit:
     def location(self, loc: Location | None) -> Location | None:
         """`loc` with this pass behind it."""
         return loc.through(self.pass_name) if loc else None
-
-
-def weights_of(op: Op) -> list[WeightRef]:
-    """The weights that an op uses."""
-    return [o for o in op.operands if isinstance(o, WeightRef)]

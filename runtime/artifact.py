@@ -110,11 +110,6 @@ def read_program(path: str | Path) -> tuple[Path, str]:
     return file, file.read_text(encoding="utf-8")
 
 
-def rank_count(path: str | Path) -> int:
-    """Processes that run the artifact at `path`; 1 when it has no weights. Raises as `open_artifact`."""
-    return max(1, len(_weight_files(read_manifest(path))))
-
-
 def _weight_files(manifest: Manifest) -> list[str]:
     return [name for name in manifest.files if name.startswith("weights/") and name.endswith(".safetensors")]
 

@@ -1,10 +1,9 @@
-"""Element-wise, gather and argmax kernels over fp32 rows of static stride.
+"""Element-wise and gather kernels over fp32 rows of static stride.
 
 add(a, b, y, tokens)              y = a + b                                 y may be a or b
 scale(x, y, tokens)               y = factor * x                            y may be x
 swiglu(x, y, tokens)              x[t, 2I] = (gate | up), y[t, I] = gate * sigmoid(gate) * up
 gather_rows(x, rows, y, count)    y[r] = x[rows[r]], rows i32[count]
-argmax(x, ids, tokens)            ids i32[tokens]: position of the first largest element of each row
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.tvm.tir import Kernel, Machine, const, kernel_body
+from moec.codegen.tvm.tir import Kernel, Machine, kernel_body
 from moec.codegen.tvm.vector import (
     allow_alias,
-    argmax_row,
     exp,
     fill,
     foreach,
@@ -81,15 +79,6 @@ class GatherRowsSpec:
     max_rows: int
     ldx: int
     ldy: int
-
-
-@dataclass(frozen=True)
-class ArgmaxSpec:
-    """Rows of `width` elements."""
-
-    width: int
-    max_tokens: int
-    ldx: int
 
 
 def build_add(spec: AddSpec, machine: Machine) -> Kernel:
@@ -184,18 +173,4 @@ def build_gather_rows(spec: GatherRowsSpec, machine: Machine) -> Kernel:
             foreach(spec.width, machine.lanes, lambda i, width: store(y, load(x, x0 + i, width), y0 + i, width))
 
         parallel_rows(machine, count, spec.max_rows, spec.width, copy_row)
-    return kernel
-
-
-def build_argmax(spec: ArgmaxSpec, machine: Machine) -> Kernel:
-    """argmax(x, ids, tokens); a row without any number above -infinity gives 0."""
-    kernel = new_kernel("argmax", spec)
-    params = [*pointers("x"), *pointers("ids", dtype="int32"), *scalars("tokens")]
-    with kernel_body(kernel, params) as (x, ids, tokens):
-
-        def find(t: Any) -> None:
-            _, position = argmax_row(x, row(t, spec.ldx), spec.width, machine.lanes)
-            T.buffer_store(ids, T.Select(position < const(spec.width), position, const(0)), [t])
-
-        parallel_rows(machine, tokens, spec.max_tokens, spec.width, find)
     return kernel

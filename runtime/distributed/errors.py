@@ -5,14 +5,6 @@ from __future__ import annotations
 from moec.errors import InputError, MoecError
 
 
-class NeedsTorchrun(InputError):
-    """A sharded artifact in a single process."""
-
-    template = (
-        "{path} is split over {ranks} ranks: start it with torchrun --nproc-per-node {ranks} -m moec run {path} ..."
-    )
-
-
 class WrongRankCount(InputError):
     """Another number of processes than the artifact's ranks."""
 

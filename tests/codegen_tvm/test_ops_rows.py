@@ -9,12 +9,10 @@ from ops_runner import SERIAL, ints, normal, run
 from moec.codegen.tvm.cache import CacheLayout
 from moec.codegen.tvm.elementwise import (
     AddSpec,
-    ArgmaxSpec,
     GatherRowsSpec,
     ScaleSpec,
     SwigluSpec,
     build_add,
-    build_argmax,
     build_gather_rows,
     build_scale,
     build_swiglu,
@@ -107,24 +105,6 @@ def test_gather_rows() -> None:
     x, rows, y = normal(10, 37), ints([3, 3, 0, 9, 5]), torch.empty(5, 37)
     run(build_gather_rows, GatherRowsSpec(37, 16, 37, 37), x, rows, y, 5)
     assert torch.equal(y, x[rows.long()])
-
-
-@pytest.mark.parametrize("width", [1, 6, 8, 100, 32000])
-def test_argmax(width: int) -> None:
-    x, ids = normal(9, width), torch.empty(9, dtype=torch.int32)
-    run(build_argmax, ArgmaxSpec(width, 16, width), x, ids, 9)
-    assert torch.equal(ids.long(), x.argmax(dim=-1))
-
-
-def test_argmax_takes_the_first_of_equals_and_survives_nan() -> None:
-    x = torch.zeros(5, 43)
-    x[1, [40, 17, 25]] = 3.0
-    x[2, 42] = 1.0
-    x[3] = float("nan")
-    x[4] = float("-inf")
-    ids = torch.empty(5, dtype=torch.int32)
-    run(build_argmax, ArgmaxSpec(43, 8, 43), x, ids, 5)
-    assert ids.tolist() == [0, 17, 42, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

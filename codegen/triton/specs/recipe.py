@@ -88,29 +88,9 @@ def quantise_1x128(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
     return (x.float() / spread(scale, x.shape[-1])).to(torch.float8_e4m3fn), scale
 
 
-def quantise_128x128(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 w[..., N, K] -> E4M3 values and scales [..., ceil(N/128), ceil(K/128)]."""
-    import torch
-
-    rows = padded(w).abs().amax(-1).transpose(-1, -2)
-    scale = scale_of(padded(rows).amax(-1).transpose(-1, -2))
-    full = block_scale(scale, w)
-    return (w / full).to(torch.float8_e4m3fn).contiguous(), scale.contiguous()
-
-
-def block_scale(scale: Tensor, w: Tensor) -> Tensor:
-    """The 128x128 scales at the shape of w[..., N, K]."""
-    return spread(scale.repeat_interleave(128, -2)[..., : w.shape[-2], :], w.shape[-1])
-
-
 def wide(q: Tensor, scale: Tensor) -> Tensor:
     """Float64 values of 1x128-quantised `q`."""
     return q.double() * spread(scale.double(), q.shape[-1])
-
-
-def wide_blocks(q: Tensor, scale: Tensor) -> Tensor:
-    """Float64 values of 128x128-quantised `q`."""
-    return q.double() * block_scale(scale.double(), q)
 
 
 def exponents(scale: Tensor) -> Tensor:
