@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import shutil
 import tempfile
 
 import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("MOEC_CACHE_DIR", tempfile.mkdtemp(prefix="moec-test-cache-"))
+if "MOEC_CACHE_DIR" not in os.environ:  # the workers of a run inherit the folder of the process that made it
+    os.environ["MOEC_CACHE_DIR"] = tempfile.mkdtemp(prefix="moec-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["MOEC_CACHE_DIR"], ignore_errors=True)
 
 # A red run in CI must be reproducible; at a desk each run looks somewhere else. Shared machines stall: no deadlines.
 settings.register_profile("desk", deadline=None)
