@@ -34,8 +34,8 @@ def tensor_map(meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compile_request(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Facts and files (binary, assembly) of one kernel, by Triton with no GPU present."""
+def built(request: dict[str, Any]) -> Any:
+    """Triton's compiled kernel of a request, with no GPU present."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -52,11 +52,16 @@ def compile_request(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     options = {"num_warps": request["num_warps"], "num_stages": request["num_stages"], "enable_fp_fusion": True}
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
+    return triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
+
+
+def compile_request(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Facts and files (binary, assembly) of one kernel."""
+    arch = architecture(request["arch"])
     report = io.StringIO()
     started = time.perf_counter()
     with contextlib.redirect_stdout(report):
-        source = ASTSource(function, signature, constants, attributes)
-        compiled = triton.compile(source, target=target, options=options)
+        compiled = built(request)
     seconds = time.perf_counter() - started
     meta = compiled.metadata
     assembly = compiled.asm["ptx" if arch.nvidia else "amdgcn"]

@@ -198,6 +198,20 @@ def bind(instance: Instance, arguments: dict[str, Any]) -> dict[str, Any]:
     return bound
 
 
+def matrices(instance: Instance, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The run-time arguments as our own loader takes them."""
+    from moec.runtime.cuda.arguments import Matrix
+
+    found = {}
+    for name, kind in instance.signature.items():
+        value = arguments[name]
+        if kind.startswith("tensordesc"):
+            value = value.view(-1, value.shape[-1])
+            value = Matrix(value.data_ptr(), tuple(value.shape), tuple(value.stride()))
+        found[name] = value
+    return found
+
+
 def launch(instance: Instance, arguments: dict[str, Any]) -> None:
     """Runs the kernel through Triton: on a GPU, or in the interpreter when TRITON_INTERPRET=1."""
     options = {"num_warps": instance.tile.num_warps, "num_stages": instance.tile.num_stages}

@@ -30,7 +30,8 @@ RANGES = {
     "i64": (-(2**63), 2**63 - 1), "u8": (0, 2**8 - 1), "u32": (0, 2**32 - 1), "u64": (0, 2**64 - 1),
 }  # fmt: skip
 MAP_BYTES = 128
-MAP_ALIGNMENT = 64
+MAP_ALIGNMENT = 128
+"""As CUDA 13's cuda.h declares CUtensorMap; CUDA 12 asked for 64."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Matrix:
 
 
 class AlignedBytes:
-    """Host memory at a multiple of 64 bytes, as the driver wants tensor maps."""
+    """Host memory aligned as the driver wants tensor maps."""
 
     def __init__(self, size: int = MAP_BYTES) -> None:
         self.backing = ctypes.create_string_buffer(size + MAP_ALIGNMENT)

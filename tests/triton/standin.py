@@ -1,7 +1,8 @@
 """A stand-in for the CUDA driver library: device memory is host memory, and a launch runs in Triton's interpreter.
 
 What a program asks of the driver is done in order with the very bytes that a device would get: packed parameters,
-addresses in the arena, captured graphs. Wrong addresses are refused: every pointer must lie in an allocation.
+addresses in the arena, captured graphs. Wrong addresses are refused: every pointer must lie in an allocation; so is
+what a capture does not allow (`capture.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from capture import Captures
 
 from moec.codegen.triton.problem import element_type
 from moec.codegen.triton.spec import load_function
@@ -33,7 +35,7 @@ class StandIn:
         self.blocks: dict[int, Any] = {}
         self.modules: list[Any] = []
         self.graphs: list[list[Callable[[], object]]] = []
-        self.capturing: list[Callable[[], object]] | None = None
+        self.captures = Captures()
         self.launches: list[str] = []
         self.replays, self.handles = 0, 0
         self.order: list[tuple[str, int, int]] = []
@@ -82,7 +84,7 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("cu") and name in {
             "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuFuncSetAttribute",
-            "cuStreamSynchronize", "cuGraphDestroy",
+            "cuGraphDestroy",
         }:  # fmt: skip
             return lambda *arguments: 0
         raise AttributeError(name)
@@ -96,20 +98,25 @@ class StandIn:
 
     cuEventCreate = cuStreamCreate
 
+    def cuStreamSynchronize(self, stream: Any) -> int:
+        return self.captures.synchronise(stream.value)
+
     def cuEventRecord(self, event: Any, stream: Any) -> int:
         self.order.append(("record", event.value, stream.value))
-        return 0
+        return self.captures.record(event.value, stream.value)
 
     def cuStreamWaitEvent(self, stream: Any, event: Any, flags: Any) -> int:
         assert any(kind == "record" and e == event.value for kind, e, _ in self.order), "an event that never happens"
         self.order.append(("wait", event.value, stream.value))
-        return 0
+        return self.captures.wait(stream.value, event.value)
 
     # -- memory
 
     def cuMemAlloc_v2(self, out: Any, size: Any) -> int:
         if size.value > self.free:
             return 2
+        if refused := self.captures.unsafe():
+            return refused
         self.free -= size.value
         block = ctypes.create_string_buffer(b"\x7f" * size.value, size.value + 256)
         address = -(-ctypes.addressof(block) // 256) * 256
@@ -130,17 +137,16 @@ class StandIn:
                 return address
         raise AssertionError(f"{size} bytes at {address:#x} are in no allocation")
 
-    def do(self, action: Callable[[], object]) -> int:
-        """Done at once, or noted while a graph is captured."""
-        if self.capturing is not None:
-            self.capturing.append(action)
-        else:
-            action()
+    def do(self, stream: Any, action: Callable[[], object]) -> int:
+        """Done at once, or noted where the stream is being captured."""
+        if self.captures.note(stream.value, action):
+            return 0
+        action()
         return 0
 
     def cuMemcpyHtoDAsync_v2(self, to: Any, source: Any, size: Any, stream: Any) -> int:
         at = self.inside(to.value, size.value)
-        return self.do(lambda: ctypes.memmove(at, source.value, size.value))
+        return self.do(stream, lambda: ctypes.memmove(at, source.value, size.value))
 
     def cuMemcpyDtoHAsync_v2(self, to: Any, source: Any, size: Any, stream: Any) -> int:
         at = self.inside(source.value, size.value)
@@ -149,28 +155,27 @@ class StandIn:
             self.downloads.append(size.value)
             ctypes.memmove(to.value, at, size.value)
 
-        return self.do(copy)
+        return self.do(stream, copy)
 
     def cuMemcpyDtoDAsync_v2(self, to: Any, source: Any, size: Any, stream: Any) -> int:
         a, b = self.inside(to.value, size.value), self.inside(source.value, size.value)
-        return self.do(lambda: ctypes.memmove(a, b, size.value))
+        return self.do(stream, lambda: ctypes.memmove(a, b, size.value))
 
     def cuMemsetD8Async(self, to: Any, value: Any, size: Any, stream: Any) -> int:
         at = self.inside(to.value, size.value)
-        return self.do(lambda: ctypes.memset(at, value.value, size.value))
+        return self.do(stream, lambda: ctypes.memset(at, value.value, size.value))
 
     # -- graphs
 
     def cuStreamBeginCapture_v2(self, stream: Any, mode: Any) -> int:
-        self.capturing = []
-        return 0
+        assert mode.value == 1, "other threads may do what a capture of this one must not"
+        return self.captures.begin(stream.value)
 
     def cuStreamEndCapture(self, stream: Any, out: Any) -> int:
-        assert self.capturing is not None
-        self.graphs.append(self.capturing)
-        self.capturing = None
+        status, noted = self.captures.end(stream.value)
+        self.graphs.append(noted)
         out._obj.value = len(self.graphs)
-        return 0
+        return status
 
     def cuGraphInstantiateWithFlags(self, out: Any, graph: Any, flags: Any) -> int:
         out._obj.value = graph.value
@@ -178,6 +183,7 @@ class StandIn:
 
     def cuGraphLaunch(self, graph: Any, stream: Any) -> int:
         self.replays += 1
+        assert not self.captures.note(stream.value, lambda: None), "a graph is replayed inside a capture"
         for action in self.graphs[graph.value - 1]:
             action()
         return 0
@@ -217,7 +223,7 @@ class StandIn:
                 scalar: Any = SCALARS[kind].from_address(address)
                 arguments[name] = scalar.value
         assert len(list(addresses)) == 2, "two scratch pointers end the parameters"
-        return self.do(lambda: self.launch(record, (x, y, z), arguments))
+        return self.do(stream, lambda: self.launch(record, (x, y, z), arguments))
 
     def cuTensorMapEncodeTiled(
         self, out: Any, data_type: int, rank: Any, address: Any, sizes: Any, strides: Any, box: Any, steps: Any,
@@ -225,7 +231,7 @@ class StandIn:
     ) -> int:  # fmt: skip
         """Notes what the map describes in its bytes; refuses what the driver's reference refuses of a matrix."""
         fits = rank.value == 2 and all(1 <= n < 1 << 32 for n in sizes) and all(1 <= n <= 256 for n in box)
-        if not fits or address.value % 16 or strides[0] % 16 or out.value % 64:
+        if not fits or address.value % 16 or strides[0] % 16 or out.value % 128:
             return 1
         self.inside(address.value, (sizes[1] - 1) * strides[0] + 1)
         noted = (ctypes.c_uint64 * 6)(address.value, sizes[1], sizes[0], strides[0], box[1], box[0])

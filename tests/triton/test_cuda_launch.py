@@ -97,7 +97,7 @@ def test_packing_follows_the_signature() -> None:
 
 
 def test_packing_a_descriptor() -> None:
-    """A 64-byte aligned map of 128 bytes, then sizes as i32 and strides as i64."""
+    """A 128-byte aligned map of 128 bytes, then sizes as i32 and strides as i64."""
     made: list[tuple[Any, Matrix]] = []
 
     def encode(meta: Any, matrix: Matrix) -> AlignedBytes:
@@ -108,7 +108,7 @@ def test_packing_a_descriptor() -> None:
     kinds = [["a_desc", "tensordesc<fp8e4nv[64, 128]>", False], ["M", "i32", False]]
     packed = pack("k", kinds, [{"box": [64, 128]}], {"a_desc": matrix, "M": 300}, encode)
     assert made == [({"box": [64, 128]}, matrix)]
-    assert packed.addresses[0] % 64 == 0
+    assert packed.addresses[0] % 128 == 0
     forms = ("i", "i", "q", "q", "i", "Q", "Q")
     assert [at(a, f) for a, f in zip(packed.addresses[1:], forms, strict=True)] == [300, 7168, 7168, 1, 300, 0, 0]
 
