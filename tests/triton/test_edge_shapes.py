@@ -2,10 +2,12 @@
 
 Generated kernels need no list: each is run at one token, a ragged block and several, and with every load of experts
 (`test_generated_kernels.py`), on operands that hold rows of zeros, outliers and subnormals.
+`python tests/triton/test_edge_shapes.py` prints the table of kernels by edges.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from moec.codegen.triton.problem import make
 from moec.codegen.triton.spec import KernelSpec, registry
+from moec.codegen.triton.specs.routing import router
 
 TINY = {torch.float32: 1.17e-38, torch.bfloat16: 1.17e-38, torch.float8_e4m3fn: 1.55e-2}
 """Smallest normal numbers."""
@@ -26,7 +29,7 @@ def wanted(spec: KernelSpec) -> set[str]:
         edges |= {"length 1", "length 4097", "ragged lengths"}
     if "count_ptr" in names:
         edges |= {"an empty expert", "all to one expert"}
-    if numbers & {"cache_ptr", "latent_ptr", "kv_ptr", "key_ptr", "x_ptr"}:
+    if numbers & {"cache_ptr", "latent_ptr", "kv_ptr", "key_ptr", "x_ptr", "logit_ptr"}:
         edges |= {"zeros", "subnormals"}
     return edges
 
@@ -64,9 +67,14 @@ def reached(arguments: dict[str, Any]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("spec", registry().values(), ids=lambda s: s.name)
-def test_edges_are_reached(spec: KernelSpec) -> None:
-    arch, found = next(iter(spec.tiles)), set()
+ROUTERS = {s.name: s for s in (router(*flags) for flags in itertools.product((True, False), repeat=4))}
+"""Of gates with other attributes: declared when a program asks for one."""
+KERNELS = {**registry(), **ROUTERS}
+
+
+def edges_of(spec: KernelSpec) -> set[str]:
+    """All edges that the cases of a kernel reach."""
+    arch, found = next(iter(spec.tiles)), set[str]()
     for case in spec.cases:
         problem = make(spec, case, arch)
         arguments = spec.build(problem)
@@ -81,4 +89,28 @@ def test_edges_are_reached(spec: KernelSpec) -> None:
                 found |= {"an empty expert"} if bool((count == 0).any()) else set()
                 tokens = problem.instance.dims["T"]
                 found |= {"all to one expert"} if int(count.max()) == tokens and tokens > 1 else set()
+    return found
+
+
+@pytest.mark.parametrize("spec", KERNELS.values(), ids=lambda s: s.name)
+def test_edges_are_reached(spec: KernelSpec) -> None:
+    found = edges_of(spec)
     assert not wanted(spec) - found, f"no case of {spec.name} has {', '.join(sorted(wanted(spec) - found))}"
+
+
+EDGES = ("one row", "an empty expert", "all to one expert", "ragged lengths", "length 1", "length 4097", "zeros",
+         "subnormals")  # fmt: skip
+
+
+def table() -> str:
+    """Markdown: kernels by edges; x where a case reaches it, a dash where the kernel has no such argument."""
+    lines = [f"| kernel | cases | {' | '.join(EDGES)} |", "|" + "---|" * (2 + len(EDGES))]
+    for spec in KERNELS.values():
+        found, asked = edges_of(spec), wanted(spec)
+        cells = ["x" if edge in found else "MISSING" if edge in asked else "-" for edge in EDGES]
+        lines.append(f"| {spec.name} | {len(spec.cases)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

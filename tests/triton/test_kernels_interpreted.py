@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -26,3 +27,11 @@ def test_kernel(interpreter: Any, spec: KernelSpec, case: Case, shape: str) -> N
     worst = interpreter("run_case", spec=spec.name, case=case.name, arch="sm_90a", shape=shape)
     assert worst, "the reference names no result"
     assert all(share <= 1.0 for share in worst.values()), worst
+
+
+@pytest.mark.parametrize("flags", itertools.product((True, False), repeat=4), ids=lambda f: "".join("ny"[x] for x in f))
+def test_routers_of_other_gates(interpreter: Any, flags: tuple[bool, ...]) -> None:
+    """Softmax or not, with a bias, groups scored by pairs, normalised: what a program declares when it asks for one."""
+    found = interpreter("router_error", flags=list(flags))
+    assert len(found) == 3
+    assert all(worst and max(worst.values()) <= 1.0 for worst in found.values()), found

@@ -23,6 +23,7 @@ from whole_models import drafts_found, draws_found, prompts_error
 
 from moec.codegen.triton.problem import check, make
 from moec.codegen.triton.spec import kernel
+from moec.codegen.triton.specs.routing import router
 
 
 def run_case(spec: str, case: str, arch: str, shape: str, seed: int = 0) -> dict[str, float]:
@@ -30,6 +31,12 @@ def run_case(spec: str, case: str, arch: str, shape: str, seed: int = 0) -> dict
     chosen = kernel(spec)
     found = next(c for c in chosen.cases if c.name == case)
     return check(make(chosen, found, arch, shape, seed))
+
+
+def router_error(flags: list[bool]) -> dict[str, dict[str, float]]:
+    """The same of every case of the router that gates of these attributes get."""
+    spec = router(*flags)
+    return {case.name: check(make(spec, case, "sm_90a")) for case in spec.cases}
 
 
 def cast_bits(bits: list[int], source: str, target: str) -> list[int]:
@@ -60,6 +67,7 @@ CALLS = {
     f.__name__: f
     for f in (
         run_case,
+        router_error,
         cast_bits,
         product_error,
         repairs,

@@ -17,12 +17,24 @@ if TYPE_CHECKING:
 FLOAT = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
 
 
+FLAT = Case("zeros, subnormals and equal scores", {"T": 6, "FLAT": 1})
+
+
+def flatten(logits: Tensor) -> None:
+    """Rows of zeros, of subnormal numbers and of few different ones: many equal scores."""
+    logits[0] = 0.0
+    logits[1] *= 1e-40
+    logits[2:] = logits[2:].round()
+
+
 def build_route(p: Problem) -> dict[str, Any]:
     import torch
 
     logits = p.normal(p.T, p.E)
     if p.instance.dims.get("ONE_EXPERT"):
         logits[:, 5] += 40.0
+    if p.instance.dims.get("FLAT"):
+        flatten(logits)
     x = {"logit_ptr": p.put("logit_ptr", logits)}
     if p.BIAS:
         bias = p.normal(p.E, scale=0.1)
@@ -36,8 +48,11 @@ def build_route(p: Problem) -> dict[str, Any]:
 
 
 def reference_route(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
-    """Group-limited top-k with torch.topk, in float64."""
+    """Group-limited top-k by sorting, in float64; of equal scores the first."""
     import torch
+
+    def best(x: Tensor, k: int) -> Tensor:
+        return torch.sort(x, dim=-1, descending=True, stable=True).indices[..., :k]
 
     logits = x["logit_ptr"].double()
     score = logits.softmax(-1) if p.SOFTMAX else logits.sigmoid()
@@ -45,9 +60,9 @@ def reference_route(p: Problem, x: dict[str, Any]) -> dict[str, Expected]:
     if p.TOP_GROUPS < p.NG:
         groups = choice.view(p.T, p.NG, -1)
         group_score = groups.topk(2, -1).values.sum(-1) if p.PAIR_SCORE else groups.amax(-1)
-        kept = torch.zeros(p.T, p.NG, dtype=torch.bool).scatter_(1, group_score.topk(p.TOP_GROUPS, -1).indices, True)
+        kept = torch.zeros(p.T, p.NG, dtype=torch.bool).scatter_(1, best(group_score, p.TOP_GROUPS), True)
         choice = groups.masked_fill(~kept[..., None], -torch.inf).flatten(1)
-    index = choice.topk(p.TOP_K, -1).indices
+    index = best(choice, p.TOP_K)
     weight = score.gather(1, index)
     if p.NORMALISE:
         weight = weight / weight.sum(-1, keepdim=True)
@@ -99,6 +114,8 @@ def build_sparsemixer(p: Problem) -> dict[str, Any]:
     logits = 1.0 + 0.02 * p.normal(p.T, p.E)
     if p.instance.dims.get("ONE_EXPERT"):
         logits[:, 5] += 5.0
+    if p.instance.dims.get("FLAT"):
+        flatten(logits)
     return {
         "logit_ptr": p.put("logit_ptr", logits),
         "index_ptr": p.output("index_ptr", p.T, p.TOP_K), "weight_ptr": p.output("weight_ptr", p.T, p.TOP_K),
@@ -153,6 +170,7 @@ SPARSEMIXER = KernelSpec(
         Case("21 tokens", {"T": 21}),
         Case("one token, three of six, normalised", {"T": 1, "E": 6, "TOP_K": 3, "NORMALISE": 1}),
         Case("all tokens to one expert", {"T": 9, "ONE_EXPERT": 1}),
+        FLAT,
     ),
     flops="T*E*TOP_K*6",
     bytes="T*(4*E + 8*TOP_K) + 8*E",
@@ -355,9 +373,13 @@ def router(softmax: bool, bias: bool, pairs: bool, normalise: bool) -> KernelSpe
     parts = ["softmax" if softmax else "sigmoid", "bias" * bias, "pairs" * (pairs and not bias)]
     parts += ["normalised" * (normalise and not bias), "raw" * (bias and not normalise), "best" * (bias and not pairs)]
     name = "_".join(["route", *filter(None, parts)])
-    return route(name, "Scores, choice and counts", V3, bias, softmax, normalise, (), pairs)
+    return route(name, "Scores, choice and counts", V3, bias, softmax, normalise, ROUTER_CASES, pairs)
 
 
+ROUTER_CASES = tuple(
+    Case(case.name, {"E": 24, "NG": 4, "TOP_GROUPS": 2, "TOP_K": 3, **case.dims})
+    for case in (Case("one token", {"T": 1}), Case("all tokens to one expert", {"T": 9, "ONE_EXPERT": 1}), FLAT)
+)
 V3 = {"T": 128, "E": 256, "NG": 8, "TOP_GROUPS": 4, "TOP_K": 8}
 SPECS = (
     route(
@@ -367,6 +389,7 @@ SPECS = (
             Case("21 tokens", {"T": 21}),
             Case("one token", {"T": 1}),
             Case("all tokens to one expert", {"T": 9, "ONE_EXPERT": 1}),
+            FLAT,
             Case("384 experts, one group", {"T": 6, "E": 384, "NG": 1, "TOP_GROUPS": 1}),
             Case("64 experts, top 6", {"T": 5, "E": 64, "NG": 1, "TOP_GROUPS": 1, "TOP_K": 6}),
         ),
@@ -379,6 +402,7 @@ SPECS = (
             Case("64 experts, one group", {"T": 3, "E": 64, "NG": 1, "TOP_GROUPS": 1}),
             Case("one token", {"T": 1}),
             Case("all tokens to one expert", {"T": 9, "ONE_EXPERT": 1}),
+            FLAT,
         ),
     ),
     route(
@@ -388,6 +412,7 @@ SPECS = (
             Case("7 tokens", {"T": 7}),
             Case("one token", {"T": 1}),
             Case("all tokens to one expert", {"T": 9, "ONE_EXPERT": 1}),
+            FLAT,
         ),
     ),
     SPARSEMIXER,

@@ -14,18 +14,20 @@ def no_constants(dims: Dims) -> dict[str, Constant]:
 
 
 def build(p: Problem) -> dict[str, Any]:
-    """Rows of all kinds: greedy, whole, nucleus, top-k, both, min-p; with TIES few different logits."""
+    """Rows of all kinds: greedy, whole, nucleus, top-k, both, min-p. TIES: few different logits; 2: tiny ones."""
     import torch
 
     logits = p.normal(p.T, p.V, scale=2.0)
     if p.TIES:
         logits = logits.round()
     rows = torch.arange(p.T)
-    if p.T > 1:
+    if p.TIES == 2:
+        logits[::2], logits[1::2] = 0.0, 1e-40 * logits[1::2]
+    elif p.T > 1:
         logits[1, :-1] = float("-inf")
     return {
         "logit_ptr": p.put("logit_ptr", logits),
-        "temperature_ptr": torch.where(rows % 7 < 2, 0.0, 0.5 + p.uniform(p.T)),
+        "temperature_ptr": torch.where(rows % 7 < 2, 0.0, 0.5 + p.uniform(p.T).cpu()),
         "top_k_ptr": torch.tensor([0, 5, 0, 0, 20, 40, 0])[rows % 7].to(torch.int32),
         "top_p_ptr": torch.tensor([1.0, 0.5, 1.0, 0.9, 1.0, 0.8, 0.97])[rows % 7],
         "min_p_ptr": torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.05])[rows % 7],
@@ -91,6 +93,7 @@ DRAW = KernelSpec(
     cases=(
         Case("21 rows of 5000", {"T": 21, "V": 5000}),
         Case("14 rows with equals", {"T": 14, "V": 300, "TIES": 1}),
+        Case("zeros and subnormals", {"T": 14, "V": 300, "TIES": 2}),
         Case("one row of 60", {"T": 1, "V": 60}),
     ),
     flops="T*V*35",
