@@ -2,10 +2,12 @@
 
 With a GPU (Triton and torch, no TVM), in stages (`--only`): every kernel, those generated for a program among them, is
 compiled ahead of time, launched from its packed binary and checked against its reference; the launches of a four-layer
-DeepSeek-V3's step are timed one by one and as a CUDA graph; single kernels at published shapes and a layer's experts
-are timed beside torch. Times are medians from CUDA events, level-2 cache flushed. The JSON is saved after every row,
-so that a run that is cut short keeps what it has. The dry run compiles every kernel for every architecture and prints
-what the compiler says of it, with times PREDICTED from the data sheet's rates: only compile seconds are measured there.
+DeepSeek-V3's step are timed one by one and as a CUDA graph; other tiles of its kernels are measured and kept where they
+win, and the step again; single kernels at published shapes and a layer's experts are timed beside torch. Times are
+medians from CUDA events, level-2 cache flushed. Each stage is a process, and what crashes or hangs loses one row
+(gpu_session.py); the JSON is saved after every row, and `--resume` goes on behind what a file holds. The dry run
+compiles every kernel for every architecture and prints what the compiler says of it, with times PREDICTED from the data
+sheet's rates: only compile seconds are measured there.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,7 +39,7 @@ from gpu_model import (
     experts_timer,
     logits_error,
     measured_launches,
-    measured_steps,
+    measured_step,
     predicted_step,
     program_for,
     run_once,
@@ -46,8 +48,10 @@ from gpu_model import (
 )
 from gpu_peers import compiled_experts
 from gpu_predict import predicted_us, sizes
-from gpu_tables import measured_table, table
+from gpu_session import SET_UP, Session, save, supervise, trying
+from gpu_tables import launch_table, measured_table
 from gpu_timing import Packed, Row, measure, timed_us, wanted
+from gpu_tune import tuned
 
 from moec.codegen.triton.arch import ARCHITECTURES, architecture
 from moec.codegen.triton.fused.check import symbols as symbols_of
@@ -96,40 +100,9 @@ def machine() -> dict[str, str]:
     }
 
 
-STAGES = ("checks", "program", "kernels", "layer")
-
-
-@dataclass
-class Session:
-    """What a run has found so far: saved after every row, so that a run that is cut short keeps what it has."""
-
-    out: Path
-    arch: str
-    jobs: int
-    ends: float
-    result: dict[str, Any]
-
-    def late(self) -> bool:
-        """Whether no new measurement is begun."""
-        return time.monotonic() > self.ends
-
-    def add(self, key: str, value: Any) -> None:
-        """Append to a list of the result and save."""
-        self.result.setdefault(key, []).append(value)
-        beside = self.out.with_suffix(".new")
-        beside.write_text(json.dumps(self.result, indent=1) + "\n")
-        beside.replace(self.out)
-
-
-def checked(problems: list[tuple[str, Problem]], jobs: int) -> Iterator[tuple[str, float, str]]:
-    """(name, worst error as a share of its bound, what went wrong) of each problem, run from its packed binary."""
-    packed = Packed([p.instance for _, p in problems], jobs)
-    for name, problem in problems:
-        try:
-            worst = max(check(problem, packed.run).values())
-            yield name, worst, "" if worst <= 1 else "outside its bound"
-        except Exception as error:
-            yield name, float("inf"), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+STAGES = ("checks", "program", "tune", "kernels", "layer")
+WORST_LOGIT = 0.06
+"""Of the standard deviation of a small model's logits, in BF16."""
 
 
 def generated_problems(target: Target) -> list[tuple[str, Problem]]:
@@ -168,66 +141,107 @@ def other_forms(instance: Instance) -> list[Instance]:
     return [replace(instance, tile=replace(tile, constants={**tile.constants, **form})) for form in forms]
 
 
+def declared_problems(arch: str) -> list[tuple[str, Problem]]:
+    """The cases of declared kernels, whole shapes first: a kernel's first case before any second one."""
+    found = []
+    for spec in registry().values():
+        for shape in spec.tiles.get(arch, {}):
+            cases = [case for case in spec.cases if not case.interpreted]
+            for number, case in enumerate(cases):
+                name = f"{spec.name}.{shape}, {case.name}"
+                found.append((number, name, partial(make, spec, case, arch, shape, device="cuda")))
+    return [(name, make_it()) for _, name, make_it in sorted(found, key=lambda f: f[0])]
+
+
 def run_checks(session: Session) -> None:
     """Every kernel against its reference, those of a program against the IR's own evaluation, and a whole model."""
-    problems = [
-        (f"{spec.name}.{shape}, {case.name}", make(spec, case, session.arch, shape, device="cuda"))
-        for spec in registry().values()
-        for shape in spec.tiles.get(session.arch, {})
-        for case in spec.cases
-        if not case.interpreted
-    ]
-    problems += generated_problems(load(target_here()))
-    failed = 0
-    for name, worst, reason in checked(problems, session.jobs):
-        failed += bool(reason)
-        session.add("checks", {"name": name, "worst": worst if worst < float("inf") else None, "reason": reason})
-        if reason:
-            print(f"  {name}: {reason} ({worst:.3g})", flush=True)
-    print(f"{len(problems) - failed} of {len(problems)} checks pass", flush=True)
-    worst = with_folder(logits_error)
-    session.add("logits", worst)
-    print(f"logits of a small model in BF16: worst error {worst:.3g} of their standard deviation", flush=True)
-    session.result["failed"] = failed + (worst > 0.06)
+    problems = [*generated_problems(load(target_here())), *declared_problems(session.arch)]
+    packed = Packed([p.instance for _, p in problems], session.jobs)
+    for _ in session.left([("logits of a small model", None)]):
+        with session.attempt("logits of a small model"):
+            worst = with_folder(logits_error)
+            session.add("logits", worst)
+            print(f"logits of a small model in BF16: worst error {worst:.3g} of their standard deviation", flush=True)
+            assert worst < WORST_LOGIT, f"outside {WORST_LOGIT}"
+    for name, problem in session.left(problems):
+        with session.attempt(name):
+            worst = max(check(problem, packed.run).values())
+            session.add("checks", {"name": name, "worst": worst if worst < float("inf") else None})
+            assert worst <= 1, f"{worst:.3g} of its bound"
+
+
+def flushed() -> tuple[Any, tuple[int, int]]:
+    """Memory larger than the level-2 cache: a tensor, and its address and bytes."""
+    import torch
+
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    return flush, (flush.data_ptr(), FLUSH_BYTES)
+
+
+def run_steps(session: Session, engine: Any, target: Target, label: str) -> None:
+    """Decode steps of the four-layer model as graphs."""
+    for name, batch in session.left([(f"{label} at batch {b}", b) for b in BATCHES]):
+        with session.attempt(name):
+            host, device = measured_step(engine, batch)
+            expected = predicted_step(target, batch)[0]
+            row = {"batch": batch, "host_us": host, "device_us": device, "predicted_us": expected}
+            session.add("steps", {"label": label, **row})
+            print(
+                f"{name}, 4 DeepSeek-V3 layers: {host / 1e3:.2f} ms a step, {device / 1e3:.2f} ms on the device, "
+                f"{expected / 1e3:.2f} ms PREDICTED", flush=True,
+            )  # fmt: skip
 
 
 def run_program(session: Session) -> None:
-    """The kernels that users get: every launch of a four-layer model's step, then the step as a graph."""
-    import torch
-
+    """The kernels that users get: the step of a four-layer model as a graph, then each of its launches."""
     target = load(target_here())
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    place = flush.data_ptr(), FLUSH_BYTES
 
     def work(folder: Path) -> None:
-        began = time.perf_counter()
         program, engine, _kept = engine_for(folder)
-        print(f"compiled and loaded in {time.perf_counter() - began:.0f} s", flush=True)
-        for batch, host, device in measured_steps(engine):
-            expected = predicted_step(target, batch)[0]
-            session.add("steps", {"batch": batch, "host_us": host, "device_us": device, "predicted_us": expected})
-            print(
-                f"decode of 4 DeepSeek-V3 layers, batch {batch}: {host / 1e3:.2f} ms a step, {device / 1e3:.2f} ms on "
-                f"the device, {expected / 1e3:.2f} ms PREDICTED", flush=True,
-            )  # fmt: skip
+        run_steps(session, engine, target, "decode")
+        _flush, place = flushed()
         idle = event_timer(engine, lambda stream: None, [place])
         session.add("empty_us", median(idle() for _ in range(REPEATS)))
-        print(f"an interval without a launch: {session.result['empty_us'][0]:.1f} us, part of every time below")
-        rows = []
         for phase, tokens in (*(("decode", b) for b in BATCHES), ("prefill", CONTEXT)):
-            if phase == "prefill":
+            label = f"{phase} {tokens}"
+            if f"{label}, whole" in session.failed():
+                continue
+            with session.attempt(f"{label}, whole"):
                 run_once(engine, phase, tokens)
-            for name, instance, times, us in measured_launches(engine, program, phase, tokens, place):
-                flops, moved, bound = instance.flops(), instance.bytes(), predicted_us(instance, target)
-                line = (name, f"{phase} {tokens}", f"{times}", f"{us:.1f}", f"{bound:.1f}", f"{flops / us / 1e6:.1f}",
-                        f"{moved / us / 1e3:.0f}")  # fmt: skip
-                rows.append(line)
-                session.add("launches", {"kernel": name, "phase": phase, "tokens": tokens, "times": times, "us": us,
-                                         "predicted_us": bound, "flops": flops, "bytes": moved})  # fmt: skip
-                if session.late():
-                    break
-        head = ("launch", "at", "a step", "us", "PREDICTED us", "TFLOP/s", "GB/s")
-        print(table(head, rows), flush=True)
+            named = measured_launches(engine, program, phase, tokens, place)
+            for name, (instance, times, timed) in session.left((f"{label}: {n}", (i, t, u)) for n, i, t, u in named):
+                with session.attempt(name):
+                    us = timed()
+                    session.add("launches", {
+                        "kernel": name.partition(": ")[2], "phase": phase, "tokens": tokens, "times": times, "us": us,
+                        "predicted_us": predicted_us(instance, target), "flops": instance.flops(),
+                        "bytes": instance.bytes(),
+                    })  # fmt: skip
+
+    with_folder(work)
+
+
+def run_tune(session: Session) -> None:
+    """Other tiles of the program's kernels; those that win and are right are kept, and the step is measured again."""
+    target = load(target_here())
+    stop = (time.time() + session.ends) / 2
+
+    def say(line: str) -> None:
+        trying(session.out, session.stage, SET_UP)
+        print(f"  {line}", flush=True)
+
+    for _ in session.left([("tiles", None)]):
+        with session.attempt("tiles"):
+            say("measuring tiles")
+            with_folder(
+                lambda folder: tuned(
+                    folder, target, lambda: time.time() > stop, session.jobs, say, partial(session.add, "tiles")
+                )
+            )
+
+    def work(folder: Path) -> None:
+        _, engine, _kept = engine_for(folder)
+        run_steps(session, engine, target, "decode with measured tiles")
 
     with_folder(work)
 
@@ -236,23 +250,13 @@ def run_kernels(session: Session) -> None:
     """Single kernels at published shapes, beside torch on the same problem."""
     import torch
 
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush, _ = flushed()
     instances_ = wanted(load(target_here()))
     packed = Packed(instances_, session.jobs)
-    rows = []
-    for instance in instances_:
-        if session.late():
-            print("  out of time: what is left was not measured", flush=True)
-            break
-        try:
-            rows.append(measure(instance, packed, flush))
-        except Exception as error:
-            said = (str(error).splitlines() or [""])[0]
-            print(f"  {instance.name} {sizes(instance)}: {type(error).__name__}: {said}", flush=True)
-            continue
-        session.add("rows", asdict(rows[-1]))
+    for name, instance in session.left([(f"{i.name} {sizes(i)}", i) for i in instances_]):
+        with session.attempt(name):
+            session.add("rows", asdict(measure(instance, packed, flush)))
         torch.cuda.empty_cache()
-    print(measured_table(rows), flush=True)
 
 
 def run_layer(session: Session) -> None:
@@ -260,52 +264,89 @@ def run_layer(session: Session) -> None:
     import torch
 
     count, width, inner = 256, 7168, 2048
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush, place = flushed()
 
     def work(folder: Path) -> None:
         program, engine, _kept = engine_for(folder)
         peer = compiled_experts(count, width, inner, top_k=8, groups=8, kept=4)
-        rows = []
-        for phase, tokens in (*(("decode", b) for b in BATCHES), ("prefill", CONTEXT)):
-            # What a real step leaves is what the gate reads.
-            run_once(engine, phase, tokens)
-            once = experts_timer(engine, program, phase, tokens, (flush.data_ptr(), FLUSH_BYTES))
-            us = median(once() for _ in range(REPEATS))
-            used = min(count, 8 * tokens)
-            flops, moved = 6 * 8 * tokens * width * inner, 3 * used * width * inner
-            row = Row("routed experts", f"T={tokens}", us, flops / us / 1e6, moved / us / 1e3)
+        phases = [*(("decode", b) for b in BATCHES), ("prefill", CONTEXT)]
+        for name, (phase, tokens) in session.left([(f"experts, {p} {n}", (p, n)) for p, n in phases]):
+            with session.attempt(name):
+                # What a real step leaves is what the gate reads.
+                run_once(engine, phase, tokens)
+                once = experts_timer(engine, program, phase, tokens, place)
+                us = median(once() for _ in range(REPEATS))
+                used = min(count, 8 * tokens)
+                flops, moved = 6 * 8 * tokens * width * inner, 3 * used * width * inner
+                session.add(
+                    "rows", asdict(Row("routed experts", f"T={tokens}", us, flops / us / 1e6, moved / us / 1e3))
+                )
+            trying(session.out, session.stage, SET_UP)  # autotuning takes its time
             x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
             try:
-                row.peers["torch.compile, BF16"] = timed_us(partial(peer, x), flush)
+                us = timed_us(partial(peer, x), flush)
             except Exception as error:
                 said = (str(error).splitlines() or [""])[0]
-                print(f"  torch.compile of the layer: {type(error).__name__}: {said}", file=sys.stderr)
-            rows.append(row)
-            session.add("rows", asdict(row))
-            if session.late():
-                break
-        print(measured_table(rows), flush=True)
+                print(f"  torch.compile of the layer: {type(error).__name__}: {said}", flush=True)
+                continue
+            session.add("rows", asdict(Row("torch.compile, BF16", f"T={tokens}", us, 0.0, 0.0)))
 
     with_folder(work)
 
 
-def run_on_gpu(out: Path, stages: Sequence[str], minutes: float, jobs: int) -> int:
-    """The stages in order; one that breaks is told, and the next runs. The exit code is 1 when something failed."""
-    session = Session(out, this_arch(), jobs, time.monotonic() + 60 * minutes, {"measured": True})
-    session.result |= {"machine": machine(), "arch": session.arch, "failed": 0}
-    print(", ".join(f"{k} {v}" for k, v in session.result["machine"].items()), f"architecture {session.arch}", sep=", ")
-    run = {"checks": run_checks, "program": run_program, "kernels": run_kernels, "layer": run_layer}
+RUN = {"checks": run_checks, "program": run_program, "tune": run_tune, "kernels": run_kernels, "layer": run_layer}
+
+
+def run_on_gpu(out: Path, stages: Sequence[str], minutes: float, jobs: int, resume: bool) -> int:
+    """The stages in order, each in processes of its own. The exit code is 1 when something failed."""
+    result: dict[str, Any] = json.loads(out.read_text()) if resume and out.exists() else {"measured": True}
+    # Asked in a process of its own: this one never touches the device.
+    told = subprocess.run(
+        [sys.executable, __file__, "--inside", "machine"], capture_output=True, text=True, timeout=120
+    )
+    if told.returncode:
+        print(told.stderr.strip().splitlines()[-1] if told.stderr.strip() else "no answer", file=sys.stderr)
+        return 2
+    result |= {"ends": time.time() + 60 * minutes, **json.loads(told.stdout)}
+    save(out, result)
+    print(", ".join(f"{k} {v}" for k, v in result["machine"].items()), f"architecture {result['arch']}", sep=", ")
     for stage in stages:
-        began = time.perf_counter()
-        try:
-            run[stage](session)
-        except Exception as error:
-            session.result["failed"] += 1
-            traceback.print_exc()
-            print(f"  {stage}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
-        session.add("stages", {"stage": stage, "seconds": time.perf_counter() - began})
-    session.add("after", machine())
-    return 1 if session.result["failed"] else 0
+        began = time.time()
+        command = [sys.executable, __file__, "--inside", stage, "--out", str(out), "--jobs", str(jobs)]
+        whole = supervise(command, out, stage)
+        result = json.loads(out.read_text())
+        result.setdefault("stages", []).append({"stage": stage, "whole": whole, "seconds": time.time() - began})
+        save(out, result)
+        show(stage, result)
+    failures = result.get("failures", [])
+    print(f"{len(failures)} things failed" + (f", see {out}" if failures else ""))
+    return 1 if failures else 0
+
+
+def show(stage: str, result: dict[str, Any]) -> None:
+    """The table of a stage, as far as it came."""
+    took = result["stages"][-1]["seconds"]
+    print(f"{stage}: {len(result.get(f'done {stage}', []))} things done in {took:.0f} s", flush=True)
+    if stage == "program":
+        print(f"an interval without a launch: {median(result.get('empty_us', [0.0])):.1f} us, part of every time below")
+        print(launch_table(result.get("launches", [])), flush=True)
+    elif stage in ("kernels", "layer"):
+        print(measured_table([Row(**row) for row in result.get("rows", [])]), flush=True)
+
+
+def inside(stage: str, out: Path, jobs: int) -> int:
+    """One stage in this process. Raises what keeps it from beginning."""
+    if stage == "machine":
+        arch = this_arch()
+        print(json.dumps({"machine": machine(), "arch": arch}))
+        return 0
+    session = Session.opened(out, stage, jobs)
+    try:
+        RUN[stage](session)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def main() -> int:
@@ -316,6 +357,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="compiler processes")
     parser.add_argument("--only", action="append", choices=STAGES, help="on a GPU: these stages alone")
     parser.add_argument("--minutes", type=float, default=9.0, help="on a GPU: begin no measurement after so many")
+    parser.add_argument("--resume", action="store_true", help="on a GPU: go on behind what the file of --out holds")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="file for the JSON (default: gpu-results.json; a dry run saves none)")
     options = parser.parse_args()
     try:
@@ -326,7 +369,9 @@ def main() -> int:
                 print(f"saved {options.out}", file=sys.stderr)
             return 0
         out = options.out or Path("gpu-results.json")
-        return run_on_gpu(out, options.only or STAGES, options.minutes, options.jobs)
+        if options.inside:
+            return inside(options.inside, out, options.jobs)
+        return run_on_gpu(out, options.only or STAGES, options.minutes, options.jobs, options.resume)
     except MoecError as error:
         print(error, file=sys.stderr)
         return error.exit_code

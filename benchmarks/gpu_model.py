@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -182,25 +184,35 @@ def event_timer(engine: GpuEngine, run: Callable[[int], None], fills: Sequence[t
 
 def measured_launches(
     engine: GpuEngine, program: Program, phase: str, tokens: int, flush: tuple[int, int]
-) -> Iterator[tuple[str, Instance, int, float]]:
-    """(kernel, its instance at these sizes, runs a step, microseconds of one) of every launch, on what a step left.
+) -> Iterator[tuple[str, Instance, int, Callable[[], float]]]:
+    """(name, its instance at these sizes, runs a step, a call that gives the microseconds of one) of every launch.
 
-    In decode `tokens` sequences have a token each; a prefill has so many tokens of one sequence.
+    They work on what a step left. In decode `tokens` sequences have a token each; a prefill has so many tokens of one
+    sequence. A kernel that is launched several times has its number behind its name.
     """
     sequences = tokens if phase == "decode" else 1
     sizes = symbols(engine.pool.table_width, tokens, min(tokens, 128), sequences, CONTEXT)
-    executor = engine.executor(phase)
+    executor, seen = engine.executor(phase), dict[str, int]()
     for launch in launches(engine.plan.entries[phase].steps):
-        step = launch.step
-        fills = [flush]
-        if launch.fill is not None:
-            # Counters start at zero in every run.
-            size = evaluate(str(launch.fill["bytes"]), sizes)
-            fills.append((engine.memory.address(launch.fill["fill"], launch.layer), size))
-        once = event_timer(engine, executor.launch(step, sizes, launch.layer), fills)
-        once()
-        instance = at(program.table.entries[step["kernel"]].instance, step, tokens, sequences)
-        yield step["kernel"], instance, launch.times, median(once() for _ in range(REPEATS))
+        name = launch.step["kernel"]
+        seen[name] = seen.get(name, 0) + 1
+        instance = at(program.table.entries[name].instance, launch.step, tokens, sequences)
+        timed = partial(launch_us, engine, executor, launch, sizes, flush)
+        yield name if seen[name] == 1 else f"{name} #{seen[name]}", instance, launch.times, timed
+
+
+def launch_us(
+    engine: GpuEngine, executor: Executor, launch: Launch, sizes: Mapping[str, int], flush: tuple[int, int]
+) -> float:
+    """Median microseconds of one launch."""
+    fills = [flush]
+    if launch.fill is not None:
+        # Counters start at zero in every run.
+        size = evaluate(str(launch.fill["bytes"]), sizes)
+        fills.append((engine.memory.address(launch.fill["fill"], launch.layer), size))
+    once = event_timer(engine, executor.launch(launch.step, sizes, launch.layer), fills)
+    once()
+    return median(once() for _ in range(REPEATS))
 
 
 def experts_timer(
@@ -254,25 +266,22 @@ def run_once(engine: GpuEngine, phase: str, tokens: int) -> None:
         engine.pool.close(sequence)
 
 
-def measured_steps(engine: GpuEngine) -> Iterator[tuple[int, float, float]]:
-    """(batch, microseconds of a decode step by the host's clock, of its graph alone by the device's)."""
-    import time
-
-    for batch in BATCHES:
-        sequences = fill_sequences(engine, batch)
-        tokens = np.random.default_rng(batch).integers(0, engine.manifest.vocab, batch)
-        for _ in range(3):
-            engine.decode(sequences, tokens)
-        host, device = [], []
-        replay = engine.timed_replay("decode")
-        for _ in range(REPEATS):
-            began = time.perf_counter()
-            engine.decode(sequences, tokens)
-            host.append(1e6 * (time.perf_counter() - began))
-            device.append(replay())
-        yield batch, median(host), median(device)
-        for sequence in sequences:
-            engine.pool.close(sequence)
+def measured_step(engine: GpuEngine, batch: int) -> tuple[float, float]:
+    """Microseconds of a decode step by the host's clock, and of its graph alone by the device's."""
+    sequences = fill_sequences(engine, batch)
+    tokens = np.random.default_rng(batch).integers(0, engine.manifest.vocab, batch)
+    for _ in range(3):
+        engine.decode(sequences, tokens)
+    host, device = [], []
+    replay = engine.timed_replay("decode")
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        engine.decode(sequences, tokens)
+        host.append(1e6 * (time.perf_counter() - began))
+        device.append(replay())
+    for sequence in sequences:
+        engine.pool.close(sequence)
+    return median(host), median(device)
 
 
 def logits_error(folder: Path) -> float:

@@ -124,7 +124,8 @@ def compiled_experts(count: int, width: int, inner: int, top_k: int, groups: int
     import torch
 
     def weight(*shape: int) -> Any:
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * shape[1] ** -0.5
+        # In place: beside a model of four layers there is no room for two of these.
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16).mul_(shape[1] ** -0.5)
 
     router, gate_up, down = weight(width, count), weight(count, width, 2 * inner), weight(count, inner, width)
     bias = 0.01 * torch.randn(count, device="cuda")

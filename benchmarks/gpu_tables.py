@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gpu_timing import Row
 
@@ -27,5 +28,18 @@ def measured_table(rows: Sequence[Row]) -> str:
             (r.kernel, r.sizes, f"{r.microseconds:.1f}", f"{r.tflops:.1f}", f"{r.gbytes_per_s:.0f}",
              ", ".join(f"{n} {t:.1f}" for n, t in r.peers.items()))
             for r in rows
+        ],
+    )  # fmt: skip
+
+
+def launch_table(launches: Sequence[Mapping[str, Any]]) -> str:
+    """The launches of a program's steps, each beside its bound."""
+    head = ("launch", "at", "a step", "us", "PREDICTED us", "TFLOP/s", "GB/s")
+    return table(
+        head,
+        [
+            (x["kernel"], f"{x['phase']} {x['tokens']}", f"{x['times']}", f"{x['us']:.1f}", f"{x['predicted_us']:.1f}",
+             f"{x['flops'] / x['us'] / 1e6:.1f}", f"{x['bytes'] / x['us'] / 1e3:.0f}")
+            for x in launches
         ],
     )  # fmt: skip

@@ -83,24 +83,37 @@ and never predicted: the model sees no difference to the form without.
 
 ## The first session on a GPU
 
-In this order, so that a session that ends early has what matters most. Each command prints its table, saves its JSON
-after every row, begins no measurement after `--minutes` (9), and goes on after a failure, which it names. Estimates are
-for 16 cores and an H100; nothing of it has been timed there.
+    python benchmarks/gpu.py --minutes 9 --out gpu.json
+    python benchmarks/gpu.py --minutes 5 --out gpu.json --resume
 
-1. `python benchmarks/gpu.py --only checks --out checks.json` (4 minutes, most of it compiling in parallel): whether
-   every kernel is right; declared ones on their cases, those of a program at 1, 5 and 100 tokens, logits of a small
-   model through engine, graphs and cache.
-2. `python benchmarks/gpu.py --only program --out program.json` (4 minutes; weights are made on the device): what each
-   launch of a four-layer DeepSeek-V3 takes beside its bound, decode at batch 1, 32, 128 as graphs, prefill of 4096
-   tokens.
-3. `python benchmarks/gpu.py --only kernels --out kernels.json` (6 minutes): products at DeepGEMM's shapes, decode at
-   FlashMLA's, beside torch.
-4. `python benchmarks/gpu.py --only layer --out layer.json` (4 minutes, most of it autotuning): the routed experts of
-   one layer, as the program launches them, in a graph of their own beside `torch.compile`.
-5. `moec tune ARTIFACT`, then the second command again (6 minutes): what other tiles are worth.
+One command; the second goes on behind what the first did. Stages come in the order of what matters most, each in a
+process of its own that the first process watches: what raises, takes the CUDA context with it or hangs is named with
+its reason and loses one row, and a new process goes on behind it. The JSON is saved after every row. `--only STAGE`
+runs some of them. The minutes below are estimates for 16 cores and an H100; nothing of it has been timed there.
 
-The artifacts need 40 GB of device memory and a few hundred MB on disk. Where `checks` names wrong kernels, read the
-other tables without them.
+1. `checks` (4 minutes, most of it compiling in parallel and references on the host): the logits of a small model
+   through engine, graphs and cache; kernels of a program at 1, 5 and 100 tokens, in the forms that were not chosen too;
+   declared kernels on their cases.
+2. `program` (2 minutes; weights are made on the device): decode of four DeepSeek-V3 layers at batch 1, 32 and 128 as
+   graphs, then what each launch takes beside its bound, in decode and in a prefill of 4096 tokens.
+3. `tune` (half of what is left): other tiles of these kernels; those that win and still compute the same at a small
+   size are kept for the next compilation, and the step is measured again with them.
+4. `kernels` (4 minutes): products at DeepGEMM's shapes, decode at FlashMLA's, beside torch.
+5. `layer` (3 minutes, most of it autotuning): the routed experts of one layer, as the program launches them, in a graph
+   of their own beside `torch.compile`.
+
+It takes 40 GB of device memory and a few hundred MB on disk. Where `checks` names wrong kernels, read the other tables
+without them. Several GPUs: [the GPU engine](gpu-engine.md#the-first-session-on-several-gpus).
+
+## How launches are tested without a GPU
+
+Triton has a launcher of its own, in C, that fills in a kernel's parameters. `tests/triton/test_launcher.py` builds a
+driver library that notes what it is asked, compiled with the `cuda.h` that Triton ships, and launches the same kernels
+through both: grid, block, shared memory, stream, launch attributes and every byte of the parameters (pointers, numbers,
+tensor maps with all that `cuTensorMapEncodeTiled` is given, the two scratch pointers) must be equal. The engine runs
+over that library too, so that every call fits its declaration. The stand-in whose launches are interpreted keeps the
+rules of stream capture (`tests/triton/capture.py`): which events a capture may wait for, that side streams are joined,
+that nothing is waited for or allocated in it.
 
 ## What a compiled kernel is checked for
 

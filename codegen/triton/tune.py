@@ -40,11 +40,14 @@ def tune(
     source: str,
     repeats: int = 20,
     say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[Mapping[str, tuple[Instance, tiles.Measured]]], None] = lambda won: None,
+    late: Callable[[], bool] = lambda: False,
 ) -> tuple[list[Result], dict[str, tiles.Measured]]:
     """Try other tiles of every kernel of the program that has blocks to choose, at the largest batch.
 
-    Returns what was measured, and the entries for `tiles.save`: the kernels for which another tile won. A tile that
-    does not compile or fails its checks is passed over. Raises DriverFailed.
+    Returns what was measured, and the entries for `tiles.save`: the kernels for which another tile won. A turn tries
+    one tile of each kernel; its winners go to `keep` as well, so that a crash loses little, and none begins once it is
+    `late`. A tile that does not compile or fails its checks is passed over. Raises DriverFailed.
     """
     base = lower_module(module, target, limits, tiles={})
     launches = _first_launches(base)
@@ -54,14 +57,21 @@ def tune(
     chosen_us = {key: us for key, (_, us) in best.items()}
     tried = dict.fromkeys(best, 0)
     for turn in range(max(map(len, tries.values()), default=0)):
+        if late():
+            say(f"out of time: {turn} of {max(map(len, tries.values()))} turns")
+            break
         now = {key: others[turn] for key, others in tries.items() if turn < len(others) and key in best}
         forced = {key: tiles.Measured(other.tile, 0.0, 0.0, source) for key, other in now.items()}
         program = lower_module(module, target, limits, tiles=forced)
         places = {key: replace(launches[key], instance=other) for key, other in now.items()}
+        won: dict[str, tuple[Instance, tiles.Measured]] = {}
         for key, us in _times(engine, program, places, repeats).items():
             tried[key] += 1
             if us < best[key][1]:
                 best[key] = now[key], us
+                won[key] = now[key], tiles.Measured(now[key].tile, us, chosen_us[key], source)
+        keep(won)
+        say(f"turn {turn + 1}: {len(now)} tiles, {len(won)} of them the fastest of their kernel so far")
     results, found = [], {}
     for key, (instance, us) in best.items():
         name = launches[key].name

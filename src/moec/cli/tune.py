@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -44,8 +45,13 @@ def tune(
     module = parse_module(file.read_text(), str(file))
     limits = {"batch": manifest.batch, "context": manifest.context, "chunk": manifest.chunk}
     source = f"measured on {engine.driver.name()}, driver {engine.driver.version}, {date.today().isoformat()}"
-    results, found = measure(engine, module, targets.load(manifest.target), limits, source, repeats, note)
-    where = tiles.save(manifest.arch, found) if found else None
+
+    def keep(won: Mapping[str, tuple[object, tiles.Measured]]) -> None:
+        if won:
+            tiles.save(manifest.arch, {key: measured for key, (_, measured) in won.items()})
+
+    results, found = measure(engine, module, targets.load(manifest.target), limits, source, repeats, note, keep)
+    where = tiles.table_file(manifest.arch) if found else None
     if as_json:
         rows = [
             {"kernel": r.name, "declared_us": r.declared, "best_us": r.best, "tried": r.tried,
