@@ -63,6 +63,8 @@ from moec.ir.expr import evaluate
 from moec.targets import Target, load
 
 FLUSH_BYTES = 512 << 20
+EXPERTS = (256, 7168, 2048)
+"""Of a DeepSeek-V3 layer: how many, and the widths of their input and between their products."""
 
 
 def this_arch() -> str:
@@ -263,7 +265,7 @@ def run_layer(session: Session) -> None:
     """The routed experts of one layer, from the gate to the sum, as the program launches them, beside torch.compile."""
     import torch
 
-    count, width, inner = 256, 7168, 2048
+    count, width, inner = EXPERTS
     flush, place = flushed()
 
     def work(folder: Path) -> None:
