@@ -319,7 +319,7 @@ def _product(product: Product, fill: _Filling, names: dict[Any, str]) -> dict[st
             where = (expert >= 0)[:, None]
         rows = a[source.clamp(min=0).long()] if product.gathered else a
         value = rows.new_zeros(len(rows), b.shape[1])
-        for one in expert.unique().clamp(min=0).tolist():
+        for one in sorted(set(expert.clamp(min=0).tolist())):
             value[expert == one] = rows[expert == one] @ b[one].T
     elif product.rows == "heads":
         if product.part is not None:
