@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from moec.figures import figures
 from moec.ir import Function, Module, Op
 from moec.ir.issue import scheduled
 from moec.ir.rewrite import fresh_names
@@ -90,14 +91,13 @@ class Overlap(Pass):
             sizes = {name: value for step in work.steps for name, value in step.symbols.items()}
             used = {s for f in module.functions.values() for o in f.ops for r in o.results for s in r.type.symbols()}
             total = assign_buffers(module, entry, origin, {k: v for k, v in sizes.items() if k in used})
-            out.notes.append(f"@{entry.name}: {events} events, {total / 1e6:.4g} MB in buffers")
+            out.notes.append(f"@{entry.name}: {events} events, {figures(total / 1e6)} MB in buffers")
             room = _room(module, work)
             if total <= room:
                 entry.attrs["memory_bytes"] = room
             else:
-                text = (
-                    f"buffers take {total / 1e6:.4g} MB, weights and cache leave {max(room, 0) / 1e6:.4g} MB a device"
-                )
+                left = figures(max(room, 0) / 1e6)
+                text = f"buffers take {figures(total / 1e6)} MB, weights and cache leave {left} MB a device"
                 out.warnings.append(f"@{entry.name}: {text}")
 
     def schedule(self, function: Function, work: Work) -> LayerSchedule | None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moec.figures import figures
 from moec.ir import Function, Module
 from moec.ir.rewrite import clone_module
 from moec.passes.base import Context, Outcome, Pass, PassError
@@ -73,8 +74,8 @@ class SplitMicrobatches(Pass):
             return 1
         best = min(times, key=lambda c: (times[c], c))
         best = best if times[best] <= times[1] * (1 - self.least) else 1
-        shown = ", ".join(f"{count} {time / 1e3:.4g} ms" for count, time in times.items())
-        shown += "".join(f", {count} at least {time / 1e3:.4g} ms" for count, time in beyond.items())
+        shown = ", ".join(f"{count} {figures(time / 1e3)} ms" for count, time in times.items())
+        shown += "".join(f", {count} at least {figures(time / 1e3)} ms" for count, time in beyond.items())
         verdict = "stays whole: splitting loses" if best == 1 else f"{best} parts are fastest"
         out.notes.append(f"@{entry.name}: {verdict} (layers with exchanges, by number of micro-batches: {shown})")
         return best

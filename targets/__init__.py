@@ -2,7 +2,7 @@
 
 from moec.targets.document import Problem
 from moec.targets.errors import NoLink, TargetFileError, UnknownTarget, WrongRanks
-from moec.targets.load import check, load, names
+from moec.targets.load import assumed_from, check, load, names
 from moec.targets.schema import Cluster, Device, Fp8, Link, Node, Parameter, Target, TopologyChoice
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "TopologyChoice",
     "UnknownTarget",
     "WrongRanks",
+    "assumed_from",
     "check",
     "load",
     "names",

@@ -39,9 +39,14 @@ def _shown(path: str, leaf: Leaf) -> str:
         return "true" if leaf.value else "false"
     if isinstance(leaf.value, float):
         if path in PARAMETERS:
-            return units.show(leaf.value, PARAMETERS[path].dimension)
+            return units.show(leaf.value, PARAMETERS[path].dimension, _counted(path))
         return units.show(leaf.value, FIELDS[path].dimension, FIELDS[path].counted)
     return ", ".join(leaf.value) if isinstance(leaf.value, tuple) else leaf.value
+
+
+def _counted(path: str) -> str:
+    """What a count of the cost model counts."""
+    return "SM" if path.endswith(".sms") else "row"
 
 
 def as_table(leaves: Leaves) -> str:
@@ -124,7 +129,7 @@ def calibration_text(target: Target) -> str:
         if family != section:
             lines.append(f"  {family}:")
             section = family
-        value = units.show(float(f"{parameter.value:.4g}"), known.dimension, "SM" if name == "sms" else "row")
+        value = units.show(float(f"{parameter.value:.4g}"), known.dimension, _counted(path))
         source = json.dumps(parameter.source)
         lines.append(f"    {name}: {{value: {value}, kind: {parameter.kind}, source: {source}}}")
     return "\n".join(lines) + "\n"

@@ -17,6 +17,8 @@ from moec.targets.schema import Cluster, Device, Fp8, Kind, Link, Node, Paramete
 
 _FOLDER: Final = Path(__file__).parent
 _THIS_MACHINE: Final = "this-machine"
+_FITTED: Final = {"cpu": "cpu", "cuda": "h100", "rocm": "h100"}
+"""By kind the target whose calibration holds, by assumption, where a file has no number of its own."""
 
 
 @lru_cache(maxsize=1)
@@ -57,7 +59,15 @@ def check(name_or_path: str | Path) -> list[Problem]:
 def merged_leaves(name_or_path: str | Path) -> dict[str, Leaf]:
     """Every value of a target by its path, from the files it extends too; what is wrong is left out."""
     path, shown = _locate(str(name_or_path))
-    return _merge(path, shown, ()).leaves
+    return _calibrated(_merge(path, shown, ()).leaves)
+
+
+def assumed_from(name_or_path: str | Path) -> str | None:
+    """The target whose calibration `load` assumes because the file brings no numbers of the cost model at all."""
+    path, shown = _locate(str(name_or_path))
+    leaves = _merge(path, shown, ()).leaves
+    kind = leaves.get("kind")
+    return None if kind is None or any(p in PARAMETERS for p in leaves) else _FITTED.get(str(kind.value))
 
 
 def _locate(text: str) -> tuple[Path, str]:
@@ -86,7 +96,18 @@ def _build(path: Path, shown: str) -> tuple[Target | None, list[Problem]]:
         merged.problems.extend(_incomplete(merged, shown))
     if merged.problems:
         return None, merged.problems
+    merged.leaves = _calibrated(merged.leaves)
     return _target(merged), []
+
+
+def _calibrated(leaves: dict[str, Leaf]) -> dict[str, Leaf]:
+    """The leaves, and for every number of the cost model that is missing the one of a shipped target of the kind."""
+    kind = leaves.get("kind")
+    if kind is None or kind.value not in _FITTED or all(path in leaves for path in PARAMETERS):
+        return leaves
+    name = _FITTED[str(kind.value)]
+    path = _FOLDER / f"{name}.yaml"
+    return borrowed(_merge(path, path.name, ()).leaves, name) | leaves
 
 
 def _merge(path: Path, shown: str, above: tuple[tuple[Path, str], ...]) -> _Merged:

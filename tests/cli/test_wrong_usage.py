@@ -55,3 +55,13 @@ def test_an_emulated_card_of_one_process_is_refused() -> None:
     assert done.stderr == (
         "moec: error: --link emulates the network card of each of several ranks: start them with torchrun\n"
     )
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_has_headings_defaults_and_examples(flag: str) -> None:
+    done = moec("compile", flag)
+    assert done.returncode == 0 and done.stdout.startswith("Usage: moec compile [OPTIONS] MODEL\n")
+    for heading in ("Model and weights:", "Several devices:", "Examples:\n  moec compile tiny-deepseek-v3 --out"):
+        assert f"\n\n{heading}" in done.stdout
+    assert "[default: the model's, at most 4096; at least 1]" in " ".join(done.stdout.split())
+    assert "<" not in done.stdout and "{model}" not in done.stdout

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from moec import targets
 from moec.cli import targets as command
 from moec.targets import describe, units
+from moec.targets.cost import op_time
 from moec.targets.detect import detect
 from moec.targets.fields import FIELDS
 from moec.targets.load import merged_leaves
@@ -183,6 +184,29 @@ def test_listing_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("kind", "lent"), [("cpu", "cpu"), ("cuda", "h100"), ("rocm", "h100")])
+def test_a_file_without_a_cost_model_is_costed_by_an_assumed_one(kind: str, lent: str, tmp_path: Path) -> None:
+    """A first target file has no fitted numbers: it plans all the same, and says whose numbers it plans with."""
+    text = (Path(__file__).parent / "bare.yaml").read_text().replace("kind: cuda", f"kind: {kind}")
+    file = tmp_path / "bare.yaml"
+    file.write_text(text)
+    assert targets.check(file) == [] and targets.assumed_from(file) == lent
+    target, shipped = targets.load(file), targets.load(lent)
+    assert {path: p.value for path, p in target.calibration.items()} == {
+        path: p.value for path, p in shipped.calibration.items()
+    }
+    assert all(p.source.startswith(f"assumed to be as on {lent}: ") for p in target.calibration.values())
+    shown = CliRunner().invoke(app_with_targets(), ["targets", "check", str(file)])
+    assert shown.stdout == f"{file}: ok (bare), its cost model is assumed to be as on {lent}\n"
+    assert op_time({"op": "gemm", "m": 128, "n": 128, "k": 128, "dtype": "bf16"}, target).time_us > 0
+    own = "calibration:\n  stream:\n    floor: {value: 9 us, kind: effective, source: ours}\n"
+    file.write_text(text + own)
+    assert targets.assumed_from(file) is None
+    changed = targets.load(file).calibration
+    assert changed["calibration.stream.floor"].value == pytest.approx(9e-6)
+    assert changed["calibration.stream.memory"].source.startswith("assumed to be as on ")
 
 
 def test_packages_can_add_targets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from moec.cli.help import SHORT, Command
 from moec.errors import MoecError, printable
 
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -34,13 +35,18 @@ def make_app(arguments: Sequence[str]) -> typer.Typer:
         pretty_exceptions_enable=False,
         add_completion=False,
         rich_markup_mode=None,
+        context_settings=SHORT,
     )
     app.callback()(_group)
     for name in arguments[:1] if arguments and arguments[0] in _COMMANDS else _COMMANDS:
         importlib.import_module(f"moec.cli.{name}").register(app)
+    commands = list(app.registered_commands)
     for group in app.registered_groups:
         if group.typer_instance is not None:
             group.typer_instance.rich_markup_mode = None
+            commands += group.typer_instance.registered_commands
+    for command in commands:
+        command.cls = Command
     return app
 
 

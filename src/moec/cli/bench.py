@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moec.cli.help import INSIDE, PROCESS, WORK
 from moec.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,47 +59,86 @@ class OneProcess(InputError):
     )
 
 
+_EXAMPLES = """\
+moec bench tiny.moec --prompt-tokens 128 --batch 1
+moec bench tiny.moec --profile --trace steps.json
+"""
+
+
 def register(app: typer.Typer) -> None:
     """Add `moec bench`."""
-    app.command("bench")(bench)
+    app.command("bench", epilog=_EXAMPLES)(bench)
 
 
 def bench(
     artifact: Annotated[str, typer.Argument(help="Folder that `moec compile` wrote.")],
     prompt_tokens: Annotated[
-        int | None, typer.Option(help="Prompt length (default 256, or half the compiled context).")
+        int | None,
+        typer.Option(help="Prompt length.", show_default="256, or half the compiled context", rich_help_panel=WORK),
     ] = None,
-    new_tokens: Annotated[int | None, typer.Option(help="New tokens a run (default 64, or what fits).")] = None,
-    repeat: Annotated[int, typer.Option(help="Timed runs; the medians count.")] = 3,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
-    threads: Annotated[int | None, typer.Option(help="Threads of the kernels (default: all usable CPUs).")] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="New tokens a run.", show_default="64, or what fits", rich_help_panel=WORK)
+    ] = None,
+    repeat: Annotated[int, typer.Option(help="Timed runs; the medians count.", rich_help_panel=PROCESS)] = 3,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.", rich_help_panel=WORK)] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of the kernels.", show_default="all usable CPUs", rich_help_panel=PROCESS),
+    ] = None,
     speculate: Annotated[
         int,
-        typer.Option(min=0, metavar="N", help="Compare decoding with up to N drafted tokens a step with plain one."),
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Compare decoding with up to N drafted tokens a step with plain one.",
+            rich_help_panel=WORK,
+        ),
     ] = 0,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --speculate: a text whose parts are the prompts.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --speculate: a text whose parts are the prompts.", rich_help_panel=WORK
+        ),
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Time every op of a step instead, beside what the machine allows.")
+        bool,
+        typer.Option(
+            "--profile", help="Time every op of a step instead, beside what the machine allows.", rich_help_panel=INSIDE
+        ),
     ] = False,
     trace: Annotated[
         Path | None,
         typer.Option(
-            metavar="OUT.json", help="For Perfetto: with --profile a step of each phase, on ranks the overlapped one."
+            metavar="OUT.json",
+            help="For Perfetto: with --profile a step of each phase, on ranks the overlapped one.",
+            rich_help_panel=INSIDE,
         ),
     ] = None,
     link: Annotated[
         float | None,
-        typer.Option(metavar="GBIT", min=1e-6, help="On ranks: emulate a network card of so many Gbit/s for each."),
+        typer.Option(
+            metavar="GBIT",
+            min=1e-6,
+            help="On ranks: emulate a network card of so many Gbit/s for each.",
+            rich_help_panel=PROCESS,
+        ),
     ] = None,
     calibration_rows: Annotated[
         Path | None,
-        typer.Option(metavar="OUT.jsonl", help="Time every op instead, as rows for `moec targets calibrate`."),
+        typer.Option(
+            metavar="OUT.jsonl",
+            help="Time every op instead, as rows for `moec targets calibrate`.",
+            rich_help_panel=INSIDE,
+        ),
     ] = None,
     micro_batches: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Under torchrun, with --pp: parts of a decode step under way at a time."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Under torchrun, with --pp: parts of a decode step under way at a time.",
+            rich_help_panel=PROCESS,
+        ),
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -7,65 +7,131 @@ from typing import Annotated
 
 import typer
 
+from moec.cli.help import INSIDE, LAYOUT, MODEL, OUTPUT, TARGET
 from moec.cli.options import parse_overrides
+
+_EXAMPLES = """\
+moec compile tiny-deepseek-v3 --out tiny.moec
+moec compile path/to/hf-folder --recipe fp32 --context 2048 --out model.moec
+moec compile deepseek-v3 --target h800-ep144 --phase decode --plan-only --out v3.plan
+moec compile deepseek-v3 --target h800 --set num_hidden_layers=4 --no-weights --out v3.moec
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("compile")(compile_model)
+    app.command("compile", epilog=_EXAMPLES)(compile_model)
 
 
 def compile_model(
     model: Annotated[str, typer.Argument(help="Preset, Hugging Face folder, FILE.py:Model, or FILE.onnx.")],
-    out: Annotated[Path | None, typer.Option(help="Artifact folder to write.")] = None,
-    target: Annotated[str, typer.Option(help="Hardware description: a name or a YAML file.")] = "cpu",
-    phase: Annotated[str, typer.Option(help="Entry points to keep: both, prefill or decode.")] = "both",
-    batch: Annotated[int | None, typer.Option(min=1, help="Most sequences at once [CPU: 1, else 128].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Artifact folder to write.", rich_help_panel=OUTPUT)] = None,
+    target: Annotated[
+        str, typer.Option(help="Hardware description: a name or a YAML file.", rich_help_panel=TARGET)
+    ] = "cpu",
+    phase: Annotated[
+        str, typer.Option(help="Entry points to keep: both, prefill or decode.", rich_help_panel=TARGET)
+    ] = "both",
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most sequences at once.", show_default="CPU: 1, else 128", rich_help_panel=TARGET),
+    ] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of a sequence (default: the model's, at most 4096).")
+        int | None,
+        typer.Option(
+            min=1, help="Most tokens of a sequence.", show_default="the model's, at most 4096", rich_help_panel=TARGET
+        ),
     ] = None,
     chunk: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a prefill chunk [CPU: 256, AMX: 1024, else 4096].")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a prefill chunk.",
+            show_default="CPU: 256, AMX: 1024, else 4096",
+            rich_help_panel=TARGET,
+        ),
     ] = None,
     mtp: Annotated[
         int,
         typer.Option(
-            min=0, metavar="N", help="Add the multi-token-prediction module, for up to N drafted tokens a step."
+            min=0,
+            metavar="N",
+            help="Add the multi-token-prediction module, for up to N drafted tokens a step.",
+            rich_help_panel=MODEL,
         ),
     ] = 0,
-    ranks: Annotated[int | None, typer.Option(help="Devices [the target's].")] = None,
-    tp: Annotated[int, typer.Option(help="Devices of an attention replica.")] = 1,
-    dp: Annotated[int | None, typer.Option(help="Attention replicas [ranks / TP].")] = None,
-    ep: Annotated[int | None, typer.Option(help="Devices that share the routed experts [all].")] = None,
-    redundant: Annotated[
-        int | None, typer.Option(help="Expert slots beyond one for each expert [the fewest that divide].")
+    ranks: Annotated[
+        int | None, typer.Option(help="Devices.", show_default="the target's", rich_help_panel=LAYOUT)
     ] = None,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    tp: Annotated[int, typer.Option(help="Devices of an attention replica.", rich_help_panel=LAYOUT)] = 1,
+    dp: Annotated[
+        int | None, typer.Option(help="Attention replicas.", show_default="ranks / TP", rich_help_panel=LAYOUT)
+    ] = None,
+    ep: Annotated[
+        int | None,
+        typer.Option(help="Devices that share the routed experts.", show_default="all", rich_help_panel=LAYOUT),
+    ] = None,
+    redundant: Annotated[
+        int | None,
+        typer.Option(
+            help="Expert slots beyond one for each expert.",
+            show_default="the fewest that divide",
+            rich_help_panel=LAYOUT,
+        ),
+    ] = None,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.", rich_help_panel=LAYOUT)] = 1,
     pad: Annotated[
-        bool, typer.Option("--pad", help="Fill up feed-forward widths with zeros where TP would cut scale blocks.")
+        bool,
+        typer.Option(
+            "--pad",
+            help="Fill up feed-forward widths with zeros where TP would cut scale blocks.",
+            rich_help_panel=LAYOUT,
+        ),
     ] = False,
     recipe: Annotated[
         str,
         typer.Option(
-            help="auto, deepseek-v3, weight-only, mxfp4-experts, per-tensor, per-channel, bf16, fp32, or FILE.yaml."
+            help="auto, deepseek-v3, weight-only, mxfp4-experts, per-tensor, per-channel, bf16, fp32, or FILE.yaml.",
+            rich_help_panel=MODEL,
         ),
     ] = "auto",
-    weights: Annotated[Path | None, typer.Option(help="Folder of safetensors.")] = None,
-    random_weights: Annotated[int | None, typer.Option(metavar="SEED", help="Random weights from a seed.")] = None,
-    no_weights: Annotated[bool, typer.Option("--no-weights", help="Compile the program only.")] = False,
-    source: Annotated[
-        bool, typer.Option("--source", help="Add the text of CPU kernels: TVMScript, LLVM IR, assembly, a Makefile.")
+    weights: Annotated[Path | None, typer.Option(help="Folder of safetensors.", rich_help_panel=MODEL)] = None,
+    random_weights: Annotated[
+        int | None, typer.Option(metavar="SEED", help="Random weights from a seed.", rich_help_panel=MODEL)
+    ] = None,
+    no_weights: Annotated[
+        bool, typer.Option("--no-weights", help="Compile the program only.", rich_help_panel=MODEL)
     ] = False,
-    plan_only: Annotated[bool, typer.Option("--plan-only", help="Write program.ir and plan.json only.")] = False,
+    source: Annotated[
+        bool,
+        typer.Option(
+            "--source",
+            help="Add the text of CPU kernels: TVMScript, LLVM IR, assembly, a Makefile.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Write program.ir and plan.json only.", rich_help_panel=OUTPUT)
+    ] = False,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a field of the configuration.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a field of the configuration.", rich_help_panel=MODEL),
     ] = None,
     passes: Annotated[
-        list[str] | None, typer.Option("--pass", metavar="SPEC", help="Add a pass or set its options: name{key=value}.")
+        list[str] | None,
+        typer.Option(
+            "--pass", metavar="SPEC", help="Add a pass or set its options: name{key=value}.", rich_help_panel=INSIDE
+        ),
     ] = None,
-    dump_ir: Annotated[Path | None, typer.Option(help="Folder for the text after every pass.")] = None,
-    verify: Annotated[str, typer.Option(help="structure, roundtrip or numerics.")] = "structure",
-    strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into errors.")] = False,
+    dump_ir: Annotated[
+        Path | None, typer.Option(help="Folder for the text after every pass.", rich_help_panel=INSIDE)
+    ] = None,
+    verify: Annotated[
+        str, typer.Option(help="structure, roundtrip or numerics.", rich_help_panel=INSIDE)
+    ] = "structure",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Turn warnings into errors.", rich_help_panel=INSIDE)
+    ] = False,
 ) -> None:
     """Compile a model for a target."""
     from moec.cli.options import check_compile, check_phase, check_recipe

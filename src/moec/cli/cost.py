@@ -21,9 +21,15 @@ class WrongCostUsage(InputError):
     template = "moec cost: {message}"
 
 
+_EXAMPLES = """\
+moec cost gemm m=128 n=4096 k=7168 dtype=fp8_block --target h800
+moec cost --rows rows.jsonl --target mine.yaml
+"""
+
+
 def register(app: typer.Typer) -> None:
     """Add `moec cost`."""
-    app.command("cost")(cost)
+    app.command("cost", epilog=_EXAMPLES)(cost)
 
 
 def cost(

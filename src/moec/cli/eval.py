@@ -18,18 +18,24 @@ class UnreadableText(InputError):
     template = "{file}: {why}"
 
 
+_EXAMPLES = """\
+moec eval tiny.moec --text heldout.txt
+moec eval tiny.moec --text heldout.txt --record-loads loads.npz
+"""
+
+
 def register(app: typer.Typer) -> None:
     """Add `moec eval`."""
-    app.command("eval")(evaluate)
+    app.command("eval", epilog=_EXAMPLES)(evaluate)
 
 
 def evaluate(
     artifact: Annotated[str, typer.Argument(help="Folder that `moec compile` wrote.")],
     text: Annotated[Path, typer.Option(help="File with the text, UTF-8.")],
     stride: Annotated[
-        int | None, typer.Option(help="Tokens between the windows (default: half the compiled context).")
+        int | None, typer.Option(help="Tokens between the windows.", show_default="half the compiled context")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the kernels (default: all usable CPUs).")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the kernels.", show_default="all usable CPUs")] = None,
     record_loads: Annotated[
         Path | None, typer.Option(metavar="OUT.npz", help="Count which experts tokens go to, for `moec place`.")
     ] = None,

@@ -36,9 +36,14 @@ class NoPlacement(InputError):
     template: ClassVar[str] = "{path}: its experts are not spread over ranks (--ep): there is no placement to export"
 
 
+_EXAMPLES = """\
+moec export tiny.moec onnx --out tiny.onnx
+"""
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("export")(export_artifact)
+    app.command("export", epilog=_EXAMPLES)(export_artifact)
 
 
 def export_artifact(

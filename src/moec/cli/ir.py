@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from moec.cli.help import LAYOUT
 from moec.errors import InputError, MoecError
 
 if TYPE_CHECKING:
@@ -70,13 +71,13 @@ File = Annotated[
         help="IR text, an artifact folder, ONNX files of `moec export` (with commas between), or - for stdin."
     ),
 ]
-Batch = Annotated[int | None, typer.Option(min=1, help="Sequences in a batch [1].")]
-ContextLength = Annotated[int | None, typer.Option(min=1, help="Tokens of context [4096].")]
-Chunk = Annotated[int | None, typer.Option(min=1, help="Tokens of a prefill chunk [256].")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Sequences in a batch.", show_default="1")]
+ContextLength = Annotated[int | None, typer.Option(min=1, help="Tokens of context.", show_default="4096")]
+Chunk = Annotated[int | None, typer.Option(min=1, help="Tokens of a prefill chunk.", show_default="256")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-@ir.command()
+@ir.command(epilog="moec ir show tiny.moec --function dense_layers.decode --cost --target h800")
 def show(
     file: File,
     function: Annotated[str | None, typer.Option(help="Only this function.")] = None,
@@ -180,7 +181,7 @@ def verify(file: File) -> None:
     print(f"{file}: ok, {sum(1 for _ in module.ops())} ops in {len(module.functions)} functions")
 
 
-@ir.command()
+@ir.command(epilog="moec ir diff dumps/02_bind-limits.ir dumps/03_mla-absorb.ir")
 def diff(
     before: Annotated[str, typer.Argument(help="IR text, an artifact folder, or - for stdin.")],
     after: Annotated[str, typer.Argument(help="The other module.")],
@@ -202,16 +203,19 @@ def diff(
         raise typer.Exit(1)
 
 
-@ir.command()
+@ir.command(epilog="moec ir stats tiny.moec --quantisation")
 def stats(
     file: File,
     as_json: Json = False,
     quantisation: Annotated[
         bool, typer.Option("--quantisation", help="Measure what the number formats cost, worst first.")
     ] = False,
-    weights: Annotated[Path | None, typer.Option(help="Folder of safetensors [--quantisation: random ones].")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of safetensors, for --quantisation.", show_default="random ones")
+    ] = None,
     points: Annotated[
-        int | None, typer.Option(min=1, help="Layers and experts of a weight to measure, evenly spaced [4].")
+        int | None,
+        typer.Option(min=1, help="Layers and experts of a weight to measure, evenly spaced.", show_default="4"),
     ] = None,
 ) -> None:
     """Count ops, parameters and bytes of weights.
@@ -283,23 +287,33 @@ def reference(
         write.write_text(reference())
 
 
-@ir.command()
+@ir.command(epilog="moec ir opt dumps/02_bind-limits.ir --pass 'mla-absorb{decode=plain}' | moec ir verify -")
 def opt(
     file: File,
     passes: Annotated[list[str] | None, typer.Option("--pass", metavar="SPEC", help="Passes to run, in order.")] = None,
-    target: Annotated[str | None, typer.Option(help="Target (default: the module's own, else cpu).")] = None,
+    target: Annotated[str | None, typer.Option(help="Target.", show_default="the module's own, else cpu")] = None,
     verify: Annotated[str, typer.Option(help="structure, roundtrip or numerics.")] = "structure",
     strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into errors.")] = False,
     dump_ir: Annotated[Path | None, typer.Option(help="Folder for the text after every pass and its report.")] = None,
     batch: Batch = None,
     context: ContextLength = None,
     chunk: Chunk = None,
-    ranks: Annotated[int | None, typer.Option(help="Devices [the mesh's, else the target's].")] = None,
-    tp: Annotated[int, typer.Option(help="Devices of an attention replica.")] = 1,
-    dp: Annotated[int | None, typer.Option(help="Attention replicas [ranks / TP].")] = None,
-    ep: Annotated[int | None, typer.Option(help="Devices that share the routed experts [all].")] = None,
-    redundant: Annotated[int | None, typer.Option(help="Expert slots beyond one for each [the fewest].")] = None,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    ranks: Annotated[
+        int | None, typer.Option(help="Devices.", show_default="the mesh's, else the target's", rich_help_panel=LAYOUT)
+    ] = None,
+    tp: Annotated[int, typer.Option(help="Devices of an attention replica.", rich_help_panel=LAYOUT)] = 1,
+    dp: Annotated[
+        int | None, typer.Option(help="Attention replicas.", show_default="ranks / TP", rich_help_panel=LAYOUT)
+    ] = None,
+    ep: Annotated[
+        int | None,
+        typer.Option(help="Devices that share the routed experts.", show_default="all", rich_help_panel=LAYOUT),
+    ] = None,
+    redundant: Annotated[
+        int | None,
+        typer.Option(help="Expert slots beyond one for each.", show_default="the fewest", rich_help_panel=LAYOUT),
+    ] = None,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.", rich_help_panel=LAYOUT)] = 1,
 ) -> None:
     """Run passes on IR text and print the result.
 
@@ -343,7 +357,7 @@ def opt(
     sys.stdout.write(print_module(module))
 
 
-@ir.command()
+@ir.command(epilog="moec ir reduce bad.ir --run 'moec ir verify {}' --out small.ir")
 def reduce(
     file: File,
     run: Annotated[str, typer.Option(metavar="COMMAND", help="Shell command that fails; {} is the file to try.")],

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 _SHOWN_ITERATIONS = 4
 """Iterations of a cyclic schedule in a trace: enough to see the steady state between filling and draining."""
 
+_EXAMPLES = """\
+moec overlap tasks.json --trace timeline.json
+"""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
 
-    @app.command()
+    @app.command(epilog=_EXAMPLES)
     def overlap(
         tasks: Annotated[Path, typer.Argument(metavar="TASKS.json", help="Tasks, resources, edges, repeat edges.")],
         trace: Annotated[

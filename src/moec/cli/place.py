@@ -9,53 +9,100 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from moec.cli.help import MACHINE, OUTPUT, QUESTIONS
+
 if TYPE_CHECKING:
     from moec.passes.placement import Problem
     from moec.passes.placement.problem import Floats
     from moec.passes.placement.recordings import Recording
     from moec.passes.placement.summary import Routing
 
+_EXAMPLES = """\
+moec place loads.npz --target h800-ep32 --slots-per-device 9 --out placement.json
+"""
+
 
 def register(app: typer.Typer) -> None:
     """Add `moec place`."""
-    app.command("place")(place)
+    app.command("place", epilog=_EXAMPLES)(place)
 
 
 def place(
     loads: Annotated[
         list[Path], typer.Argument(help="Loads [layers, experts]: .npy, .npz or .json; several are added.")
     ],
-    target: Annotated[str | None, typer.Option(help="Target: number of devices, and devices a node.")] = None,
-    devices: Annotated[
-        int | None, typer.Option("--devices", "--ranks", help="Devices (default: the target's).")
+    target: Annotated[
+        str | None, typer.Option(help="Target: number of devices, and devices a node.", rich_help_panel=MACHINE)
     ] = None,
-    devices_per_node: Annotated[int | None, typer.Option(help="Devices a node (default: the target's).")] = None,
-    slots_per_device: Annotated[int | None, typer.Option(help="Slots a device (default: as few as fit).")] = None,
-    redundant: Annotated[int, typer.Option(help="Without --slots-per-device: at least so many redundant slots.")] = 0,
-    groups: Annotated[int, typer.Option(help="Bind this many groups of experts to nodes (1: no groups).")] = 1,
-    shares: Annotated[str, typer.Option(help="How replicas share tokens: even or free.")] = "even",
+    devices: Annotated[
+        int | None,
+        typer.Option("--devices", "--ranks", help="Devices.", show_default="the target's", rich_help_panel=MACHINE),
+    ] = None,
+    devices_per_node: Annotated[
+        int | None, typer.Option(help="Devices a node.", show_default="the target's", rich_help_panel=MACHINE)
+    ] = None,
+    slots_per_device: Annotated[
+        int | None, typer.Option(help="Slots a device.", show_default="as few as fit", rich_help_panel=MACHINE)
+    ] = None,
+    redundant: Annotated[
+        int, typer.Option(help="Without --slots-per-device: at least so many redundant slots.", rich_help_panel=MACHINE)
+    ] = 0,
+    groups: Annotated[
+        int, typer.Option(help="Bind this many groups of experts to nodes (1: no groups).", rich_help_panel=QUESTIONS)
+    ] = 1,
+    shares: Annotated[
+        str, typer.Option(help="How replicas share tokens: even or free.", rich_help_panel=QUESTIONS)
+    ] = "even",
     weights: Annotated[
-        str, typer.Option(help="How several recordings count: tokens (by their tokens), equal, or factors W1,W2,...")
+        str,
+        typer.Option(
+            help="How several recordings count: tokens (by their tokens), equal, or factors W1,W2,...",
+            rich_help_panel=QUESTIONS,
+        ),
     ] = "tokens",
     coactivation: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|none", help="Tokens per pair of experts [layers, experts, experts] (default: as recorded)."
+            metavar="FILE|none",
+            help="Tokens per pair of experts [layers, experts, experts].",
+            show_default="as recorded",
+            rich_help_panel=QUESTIONS,
         ),
     ] = None,
-    previous: Annotated[Path | None, typer.Option(help="Placement now in use: move as little as possible.")] = None,
-    slack: Annotated[
-        float | None, typer.Option(help="Part of the greatest load that traffic and movement may cost (default 0.002).")
+    previous: Annotated[
+        Path | None, typer.Option(help="Placement now in use: move as little as possible.", rich_help_panel=QUESTIONS)
     ] = None,
-    top_k: Annotated[int, typer.Option(help="Experts a token chooses (for traffic).")] = 8,
-    top_groups: Annotated[int, typer.Option(help="Groups a token may use (for traffic, with --groups).")] = 4,
-    exact: Annotated[float, typer.Option(help="Seconds a layer for the exact solver (0: off).")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the placement: .json or .npz.")] = None,
-    sglang: Annotated[Path | None, typer.Option(help="Write the file for SGLang's --init-expert-location.")] = None,
-    dense_layers: Annotated[int, typer.Option(help="Leading dense layers of the model (rows of SGLang's file).")] = 0,
-    merged: Annotated[Path | None, typer.Option(metavar="OUT.npz", help="Write the loads that were placed.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write a page with pictures of balance and traffic.")] = None,
+    slack: Annotated[
+        float | None,
+        typer.Option(
+            help="Part of the greatest load that traffic and movement may cost.",
+            show_default="0.002",
+            rich_help_panel=QUESTIONS,
+        ),
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Experts a token chooses (for traffic).", rich_help_panel=QUESTIONS)] = 8,
+    top_groups: Annotated[
+        int, typer.Option(help="Groups a token may use (for traffic, with --groups).", rich_help_panel=QUESTIONS)
+    ] = 4,
+    exact: Annotated[
+        float, typer.Option(help="Seconds a layer for the exact solver (0: off).", rich_help_panel=QUESTIONS)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the search.", rich_help_panel=QUESTIONS)] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the placement: .json or .npz.", rich_help_panel=OUTPUT)
+    ] = None,
+    sglang: Annotated[
+        Path | None, typer.Option(help="Write the file for SGLang's --init-expert-location.", rich_help_panel=OUTPUT)
+    ] = None,
+    dense_layers: Annotated[
+        int, typer.Option(help="Leading dense layers of the model (rows of SGLang's file).", rich_help_panel=OUTPUT)
+    ] = 0,
+    merged: Annotated[
+        Path | None, typer.Option(metavar="OUT.npz", help="Write the loads that were placed.", rich_help_panel=OUTPUT)
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page with pictures of balance and traffic.", rich_help_panel=OUTPUT)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Place experts on devices from recorded loads.

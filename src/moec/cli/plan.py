@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moec.cli.help import LAYOUT, QUESTIONS, TRAINING, WORK
 from moec.cli.output import note
 
 if TYPE_CHECKING:
@@ -22,59 +23,120 @@ _GPU_WORK = {"batch": 128, "chunk": 16384}
 _CPU_WORK = {"batch": 1, "chunk": 256}
 _CONTEXT = 4096
 
+_EXAMPLES = """\
+moec plan deepseek-v3 --target h800-ep144 --context 4096 --batch 128
+moec plan deepseek-v3 --target h20,h800 --ranks 16 --what-if nvlink=2x
+moec plan deepseek-v3 --target h800-ep144 --search --max-ms 50
+moec plan deepseek-v3 --target h800-2048 --phase train
+"""
+
 
 def register(app: typer.Typer) -> None:
     """Add `moec plan`."""
-    app.command("plan")(plan)
+    app.command("plan", epilog=_EXAMPLES)(plan)
 
 
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset or a model folder.")],
     target: Annotated[str, typer.Option(help="Shipped targets or files, separated by commas to compare.")] = "cpu",
-    phase: Annotated[str, typer.Option(help="both, prefill, decode or train.")] = "both",
+    phase: Annotated[str, typer.Option(help="both, prefill, decode or train.", rich_help_panel=WORK)] = "both",
     batch: Annotated[
         str | None,
-        typer.Option(metavar="N[,N...]", help="Requests of an attention replica in a decode step [128; CPU: 1]."),
+        typer.Option(
+            metavar="N[,N...]",
+            help="Requests of an attention replica in a decode step.",
+            show_default="128; CPU: 1",
+            rich_help_panel=WORK,
+        ),
     ] = None,
     context: Annotated[
         str | None,
         typer.Option(
-            metavar="N[,N...]", help="Tokens that a decoded token attends to [4096]; lists compare attention's forms."
+            metavar="N[,N...]",
+            help="Tokens that a decoded token attends to [4096]; lists compare attention's forms.",
+            rich_help_panel=WORK,
         ),
     ] = None,
-    prompt: Annotated[int | None, typer.Option(help="Tokens of a prompt [4096].")] = None,
-    chunk: Annotated[
-        int | None, typer.Option(help="Tokens that a replica prefills in a step [16384; CPU: 256].")
+    prompt: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt.", show_default="4096", rich_help_panel=WORK)
     ] = None,
-    ranks: Annotated[int | None, typer.Option(help="Devices [the target's].")] = None,
-    tp: Annotated[int, typer.Option(help="Devices of an attention replica.")] = 1,
-    dp: Annotated[int | None, typer.Option(help="Attention replicas [ranks / TP / PP].")] = None,
-    pp: Annotated[int | None, typer.Option(help="Pipeline stages, each with its own layers [1; train: 16].")] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that a replica prefills in a step.", show_default="16384; CPU: 256", rich_help_panel=WORK
+        ),
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Devices.", show_default="the target's", rich_help_panel=LAYOUT)
+    ] = None,
+    tp: Annotated[int, typer.Option(help="Devices of an attention replica.", rich_help_panel=LAYOUT)] = 1,
+    dp: Annotated[
+        int | None, typer.Option(help="Attention replicas.", show_default="ranks / TP / PP", rich_help_panel=LAYOUT)
+    ] = None,
+    pp: Annotated[
+        int | None,
+        typer.Option(
+            help="Pipeline stages, each with its own layers.", show_default="1; train: 16", rich_help_panel=LAYOUT
+        ),
+    ] = None,
     ep: Annotated[
-        int | None, typer.Option(help="Devices that share the routed experts [all of a stage; train: 64].")
+        int | None,
+        typer.Option(
+            help="Devices that share the routed experts.",
+            show_default="all of a stage; train: 64",
+            rich_help_panel=LAYOUT,
+        ),
     ] = None,
     redundant: Annotated[
-        int | None, typer.Option(help="Expert slots beyond one for each expert [the fewest that divide].")
+        int | None,
+        typer.Option(
+            help="Expert slots beyond one for each expert.",
+            show_default="the fewest that divide",
+            rich_help_panel=LAYOUT,
+        ),
     ] = None,
     balance: Annotated[
-        float | None, typer.Option(help="Mean over maximum of the devices' expert rows [expected of the step].")
+        float | None,
+        typer.Option(
+            help="Mean over maximum of the devices' expert rows.",
+            show_default="expected of the step",
+            rich_help_panel=LAYOUT,
+        ),
     ] = None,
-    overlap: Annotated[str, typer.Option(help="Two micro-batches hide communication: auto, on, off.")] = "auto",
-    recipe: Annotated[str, typer.Option(help="auto, deepseek-v3, weight-only or bf16.")] = "auto",
+    overlap: Annotated[
+        str, typer.Option(help="Two micro-batches hide communication: auto, on, off.", rich_help_panel=LAYOUT)
+    ] = "auto",
+    recipe: Annotated[str, typer.Option(help="auto, deepseek-v3, weight-only or bf16.", rich_help_panel=WORK)] = "auto",
     what_if: Annotated[
-        str | None, typer.Option(metavar="KEY=VALUE", help="Plan again with one number changed, e.g. nvlink=2x.")
+        str | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Plan again with one number changed, e.g. nvlink=2x.", rich_help_panel=QUESTIONS
+        ),
     ] = None,
-    search: Annotated[bool, typer.Option("--search", help="Find the best layout and batch of the ranks.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Find the best layout and batch of the ranks.", rich_help_panel=QUESTIONS)
+    ] = False,
     max_ms: Annotated[
         float | None,
-        typer.Option("--max-ms", help="With --search: most milliseconds of a token (prefill: of the first one)."),
+        typer.Option(
+            "--max-ms",
+            help="With --search: most milliseconds of a token (prefill: of the first one).",
+            rich_help_panel=QUESTIONS,
+        ),
     ] = None,
-    schedule: Annotated[str, typer.Option(help="Training pipeline: 1f1b, zb1p, dualpipe, dualpipev.")] = "dualpipe",
-    sequence: Annotated[int, typer.Option(help="Training: tokens of a sequence.")] = 4096,
-    global_batch: Annotated[int | None, typer.Option(help="Training: sequences of a step [15360].")] = None,
-    micro_batch: Annotated[int, typer.Option(help="Training: sequences of a micro-batch.")] = 1,
+    schedule: Annotated[
+        str, typer.Option(help="Training pipeline: 1f1b, zb1p, dualpipe, dualpipev.", rich_help_panel=TRAINING)
+    ] = "dualpipe",
+    sequence: Annotated[int, typer.Option(help="Training: tokens of a sequence.", rich_help_panel=TRAINING)] = 4096,
+    global_batch: Annotated[
+        int | None, typer.Option(help="Training: sequences of a step.", show_default="15360", rich_help_panel=TRAINING)
+    ] = None,
+    micro_batch: Annotated[
+        int, typer.Option(help="Training: sequences of a micro-batch.", rich_help_panel=TRAINING)
+    ] = 1,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the model's configuration.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the model's configuration.", rich_help_panel=WORK),
     ] = None,
     page: Annotated[Path | None, typer.Option(help="Write a page with plots: one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

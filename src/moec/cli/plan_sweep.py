@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moec.figures import figures
+
 if TYPE_CHECKING:
     from moec.ir import Module
     from moec.passes.planning import Options, Point
@@ -50,7 +52,7 @@ def run_sweep(
 def _cells(point: Point, phase: str) -> str:
     times, best = point.times_us[phase], point.forms[phase]
     cells = [
-        f"{times[form] / 1e3:10.4g}{'*' if form == best else ' '}" if form in times else f"{'-':>10} "
+        f"{figures(times[form] / 1e3):>10}{'*' if form == best else ' '}" if form in times else f"{'-':>10} "
         for form in ("plain", "absorbed")
     ]
     return f"{' '.join(cells)} {_flip(point, phase):>10}"

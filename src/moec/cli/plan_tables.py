@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moec.figures import figures
+
 if TYPE_CHECKING:
     from moec.passes.planning import Alternative, Layout, PhasePlan, Plan
 
@@ -35,7 +37,7 @@ def _details(model: str, plan: Plan, better: Better, phases: tuple[str, ...]) ->
             if line:
                 print(f"  {line}")
         _ops(phase)
-    print(f"\nfirst token after {plan.first_token_ms:.4g} ms, then one every {plan.time_per_token_ms:.4g} ms")
+    print(f"\nfirst token after {figures(plan.first_token_ms)} ms, then one every {figures(plan.time_per_token_ms)} ms")
     for line in advice(plan, better, phases):
         print(line)
 
@@ -52,16 +54,16 @@ def layout_text(layout: Layout) -> str:
 
 def _rates(phase: PhasePlan) -> str:
     node = f", {phase.per_node:,.0f} a node" if phase.layout.ranks > 1 else ""
-    return f"{phase.per_device:,.4g} tokens/s a device{node}, MFU {phase.mfu:.1%}"
+    return f"{figures(phase.per_device)} tokens/s a device{node}, MFU {phase.mfu:.1%}"
 
 
 def _times(phase: PhasePlan) -> str:
-    text = f"step {phase.step_us / 1e3:.4g} ms: one after the other {phase.serial_us / 1e3:.4g} ms"
+    text = f"step {figures(phase.step_us / 1e3)} ms: one after the other {figures(phase.serial_us / 1e3)} ms"
     if phase.choice.cost.communication_us:
-        text += f" (communication {phase.choice.cost.communication_us / 1e3:.4g} ms)"
+        text += f" (communication {figures(phase.choice.cost.communication_us / 1e3)} ms)"
     if phase.paired_us is not None:
         verdict = "taken" if phase.overlapped else "not taken"
-        text += f", two overlapping micro-batches {phase.paired_us / 1e3:.4g} ms ({verdict})"
+        text += f", two overlapping micro-batches {figures(phase.paired_us / 1e3)} ms ({verdict})"
     return text
 
 
@@ -74,7 +76,7 @@ def _balance(phase: PhasePlan) -> str:
 def _form(phase: PhasePlan) -> str:
     if len(phase.choice.times_us) < 2:
         return "attention caches keys and values per head: there is no latent to absorb"
-    times = ", ".join(f"{form} {time / 1e3:.4g} ms" for form, time in phase.choice.times_us.items())
+    times = ", ".join(f"{form} {figures(time / 1e3)} ms" for form, time in phase.choice.times_us.items())
     crossover = phase.choice.crossover
     flips = "no crossover up to the model's limit" if crossover is None else f"crossover at context {crossover}"
     return f"attention {phase.choice.form} ({times}); {flips}"
@@ -82,7 +84,7 @@ def _form(phase: PhasePlan) -> str:
 
 def _bounds(phase: PhasePlan) -> str:
     parts = sorted(phase.by_bound.items(), key=lambda item: -item[1])
-    text = ", ".join(f"{name} {time / 1e3:.4g} ms" for name, time in parts if time)
+    text = ", ".join(f"{name} {figures(time / 1e3)} ms" for name, time in parts if time)
     return f"bound by {phase.bound} ({text})"
 
 
@@ -113,7 +115,7 @@ def _memory(phase: PhasePlan) -> str:
 
 def size_text(size: float) -> str:
     """Bytes in GB or MB."""
-    return f"{size / 1e9:.4g} GB" if size >= 1e8 else f"{size / 1e6:.4g} MB"
+    return f"{figures(size / 1e9)} GB" if size >= 1e8 else f"{figures(size / 1e6)} MB"
 
 
 def _ops(phase: PhasePlan) -> None:
@@ -125,7 +127,7 @@ def _ops(phase: PhasePlan) -> None:
         print(f"    {line} {op.cost.time_us / 1e3:10.3f} ms {share:6.1%}  {op.cost.bound}")
     rest = sum(op.cost.time_us for op in ops[_SHOWN:])
     if rest:
-        print(f"    {len(ops) - _SHOWN} more: {rest / 1e3:.4g} ms {rest / phase.serial_us:.1%}")
+        print(f"    {len(ops) - _SHOWN} more: {figures(rest / 1e3)} ms {rest / phase.serial_us:.1%}")
 
 
 def _side_by_side(model: str, plans: list[Plan], phases: tuple[str, ...]) -> None:
@@ -136,11 +138,11 @@ def _side_by_side(model: str, plans: list[Plan], phases: tuple[str, ...]) -> Non
     for name in phases:
         found = [p.phases[name] for p in plans]
         rows |= {
-            f"{name} tokens/s a device": [f"{p.per_device:,.4g}" for p in found],
+            f"{name} tokens/s a device": [figures(p.per_device) for p in found],
             f"{name} tokens/s a node": [f"{p.per_node:,.0f}" for p in found],
-            f"{name} step": [f"{p.step_us / 1e3:.4g} ms" for p in found],
+            f"{name} step": [f"{figures(p.step_us / 1e3)} ms" for p in found],
             f"{name} overlapped": ["yes" if p.overlapped else "no" for p in found],
-            f"{name} exposed communication": [f"{p.exposed_us / 1e3:.4g} ms" for p in found],
+            f"{name} exposed communication": [f"{figures(p.exposed_us / 1e3)} ms" for p in found],
             f"{name} attention": [p.choice.form for p in found],
             f"{name} crossover context": [str(p.choice.crossover or "none") for p in found],
             f"{name} MFU": [f"{p.mfu:.1%}" for p in found],

@@ -7,10 +7,14 @@ from typing import Annotated
 
 import typer
 
+_EXAMPLES = """\
+moec quantise path/to/bf16-folder --out fp8-folder
+"""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("quantise")(quantise)
+    app.command("quantise", epilog=_EXAMPLES)(quantise)
 
 
 def quantise(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moec.cli.help import INSIDE, PROCESS, PROMPT, SAMPLING
 from moec.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,45 +48,88 @@ class OneProcess(InputError):
     template = "--compare checks one process: compile the model without --ranks and run it without torchrun"
 
 
+_EXAMPLES = """\
+moec run tiny.moec --prompt 'import os' --temperature 0.6 --seed 1
+moec run tiny.moec --prompt-ids 1,2,3 --json
+"""
+
+
 def register(app: typer.Typer) -> None:
     """Add `moec run`."""
-    app.command("run")(run)
+    app.command("run", epilog=_EXAMPLES)(run)
 
 
 def run(
     artifact: Annotated[str, typer.Argument(help="Folder that `moec compile` wrote.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    chat: Annotated[str | None, typer.Option(help="A user message, put into the model's chat template.")] = None,
-    prompt_ids: Annotated[str | None, typer.Option(help="Token ids to continue: 1,2,3.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.", rich_help_panel=PROMPT)] = None,
+    chat: Annotated[
+        str | None, typer.Option(help="A user message, put into the model's chat template.", rich_help_panel=PROMPT)
+    ] = None,
+    prompt_ids: Annotated[
+        str | None, typer.Option(help="Token ids to continue: 1,2,3.", rich_help_panel=PROMPT)
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help=f"At most so many new tokens (default {_DEFAULT_NEW_TOKENS}, less if they do not fit)."),
+        typer.Option(
+            help="At most so many new tokens.",
+            show_default=f"{_DEFAULT_NEW_TOKENS}, less if they do not fit",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this sum.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many of the most probable tokens; 0: all.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Draw from tokens with this share of the greatest probability.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token.", rich_help_panel=SAMPLING)] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the most probable tokens that reach this sum.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Draw from so many of the most probable tokens; 0: all.", rich_help_panel=SAMPLING)
+    ] = 0,
+    min_p: Annotated[
+        float,
+        typer.Option(help="Draw from tokens with this share of the greatest probability.", rich_help_panel=SAMPLING),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal text.", rich_help_panel=SAMPLING)] = 0,
     speculate: Annotated[
         int,
         typer.Option(min=0, metavar="N", help="Draft up to N tokens a step with the module of `moec compile --mtp`."),
     ] = 0,
-    threads: Annotated[int | None, typer.Option(help="Threads of the kernels (default: all usable CPUs).")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of the kernels.", show_default="all usable CPUs", rich_help_panel=PROCESS),
+    ] = None,
     compare: Annotated[
         str | None,
-        typer.Option(metavar="HF_FOLDER", help="Generate nothing: compare every op with these weights' reference."),
+        typer.Option(
+            metavar="HF_FOLDER",
+            help="Generate nothing: compare every op with these weights' reference.",
+            rich_help_panel=INSIDE,
+        ),
     ] = None,
     record_loads: Annotated[
-        Path | None, typer.Option(metavar="OUT.npz", help="Count which experts tokens go to, for `moec place`.")
+        Path | None,
+        typer.Option(
+            metavar="OUT.npz", help="Count which experts tokens go to, for `moec place`.", rich_help_panel=INSIDE
+        ),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Compare the hashes of weights, too.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare the hashes of weights, too.", rich_help_panel=INSIDE)
+    ] = False,
     timeout: Annotated[
         float | None,
-        typer.Option(min=1, help="Under torchrun: seconds that a rank may stay silent before all end [30]."),
+        typer.Option(
+            min=1,
+            help="Under torchrun: seconds that a rank may stay silent before all end.",
+            show_default="30",
+            rich_help_panel=PROCESS,
+        ),
     ] = None,
     micro_batches: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Under torchrun, with --pp: parts of a decode step under way at a time."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Under torchrun, with --pp: parts of a decode step under way at a time.",
+            rich_help_panel=PROCESS,
+        ),
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from moec.cli.output import note
 from moec.errors import MoecError
+from moec.figures import figures
 
 if TYPE_CHECKING:
     from moec.ir import Function, Module
@@ -25,9 +26,15 @@ class PictureNotWritten(MoecError):
     template: ClassVar[str] = "{path}: cannot write the picture: {reason}"
 
 
+_EXAMPLES = """\
+moec simulate v3.plan --trace timeline.json
+moec simulate v3.plan --devices 16 --spread 0.05
+"""
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("simulate")(simulate)
+    app.command("simulate", epilog=_EXAMPLES)(simulate)
 
 
 def simulate(
@@ -37,7 +44,9 @@ def simulate(
             metavar="PLAN", help="An artifact, a folder of --plan-only, IR text, or a training plan (JSON)."
         ),
     ],
-    phase: Annotated[str | None, typer.Option(help="prefill or decode [the first that there is].")] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="prefill or decode.", show_default="the first that there is")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(metavar="OUT", help="Write a timeline for ui.perfetto.dev.")] = None,
     svg: Annotated[Path | None, typer.Option(metavar="OUT", help="Write a picture of some layers.")] = None,
     devices: Annotated[int, typer.Option(min=1, max=64, help="Devices that meet at every exchange.")] = 1,
@@ -105,12 +114,12 @@ def _answer(entry: Function, spans: list[Span]) -> dict[str, Any]:
 
 
 def _print(answer: dict[str, Any]) -> None:
-    print(f"{answer['phase']} on {answer['devices']} device(s): {answer['time_us'] / 1e3:.4g} ms")
+    print(f"{answer['phase']} on {answer['devices']} device(s): {figures(answer['time_us'] / 1e3)} ms")
     for stream, us in answer["busy_us"].items():
-        print(f"  {stream:8} busy {us / 1e3:.4g} ms ({us / answer['time_us']:.1%})")
+        print(f"  {stream:8} busy {figures(us / 1e3)} ms ({us / answer['time_us']:.1%})")
     if answer["communication_us"]:
-        shown = f"{answer['communication_us'] / 1e3:.4g} ms, {answer['hidden']:.1%} of it hidden"
-        print(f"  communication {shown}, {answer['exposed_us'] / 1e3:.4g} ms exposed")
+        shown = f"{figures(answer['communication_us'] / 1e3)} ms, {answer['hidden']:.1%} of it hidden"
+        print(f"  communication {shown}, {figures(answer['exposed_us'] / 1e3)} ms exposed")
 
 
 def _training(

@@ -100,7 +100,9 @@ def check(
         plural = "" if len(problems) == 1 else "s"
         raise WrongTargetFiles(count=len(problems), s=plural, files=", ".join(wrong))
     for file in files:
-        print(f"{file}: ok" if not Path(file).is_file() else f"{file}: ok ({targets.load(file).name})")
+        name = f" ({targets.load(file).name})" if Path(file).is_file() else ""
+        lent = targets.assumed_from(file)
+        print(f"{file}: ok{name}{f', its cost model is assumed to be as on {lent}' if lent else ''}")
 
 
 def calibrate(
