@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from moec.runtime.engine import Ids
-from moec.runtime.errors import WrongOption
+from moec.runtime.errors import PromptTooLong, WrongOption
 from moec.runtime.launch import TIMEOUT, loaded
 from moec.runtime.model import Model, load
 from moec.runtime.scheduler import Rates
@@ -175,6 +175,8 @@ def _check(model: Model, prompt: int, new: int, repeat: int, batch: int) -> None
     """Bounds that `Model.complete` does not know of: its errors name the other options."""
     if prompt < 1:
         raise WrongOption(option="prompt-tokens", expected="at least 1", value=prompt)
+    if prompt > model.context:
+        raise PromptTooLong(tokens=prompt, context=model.context)
     if new < 2:
         raise WrongOption(option="new-tokens", expected="at least 2 (the first comes from the prefill)", value=new)
     if repeat < 1:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 from moec.runtime.errors import KernelsDoNotLoad, NoRuntimeLibrary, WrongOption
 from moec.runtime.machine import allow_tiles
@@ -27,16 +27,19 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_MOST_THREADS: Final = 1024
+
+
 class Library:
     """The functions of one kernel library, run by `threads` threads."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         """Load the library at the absolute `path`.
 
-        Raises WrongOption for threads < 1, NoRuntimeLibrary, or KernelsDoNotLoad.
+        Raises WrongOption for threads that are not 1 to 1024, NoRuntimeLibrary, or KernelsDoNotLoad.
         """
-        if threads is not None and threads < 1:
-            raise WrongOption(option="threads", expected="at least 1", value=threads)
+        if threads is not None and not 1 <= threads <= _MOST_THREADS:
+            raise WrongOption(option="threads", expected=f"from 1 to {_MOST_THREADS}", value=threads)
         self.threads = threads or default_threads()
         allow_tiles()
         self._ffi = load_runtime()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +18,16 @@ from numpy.typing import NDArray
 from moec.runtime.draws import Draws
 from moec.runtime.errors import WrongOption
 
+COLDEST: Final = 1e-30
+"""Least temperature above 0: logits divided by less exceed FP32, in which devices draw."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. Temperature 0 takes the most probable token, the first of equals.
 
-    `top_k` 0 and `min_p` 0 leave none out. Raises WrongOption unless temperature >= 0, 0 < top_p <= 1, seed >= 0,
-    top_k >= 0 and 0 <= min_p <= 1.
+    `top_k` 0 and `min_p` 0 leave none out. Raises WrongOption unless temperature is 0 or at least `COLDEST`,
+    0 < top_p <= 1, seed >= 0, top_k >= 0 and 0 <= min_p <= 1.
     """
 
     temperature: float = 0.0
@@ -35,6 +39,9 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise WrongOption(option="temperature", expected="a finite number >= 0", value=self.temperature)
+        if 0 < self.temperature < COLDEST:
+            expected = f"0 (the most probable token) or at least {COLDEST:g}"
+            raise WrongOption(option="temperature", expected=expected, value=self.temperature)
         if not 0 < self.top_p <= 1:
             raise WrongOption(option="top-p", expected="above 0 and at most 1", value=self.top_p)
         if self.seed < 0:

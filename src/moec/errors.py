@@ -6,15 +6,19 @@ Packages define their own subclasses next to the code that raises them.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar
+
+_NAMES = frozenset(("path", "file", "folder", "artifact"))
+"""Fields that hold a file's name, as a path or as a user wrote it."""
 
 
 class MoecError(Exception):
     """Work that failed although the input was right (a full disk, a dead rank): exit code 1.
 
-    Subclasses set `template`; the keyword arguments of the constructor fill it and stay as attributes. Paths are shown
-    printable: a file name cannot break the line.
+    Subclasses set `template`; the keyword arguments of the constructor fill it and stay as attributes. Paths, and texts
+    under a name of `_NAMES`, are shown printable: a file name cannot break the line.
     """
 
     exit_code: ClassVar[int] = 1
@@ -22,7 +26,10 @@ class MoecError(Exception):
 
     def __init__(self, **fields: Any) -> None:
         self.__dict__.update(fields)
-        shown = {name: printable(value) if isinstance(value, Path) else value for name, value in fields.items()}
+        shown = {
+            name: printable(value) if isinstance(value, Path) or (name in _NAMES and isinstance(value, str)) else value
+            for name, value in fields.items()
+        }
         super().__init__(self.template.format(**shown))
 
 
@@ -35,6 +42,11 @@ class InputError(MoecError):
 def printable(text: object) -> str:
     """`text` with line breaks and other control characters as escapes, so that a message stays one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def shortened(text: str) -> str:
+    """`text` with the middle left out of words that nobody reads to the end."""
+    return re.sub(r"\S{400,}", lambda word: f"{word[0][:150]}...{word[0][-150:]}", text)
 
 
 def near(name: str, known: list[str]) -> str:

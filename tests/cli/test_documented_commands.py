@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -35,14 +36,29 @@ def calls(text: str) -> list[str]:
     lines = []
     for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            parts = END.sub("", line.removeprefix("$ ")).split(" | ")
-            lines += [part.strip() for part in parts if part.strip().startswith("moec ")]
+            lines += [part for part in split(END.sub("", line.removeprefix("$ "))) if part.startswith("moec ")]
     return lines
+
+
+def split(line: str) -> list[str]:
+    """The commands of a shell line, around `|`, `;` and `&&`."""
+    if not line.startswith("moec "):  # what a command prints may be no shell at all
+        return []
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|;&")
+    lexer.whitespace_split, lexer.commenters = True, ""
+    parts: list[list[str]] = [[]]
+    for word in lexer:
+        if set(word) <= set("|;&"):
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return [shlex.join(part) for part in parts]
 
 
 def found(line: str) -> tuple[TyperCommand | TyperGroup, list[str]]:
     """The command of a line, and the words behind it; raises UsageError where there is none."""
-    words, command = shlex.split(line)[1:], GROUP
+    words = shlex.split(line)[1:]
+    command: Any = GROUP
     context = typer.Context(GROUP)
     while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
         _, command, words = command.resolve_command(context, words)
@@ -56,7 +72,7 @@ def options(command: TyperCommand | TyperGroup) -> set[str]:
 
 def is_form(line: str) -> bool:
     """Whether a line shows a form of call with placeholders, not a call."""
-    return bool(re.search(r" \[|\.\.\.|\w\|\w| \($", line)) or len(line.split()) == 2
+    return bool(re.search(r"[ ']\[-|\.\.\.|\w\|\w| \($", line)) or len(line.split()) == 2
 
 
 CALLS = [(page.name, line) for page in PAGES for line in calls(page.read_text()) if not is_form(line)]
@@ -64,7 +80,7 @@ EXAMPLES = [
     (" ".join(path), part)
     for path, command in commands()
     for line in (command.epilog or "").splitlines()
-    for part in line.split(" | ")
+    for part in split(line)
 ]
 EVERY_OPTION = set().union(*(options(command) for _, command in commands()))
 BENCHMARKS = "".join(file.read_text() for file in (ROOT / "benchmarks").glob("*.py"))

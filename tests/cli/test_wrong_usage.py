@@ -65,3 +65,26 @@ def test_help_has_headings_defaults_and_examples(flag: str) -> None:
         assert f"\n\n{heading}" in done.stdout
     assert "[default: the model's, at most 4096; at least 1]" in " ".join(done.stdout.split())
     assert "<" not in done.stdout and "{model}" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "any", "--prompt-ids", "1", "--max-new-tokens", "9" * 400], "Invalid value for '--max-new-tokens': a"),
+        (["plan", "any", "--page", ""], "Invalid value for '--page': the path is empty"),
+        (["compile", "any", "--out="], "Invalid value for '--out': the path is empty"),
+        (["quantise", "", "--out", "q"], "Invalid value for 'folder': the path is empty"),
+        (["run", "a\nb", "--prompt-ids", "1"], r"a\nb is not an artifact: no such folder"),
+        (["run", "any", "--prompt-ids", "1", "--temperature", "1e-320"], "temperature must be 0 (the most probable "),
+    ],
+    ids=str,
+)
+def test_values_that_nobody_means(arguments: list[str], says: str) -> None:
+    done = moec(*arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"moec: error: {says}")
+
+
+def test_a_long_word_is_shortened() -> None:
+    done = moec("run", "any", "--prompt-ids", "x" * 5000)
+    assert done.returncode == 2 and len(done.stderr) < 500

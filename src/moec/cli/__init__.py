@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from moec.cli.help import SHORT, Command
-from moec.errors import MoecError, printable
+from moec.cli.command import SHORT, Command
+from moec.errors import MoecError, printable, shortened
 
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 """Typer names only this subclass; its parent stands for every wrong option, argument and command."""
@@ -94,11 +94,14 @@ def _run(arguments: Sequence[str]) -> int:
     except MoecError as error:
         # Ranks that torchrun started find the same error: the first of each machine says it.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"moec: error: {error}", file=sys.stderr)
+            print(f"moec: error: {shortened(str(error))}", file=sys.stderr)
         return error.exit_code
+    except MemoryError as error:
+        print(f"moec: error: not enough memory: {str(error) or 'the system gives no more'}", file=sys.stderr)
+        return 1
     except OSError as error:
         where = f"{printable(error.filename)}: " if error.filename else ""
-        print(f"moec: error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"moec: error: {shortened(where)}{error.strerror or error}", file=sys.stderr)
         return 1
 
 
@@ -109,5 +112,5 @@ def _wrong_usage(error: typer.BadParameter) -> int:
         typer.echo(message)
     else:
         command = error.ctx.command_path if error.ctx else "moec"
-        print(f"moec: error: {printable(message).rstrip('.')} (see {command} --help)", file=sys.stderr)
+        print(f"moec: error: {shortened(printable(message)).rstrip('.')} (see {command} --help)", file=sys.stderr)
     return error.exit_code

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moec.cli.help import INSIDE, PROCESS, WORK
+from moec.cli.command import INSIDE, PROCESS, WORK
 from moec.errors import InputError
 
 if TYPE_CHECKING:

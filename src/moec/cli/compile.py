@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moec.cli.help import INSIDE, LAYOUT, MODEL, OUTPUT, TARGET
+from moec.cli.command import INSIDE, LAYOUT, MODEL, OUTPUT, TARGET
 from moec.cli.options import parse_overrides
 
 _EXAMPLES = """\

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from moec.cli.help import LAYOUT
+from moec.cli.command import LAYOUT
 from moec.errors import InputError, MoecError
 
 if TYPE_CHECKING:

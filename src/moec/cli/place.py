@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from moec.cli.help import MACHINE, OUTPUT, QUESTIONS
+from moec.cli.command import MACHINE, OUTPUT, QUESTIONS
 
 if TYPE_CHECKING:
     from moec.passes.placement import Problem

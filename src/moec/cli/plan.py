@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moec.cli.help import LAYOUT, QUESTIONS, TRAINING, WORK
+from moec.cli.command import LAYOUT, QUESTIONS, TRAINING, WORK
 from moec.cli.output import note
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What `--help` shows: options under headings, plain type names, and examples as they are typed.
+"""What all commands share: checks of values that no option means, and the layout of `--help`.
 
 A command's options stand under the heading that `rich_help_panel` names, those without one
 under "Options". The examples are the command's `epilog`, a line each.
@@ -7,6 +7,8 @@ under "Options". The examples are the command's `epilog`, a line each.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Final
 
 import typer
@@ -31,6 +33,7 @@ _HEADINGS: Final = (
     MODEL, TARGET, MACHINE, PROMPT, WORK, SAMPLING, LAYOUT, QUESTIONS, TRAINING, PROCESS, INSIDE, OUTPUT, "Options",
 )  # fmt: skip
 
+_GREATEST: Final = (1 << 63) - 1
 _TYPES: Final = {
     "<int range>": "N", "<int>": "N", "<float range>": "X", "<float>": "X", "<str>": "TEXT", "<path>": "PATH",
 }  # fmt: skip
@@ -39,15 +42,30 @@ _RANGE: Final = re.compile(r"\b(\S+)<=x<=(\S+)\b|\bx(>=|<=)(\S+)\b")
 
 
 class Command(TyperCommand):
-    """A command whose help is laid out as this module says."""
+    """A command that refuses empty paths and numbers beyond 64 bits; its help is laid out as this module says."""
 
-    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Also raises BadParameter for what the class refuses."""
+        words = list(args)
+        rest = super().parse_args(ctx, args)
+        param: Any
+        for param in self.params:
+            value = ctx.params.get(param.name or "")
+            if isinstance(value, int) and abs(value) > _GREATEST:
+                raise typer.BadParameter("a number of at most 64 bits is meant", ctx=ctx, param=param)
+            paths = value if isinstance(value, list) else [value]
+            # An empty path is the current folder to pathlib, and never what was meant.
+            if Path() in paths and _empty(param, words):
+                raise typer.BadParameter("the path is empty", ctx=ctx, param=param)
+        return rest
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Arguments in capitals."""
         return [
             re.sub(r"\{(.*?)\}", lambda name: name[1].upper(), piece) for piece in super().collect_usage_pieces(ctx)
         ]
 
-    def format_options(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one section a heading."""
         arguments: list[tuple[str, str]] = []
         sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in _HEADINGS}
@@ -64,13 +82,20 @@ class Command(TyperCommand):
                 with formatter.section(heading):
                     formatter.write_dl(rows)
 
-    def format_epilog(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the examples, unwrapped."""
         if self.epilog:
             formatter.write_paragraph()
             formatter.write("Examples:\n")
             for line in self.epilog.splitlines():
                 formatter.write(f"  {line}\n")
+
+
+def _empty(param: Any, words: list[str]) -> bool:
+    """Whether `words` give the parameter an empty text."""
+    if param.param_type_name == "argument":
+        return "" in words
+    return any(f"{name}=" in words or (name, "") in pairwise(words) for name in param.opts)
 
 
 def _row(names: str, text: str) -> tuple[str, str]:
