@@ -4,6 +4,7 @@ Public surface: the structures (`Module`, `Function`, `Op`, `Value`, `WeightRef`
 `print_module`, `verify`, `evaluate`, `rewrite` and the op table (`OPS`). No torch is imported at module level.
 """
 
+from moec.ir import ops as _declarations  # noqa: F401  they fill the op table
 from moec.ir.builder import Builder
 from moec.ir.dims import Dim, dim, parse_dim
 from moec.ir.module import ENTRIES, Function, Location, Module, Op, Value, Weight, WeightRef

@@ -211,22 +211,3 @@ def known(size: Size, what: str) -> int:
     if not isinstance(size, int):
         raise TypeRuleError(f"{what} must be known, got {size}")
     return size
-
-
-# Declarations register themselves on import.
-from moec.ir.ops import (  # noqa: E402
-    attention,  # noqa: F401
-    collective,  # noqa: F401
-    control,  # noqa: F401
-    core,  # noqa: F401
-    heads,  # noqa: F401
-    indexer,  # noqa: F401
-    moe,  # noqa: F401
-    norms,  # noqa: F401
-    quant,  # noqa: F401
-    schedule,  # noqa: F401
-    sharding,  # noqa: F401
-    views,  # noqa: F401
-    weight_sources,  # noqa: F401
-    weights,  # noqa: F401
-)

@@ -262,7 +262,3 @@ def extra_sizes(ops: Iterable[Op], symbols: Mapping[str, int]) -> dict[Op, list[
             n = rows.bound(symbols)[0]
             out[op] = [n * wide, n * inter]
     return out
-
-
-# They need the names above, and add themselves to the table.
-from moec.codegen.tvm import emit_attention, emit_heads, emit_moe, emit_rows  # noqa: E402, F401
