@@ -123,8 +123,9 @@ def nucleus(
     logits: NDArray[np.float32], temperature: float, top_p: float, top_k: int = 0, min_p: float = 0.0
 ) -> NDArray[np.float64]:
     """Probabilities f64[V] of softmax(logits / temperature) within the part of the tokens that is drawn from."""
-    scaled = logits.astype(np.float64) / temperature
-    probabilities: NDArray[np.float64] = np.exp(scaled - scaled.max())
+    below = logits.astype(np.float64) - logits.max()
+    with np.errstate(over="ignore"):  # a temperature next to 0 leaves the greatest alone
+        probabilities: NDArray[np.float64] = np.exp(below / temperature)
     probabilities /= probabilities.sum()
     if 0 < top_k < len(probabilities):
         kept = np.argpartition(-probabilities, top_k - 1)[:top_k]

@@ -55,6 +55,14 @@ def test_all_limits_equal_those_of_transformers(size: int, top_k: int, top_p: fl
     np.testing.assert_allclose(found, scores.softmax(-1)[0].numpy(), atol=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-40, 1e-3])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_temperature_next_to_zero_takes_the_greatest(temperature: float, top_p: float) -> None:
+    logits = np.array([1, -40, 3, 2.5], dtype=np.float32)
+    assert nucleus(logits, temperature, top_p, min_p=0.1).tolist() == [0, 0, 1, 0]
+    assert Sampling(temperature, top_p).draw(logits, Draws.of(0, 0)) == 2
+
+
 def test_of_equal_tokens_top_k_takes_the_first() -> None:
     logits = np.array([1, 3, 2, 3, 2, 2], dtype=np.float32)
     assert np.flatnonzero(nucleus(logits, 1.0, 1.0, top_k=3)).tolist() == [1, 2, 3]

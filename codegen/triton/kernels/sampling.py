@@ -71,7 +71,8 @@ def draw(
         top = tl.maximum(top, largest)
     temperature = tl.load(temperature_ptr + row)
     if temperature > 0.0:
-        inverse = 1.0 / temperature
+        # Beside a temperature next to 0 the largest alone counts, and 0 times infinity would be no number.
+        inverse = 1.0 / tl.maximum(temperature, 1e-30)
         k = tl.load(top_k_ptr + row)
         share = tl.load(top_p_ptr + row)
         # Terms above `low` are kept, and the first `equals` of those at it.
