@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +13,8 @@ from moec.ir.patterns import Pattern, matches
 from moec.ir.rewrite import fresh_names, join_weights, remove_dead, replace_values
 from moec.passes.base import Context, Edit, Outcome, Pass
 
+Joined = dict[tuple[str, ...], Weight]
+"""Weights made of others, by the names of their parts: functions that read the same parts share one."""
 SUM_AND_NORM = Pattern("norm.rms", (Pattern("add", bind="sum"),))
 
 
@@ -29,9 +32,10 @@ class Fuse(Pass):
 
     def run(self, module: Module, ctx: Context) -> Outcome:
         out = Outcome()
+        made: Joined = {}
         for function in module.functions.values():
             norms = _add_norms(module, function)
-            joined = _join_linears(module, function, ctx, out)
+            joined = _join_linears(module, function, ctx, out, made)
             remove_dead(function)
             fresh_names(function)
             out.matched += norms + joined
@@ -60,7 +64,7 @@ def _add_norms(module: Module, function: Function) -> int:
     return count
 
 
-def _join_linears(module: Module, function: Function, ctx: Context, out: Outcome) -> int:
+def _join_linears(module: Module, function: Function, ctx: Context, out: Outcome, made: Joined) -> int:
     by_input: dict[tuple[Value, object], list[Op]] = {}
     for op in function.ops:
         if op.name == "linear" and len(op.operands) == 2 and isinstance(op.operands[0], Value):
@@ -71,21 +75,21 @@ def _join_linears(module: Module, function: Function, ctx: Context, out: Outcome
         if len(ops) < 2 or not all(isinstance(r, WeightRef) for r in refs):
             continue
         weights = [module.weights[r.name] for r in refs if isinstance(r, WeightRef)]
-        if len({w.indices for w in weights}) > 1:
+        if len({w.indices for w in weights}) > 1 or len({r.indices for r in refs if isinstance(r, WeightRef)}) > 1:
             continue
-        name = "+".join([weights[0].name, *(w.name.rsplit(".", 1)[-1] for w in weights[1:])]).replace("+", "_and_")
+        parts_of = tuple(w.name for w in weights)
         try:
-            joined = module.weights.get(name) or join_weights(name, weights, 0)
+            joined = made.get(parts_of) or join_weights(_joined_name(module, parts_of), weights, 0)
             if ctx.target.kind != "cpu":
                 _check_blocks(joined, weights[0])
         except TypeRuleError as error:
             out.notes.append(f"@{function.name}: projections of %{x.name} stay apart: {error}")
             continue
-        module.weights[name] = joined
+        module.weights[joined.name] = made[parts_of] = joined
         first = refs[0]
         assert isinstance(first, WeightRef)
         edit = Edit(module, function, Fuse.name)
-        (wide,) = edit.insert(ops[0], "linear", x, weight_ref(module.weights[name], first.indices), attrs=ops[0].attrs)
+        (wide,) = edit.insert(ops[0], "linear", x, weight_ref(joined, first.indices), attrs=ops[0].attrs)
         sizes = tuple(int(w.type.shape[0]) for w in weights if isinstance(w.type, TensorType))  # type: ignore[arg-type]
         parts = edit.insert(ops[0], "split", wide, attrs={"sizes": sizes})
         for op in ops:
@@ -93,6 +97,12 @@ def _join_linears(module: Module, function: Function, ctx: Context, out: Outcome
         replace_values(function, {op.result: p for op, p in zip(ops, parts, strict=True)})
         count += len(ops)
     return count
+
+
+def _joined_name(module: Module, parts: Sequence[str]) -> str:
+    """The first part's name with the last words of the others, or all their names where that is taken."""
+    short = "_and_".join([parts[0], *(part.rsplit(".", 1)[-1] for part in parts[1:])])
+    return short if short not in module.weights else "_and_".join(parts)
 
 
 def _check_blocks(joined: Weight, part: Weight) -> None:
