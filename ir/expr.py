@@ -45,6 +45,8 @@ def parse(text: str) -> ast.expr:
         return ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
         raise BadExpression(text=text, reason=error.msg) from None
+    except (ValueError, MemoryError, RecursionError):
+        raise BadExpression(text=text[:80], reason="is nested too deeply or holds what is no text") from None
 
 
 def evaluate(text: str, values: Mapping[str, object]) -> int:
@@ -72,6 +74,8 @@ def evaluate(text: str, values: Mapping[str, object]) -> int:
         return visit(parse(text))
     except (ZeroDivisionError, TypeError) as error:
         raise BadExpression(text=text, reason=str(error)) from None
+    except RecursionError:
+        raise BadExpression(text=text[:80], reason="is nested too deeply") from None
 
 
 def substitute(text: str, values: Mapping[str, int | str]) -> str:

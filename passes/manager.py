@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from moec.errors import InputError, MoecError
-from moec.ir import Module, TypeRuleError, VerifyError, parse_module, print_module, verify
+from moec.ir import Module, ParseError, TypeRuleError, VerifyError, parse_module, print_module, verify
 from moec.ir.dims import DimError
 from moec.ir.rewrite import clone_module
 from moec.passes.base import Context, Pass, PassError
@@ -150,7 +150,12 @@ class Manager:
                 raise PassFailure(name=step.name, message=f"{departure} (tolerance {step.tolerance:g})")
         if self.verify == "roundtrip":
             text = print_module(module)
-            if print_module(parse_module(text)) != text:
+            try:
+                same = print_module(parse_module(text)) == text
+            except (ParseError, VerifyError) as error:
+                message = f"the printed module does not parse back: {error}"
+                raise PassFailure(name=step.name, message=message) from None
+            if not same:
                 raise PassFailure(name=step.name, message="the printed module does not parse back to itself")
 
     def _write(self, name: str, module: Module) -> None:

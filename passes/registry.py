@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -80,13 +82,12 @@ def parse_spec(spec: str) -> tuple[type[Pass], dict[str, Any]]:
 def _value(spec: str, key: str, kind: str, text: str) -> object:
     if kind == "bool" and text in ("true", "false"):
         return text == "true"
-    if kind == "int" and re.fullmatch(r"-?\d+", text):
+    if kind == "int" and re.fullmatch(r"-?\d{1,18}", text):
         return int(text)
     if kind == "float":
-        try:
-            return float(text)
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            if math.isfinite(number := float(text)):
+                return number
     if kind == "str":
         return text
     raise PassSpecError(spec=spec, message=f"option {key} must be {kind}, got {text!r}")

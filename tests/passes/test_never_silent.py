@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 from wrong_passes import SMALL
 
 import moec
 from moec.cli.options import UsageError, parse_overrides
+from moec.passes import registry
+from moec.passes.base import Pass
 from moec.passes.fp8_cast import Fp8Cast
 from moec.passes.manager import StrictError
 from moec.passes.mla_absorb import MlaAbsorb
 from moec.passes.pipeline import pipeline
 from moec.passes.planning.layout import LayoutRequest
-from moec.passes.registry import PassSpecError
+from moec.passes.registry import PassSpecError, parse_pass
 from moec.targets import load
 
 
@@ -73,6 +76,25 @@ def test_options_of_a_pass_keep_its_others() -> None:
 def test_what_is_given_twice_is_refused(recipe: str, given: list[str], message: str) -> None:
     with pytest.raises(PassSpecError, match=message):
         pipeline(load("cpu"), recipe, given)
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "1.5", "", "--1", "x"])
+def test_whole_numbers_of_options(value: str) -> None:
+    with pytest.raises(PassSpecError, match="option queries must be int"):
+        parse_pass(f"mla-absorb{{queries={value}}}")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1e999", "x"])
+def test_numbers_of_options_are_finite(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Halve(Pass):
+        name: ClassVar[str] = "halve"
+        by: float = 2.0
+
+    monkeypatch.setattr(registry, "BUILT_IN", (Halve,))
+    assert parse_pass("halve{by=0.5}") == Halve(0.5)
+    with pytest.raises(PassSpecError, match="option by must be float"):
+        parse_pass(f"halve{{by={value}}}")
 
 
 def test_a_field_that_is_set_twice_is_refused() -> None:
