@@ -29,11 +29,12 @@ _ADVISE_HUGE: Final = 14
 class HugePages:
     """Moves a file, mapped whole at `address`, into huge pages in the background.
 
+    `fd` is a descriptor of the mapped file, which this closes: another file may come to have its name at any time.
     `close` it before the mapping ends.
     """
 
-    def __init__(self, path: Path, address: int, nbytes: int) -> None:
-        self._path = path
+    def __init__(self, fd: int, address: int, nbytes: int) -> None:
+        self._fd = fd
         self._address = address
         self._nbytes = nbytes
         self._stop = Event()
@@ -58,13 +59,15 @@ class HugePages:
         libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
         for function in (libc.munmap, libc.madvise, libc.mprotect):
             function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * (function is not libc.munmap)]
-        with self._path.open("rb", buffering=0) as file:
+        try:
             for start in range(-self._address % HUGE, self._nbytes, _PIECE):
                 size = min(_PIECE, -(-(self._nbytes - start) // 4096) * 4096)
-                if self._stop.is_set() or not self._move(libc, file.fileno(), start, size):
+                if self._stop.is_set() or not self._move(libc, start, size):
                     return
+        finally:
+            os.close(self._fd)
 
-    def _move(self, libc: ctypes.CDLL, fd: int, start: int, size: int) -> bool:
+    def _move(self, libc: ctypes.CDLL, start: int, size: int) -> bool:
         """One piece; False when the system refuses, and the rest stays mapped from the file."""
         room = libc.mmap(None, size + HUGE, _READ | _WRITE, _PRIVATE | _ANONYMOUS, -1, 0)
         if room in (None, ctypes.c_void_p(-1).value):
@@ -74,7 +77,7 @@ class HugePages:
         view = (ctypes.c_uint8 * size).from_address(copy)
         done, wanted = 0, min(size, self._nbytes - start)
         while done < wanted:
-            count = os.preadv(fd, [memoryview(view)[done:wanted]], start + done)
+            count = os.preadv(self._fd, [memoryview(view)[done:wanted]], start + done)
             if not count:
                 break
             done += count

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import os
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +32,26 @@ class Weights:
         Raises WrongWeights when the file is truncated or no safetensors file.
         """
         self.path = path
+        self._moving: HugePages | None = None
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
+            file = path.open("rb")
+        except OSError as error:
             raise WrongWeights(file=path, problem=f"cannot be mapped ({error})") from None
+        with file:
+            self._open(file, huge_pages)
+
+    def _open(self, file: BufferedReader, huge_pages: bool) -> None:
+        try:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise WrongWeights(file=self.path, problem=f"cannot be mapped ({error})") from None
         shared = np.frombuffer(self._map, dtype=np.uint8)
         # DLPack export wants arrays that numpy calls writable; the pages themselves stay read-only.
         raw = (ctypes.c_uint8 * len(shared)).from_address(shared.ctypes.data)
         self._bytes: NDArray[np.uint8] = np.ctypeslib.as_array(raw)
-        self._spans = _read_header(self._bytes, path)
-        self._moving: HugePages | None = None
+        self._spans = _read_header(self._bytes, self.path)
         if huge_pages and possible(len(shared)):
-            self._moving = HugePages(path, shared.ctypes.data, len(shared))
+            self._moving = HugePages(os.dup(file.fileno()), shared.ctypes.data, len(shared))
 
     def __del__(self) -> None:
         moving: HugePages | None = getattr(self, "_moving", None)
@@ -90,7 +99,7 @@ def _read_header(data: NDArray[np.uint8], path: Path) -> dict[str, tuple[int, in
     try:
         header = json.loads(data[8:base].tobytes())
         spans = {name: _span(entry, base) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise WrongWeights(file=path, problem=f"its header is no safetensors header ({error})") from None
     for name, (begin, end) in spans.items():
         if not base <= begin <= end <= len(data):

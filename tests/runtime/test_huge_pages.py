@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,23 @@ def test_views_keep_their_bytes_and_addresses(file: Path) -> None:
     weights.settle()
     assert weights._moving is not None and weights._moving.moved > SIZE - huge_pages.HUGE
     assert view.ctypes.data == address and np.array_equal(view, plain)
+
+
+def test_a_file_that_takes_the_name_meanwhile_is_not_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argument = Argument("a", "weight", np.dtype(np.uint8), (SIZE,))
+    before = Weights(file).view(argument).copy()
+    start = huge_pages.HugePages.__init__
+
+    def after_another_took_the_name(self: huge_pages.HugePages, *given: Any) -> None:
+        save_file({"a": torch.zeros(SIZE, dtype=torch.uint8)}, file.with_suffix(".new"))
+        file.with_suffix(".new").replace(file)
+        start(self, *given)
+
+    monkeypatch.setattr(huge_pages.HugePages, "__init__", after_another_took_the_name)
+    weights = Weights(file, huge_pages=True)
+    weights.settle()
+    assert weights._moving is not None and weights._moving.moved
+    assert np.array_equal(weights.view(argument), before)
 
 
 def test_an_early_end_stops_the_thread(file: Path) -> None:
