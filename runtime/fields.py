@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
 
 from moec.runtime.errors import MalformedFile
+
+DTYPES: Final = ("float32", "int32", "uint16", "uint8")
+"""BF16 travels as its bits, what is quantised or packed as bytes or lanes."""
 
 
 class Fields:
@@ -61,6 +66,13 @@ class Fields:
             raise self._wrong(self._at(key), "a list of sizes", value)
         return tuple(value)
 
+    def dtype(self, key: str) -> np.dtype[np.generic]:
+        """One of the element types that kernels take, by numpy's name."""
+        name = self.text(key)
+        if name not in DTYPES:
+            raise self.problem(key, f"is {name[:60]!r}, known: {', '.join(DTYPES)}")
+        return np.dtype(name)
+
     def table(self, key: str) -> Fields:
         """A nested object."""
         return Fields(self._get(key), self.file, self._at(key))
@@ -71,6 +83,14 @@ class Fields:
         if not isinstance(value, list):
             raise self._wrong(self._at(key), "a list", value)
         return [Fields(item, self.file, f"{self._at(key)}[{i}]") for i, item in enumerate(value)]
+
+    def rows(self, key: str) -> list[list[Any]]:
+        """A list of lists, empty where the field is missing or null."""
+        value = self.data.get(key)
+        rows = [] if value is None else value
+        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+            raise self._wrong(self._at(key), "a list of lists", value)
+        return rows
 
     def problem(self, key: str, text: str) -> MalformedFile:
         """The error that field `key` `text` (for example: "is 3, but ...")."""
@@ -85,9 +105,13 @@ class Fields:
         return f"{self.path}.{key}" if self.path else key
 
     def _wrong(self, at: str, expected: str, value: Any) -> MalformedFile:
-        shown = json.dumps(value)
-        short = shown if len(shown) <= 60 else shown[:57] + "..."
-        return MalformedFile(file=self.file, problem=f"{at} must be {expected}, is {short}")
+        return MalformedFile(file=self.file, problem=f"{at} must be {expected}, is {shortened(value)}")
+
+
+def shortened(value: Any) -> str:
+    """A JSON value for a message, of at most 60 characters."""
+    shown = json.dumps(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _is_int(value: Any) -> bool:

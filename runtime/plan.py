@@ -144,9 +144,11 @@ def parse_mesh(fields: Fields) -> MeshPlan:
     """Degrees of parallelism and placement, where plan.json has them; raises MalformedFile."""
     given = fields.table("mesh") if "mesh" in fields.data else Fields({}, fields.file, "mesh")
     sizes = {a: given.integer(a, 1) if a in given.data else 1 for a in ("pp", "dp", "tp", "ep")}
-    placement, shares = fields.data.get("placement") or [], fields.data.get("replica_shares") or []
-    if not all(isinstance(row, list) for row in (*placement, *shares)):
+    placement, shares = fields.rows("placement"), fields.rows("replica_shares")
+    if not all(type(e) is int and e >= 0 for row in placement for e in row):
         raise fields.problem("placement", "must list the experts of every slot, layer by layer")
+    if not all(isinstance(s, int | float) for row in shares for s in row):
+        raise fields.problem("replica_shares", "must list a share for every slot, layer by layer")
     return MeshPlan(**sizes, placement=tuple(map(tuple, placement)), shares=tuple(map(tuple, shares)))
 
 
@@ -192,8 +194,4 @@ def _argument(fields: Fields) -> Argument:
     for dim in shape:
         if isinstance(dim, str) and dim not in SYMBOLS:
             raise fields.problem("shape", f"has an unknown size {dim!r}, known: {', '.join(SYMBOLS)}")
-    try:
-        dtype = np.dtype(fields.text("dtype"))
-    except TypeError:
-        raise fields.problem("dtype", f"is {fields.data['dtype']!r}, no numpy type") from None
-    return Argument(name, cast(Kind, kind), dtype, shape)
+    return Argument(name, cast(Kind, kind), fields.dtype("dtype"), shape)

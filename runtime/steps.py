@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from moec.runtime.fields import Fields
+from moec.runtime.fields import Fields, shortened
 
 COLLECTIVES: Final = (
     "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "rows", "send", "recv", "dispatch", "combine",
@@ -77,12 +77,12 @@ def parse_turns(fields: Fields, steps: tuple[Step, ...], parts: int) -> tuple[Tu
     """Read the turns of an entry; raises MalformedFile."""
     count = len(flat(steps))
     found = []
-    for row in fields.data["turns"]:
-        if not (isinstance(row, list) and len(row) == 4 and row[0] in TURNS and all(type(n) is int for n in row[1:])):
-            raise fields.problem("turns", f"has {row!r}, not [{'|'.join(TURNS)}, part, layer, step]")
+    for row in fields.rows("turns"):
+        if not (len(row) == 4 and row[0] in TURNS and all(type(n) is int for n in row[1:])):
+            raise fields.problem("turns", f"has {shortened(row)}, not [{'|'.join(TURNS)}, part, layer, step]")
         turn = Turn(*row)
         if not (0 <= turn.part < parts and turn.layer >= -1 and 0 <= turn.step < count):
-            raise fields.problem("turns", f"has {row!r}: there are {parts} parts and {count} steps")
+            raise fields.problem("turns", f"has {shortened(row)}: there are {parts} parts and {count} steps")
         found.append(turn)
     return tuple(found)
 
@@ -115,6 +115,5 @@ def _step(fields: Fields) -> Step:
 
 
 def _view(fields: Fields) -> View:
-    dtype = np.dtype(fields.text("dtype"))
-    shape = fields.dims("shape")
+    shape, dtype = fields.dims("shape"), fields.dtype("dtype")
     return View(fields.text("buffer"), fields.integer("offset", 0), dtype, shape, fields.integer("ld", 0))
