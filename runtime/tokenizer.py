@@ -75,7 +75,10 @@ class Tokenizer:
     def _chat_template(self) -> str:
         file = self._folder / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            try:
+                return file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise WrongTokenizer(file=file, problem=f"is not UTF-8 text ({error.reason})") from None
         template = self._config.get("chat_template")
         if isinstance(template, list):
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -96,7 +99,7 @@ class Tokenizer:
             return {}
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WrongTokenizer(file=file, problem=f"is not JSON ({error})") from None
         if not isinstance(config, dict):
             raise WrongTokenizer(file=file, problem="must be an object")

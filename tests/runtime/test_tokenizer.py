@@ -102,8 +102,8 @@ def test_bytes_of_the_first_token(byte_level: Tokenizer) -> None:
     assert byte_level.encode_counting("")[1] == 0
 
 
-def spoil(file: str, content: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / file).write_text(content)
+def spoil(file: str, content: str, encoding: str = "utf-8") -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_text(content, encoding)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,9 @@ def spoil(file: str, content: str) -> Callable[[Path], object]:
         (spoil("tokenizer.json", "{}"), WrongTokenizer),
         (spoil("tokenizer_config.json", "{"), WrongTokenizer),
         (spoil("tokenizer_config.json", "[]"), WrongTokenizer),
+        (spoil("tokenizer_config.json", "[" * 100_000), WrongTokenizer),
         (spoil("tokenizer_config.json", "{}"), NoChatTemplate),
+        (spoil("chat_template.jinja", "Grüße", "latin-1"), WrongTokenizer),
         (spoil("chat_template.jinja", "{{ raise_exception('no') }}"), ChatTemplateFails),
         (spoil("chat_template.jinja", "{% if %}"), ChatTemplateFails),
         (spoil("chat_template.jinja", "{{ messages.append(1) }}"), ChatTemplateFails),
