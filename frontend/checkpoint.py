@@ -71,13 +71,18 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of a folder's safetensors files; raises CheckpointError for missing or damaged ones."""
+    """Read the headers of a folder's safetensors files, of those that its index names when it has one.
+
+    Raises CheckpointError for missing or damaged files, and for a tensor that two of them hold where no index says
+    which is meant.
+    """
     if not folder.is_dir():
         message = "is a file; give the folder of the weights" if folder.exists() else "no such folder"
         raise CheckpointError(file=folder, message=message)
     index = folder / "model.safetensors.index.json"
     block, scale_format = quantisation(folder)
-    names = _indexed(index) if index.exists() else [p.name for p in sorted(folder.glob("*.safetensors"))]
+    meant = _indexed(index) if index.exists() else {}
+    names = sorted(set(meant.values())) if index.exists() else [p.name for p in sorted(folder.glob("*.safetensors"))]
     if not names:
         pickled = any(next(folder.glob(pattern), None) for pattern in ("*.bin", "*.pt", "*.pth"))
         hint = " (pickled files are not read: convert them to safetensors)" if pickled else ""
@@ -89,7 +94,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise CheckpointError(file=index, message=f"names a file outside the folder: {name!r}")
         if not path.is_file():
             raise CheckpointError(file=path, message="is named by the index but missing")
-        checkpoint.tensors.update(read_header(path))
+        for tensor, entry in read_header(path).items():
+            other = checkpoint.tensors.get(tensor)
+            if other is None or meant.get(tensor) == name:
+                checkpoint.tensors[tensor] = entry
+            elif meant.get(tensor) != other.file.name:
+                message = f"holds tensor {printable(tensor)}, as {printable(other.file.name)} does: which one is meant?"
+                raise CheckpointError(file=path, message=f"{message} Move the other file away")
     return checkpoint
 
 
@@ -119,11 +130,11 @@ def quantisation(folder: Path) -> tuple[tuple[int, int], str]:
     return (block[0], block[1]), "ue8m0" if scale == "ue8m0" else "f32"
 
 
-def _indexed(index: Path) -> list[str]:
-    """The files that an index names."""
+def _indexed(index: Path) -> dict[str, str]:
+    """The file that an index names for each tensor."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(os.path.normpath(name) for name in names)
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {tensor: os.path.normpath(file) for tensor, file in named.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CheckpointError(file=index, message="is not an index of safetensors files") from None
 

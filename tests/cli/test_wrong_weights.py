@@ -77,6 +77,18 @@ def test_an_index(compile_refused: Refused, moec: Any, copy: Path, tmp_path: Pat
     assert "holds no .safetensors file" in compile_refused()
 
 
+def test_a_tensor_in_two_files(compile_refused: Refused, copy: Path) -> None:
+    name = LAYER + "mlp.up_proj.weight"
+    old = copy / "old.safetensors"
+    save_file({name: torch.zeros(SHAPES[name])}, old)
+    line = compile_refused()
+    assert f"old.safetensors: holds tensor {name}, as model.safetensors does" in line
+    for file in (shard(copy), old):
+        named = dict.fromkeys(SHAPES, shard(copy).name) | {name: file.name, "unused": old.name}
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+        assert open_checkpoint(copy).tensors[name].file == file
+
+
 GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
