@@ -154,8 +154,9 @@ class DistributedModel(Model):
     def recorded_loads(self) -> Loads:
         """As `Model.recorded_loads`, of all ranks together."""
         assert isinstance(self.engine, DistributedEngine)
-        mine = self.engine.recorder
-        return Loads.joined(part for part in self._gather(mine and mine.loads()) if part is not None)
+        mine = self.engine.recorder.loads() if self.engine.recorder else None
+        parts = self._gather(None if mine is None else (mine.layers, mine.loads, mine.coactivation))
+        return Loads.joined(Loads(*part) for part in parts if part is not None)
 
     def losses(self, ids: Any) -> NDArray[np.float64]:
         """As `Model.losses`; one replica computes them, every rank gets them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from moec.ir.mesh import AXES, Mesh
+from moec.runtime.distributed import message
 from moec.runtime.distributed.errors import NoBackend, RanksMissing, WrongRankCount
 from moec.runtime.distributed.progress import Progress, Waiting
 
@@ -168,8 +168,8 @@ class World:
         return int(t)
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks in order, plain data or arrays."""
-        mine = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
+        """The values of all ranks in order: what `message.pack` takes; tuples become lists."""
+        mine = np.frombuffer(message.pack(value), dtype=np.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         self._all.run(dist.all_gather, sizes, torch.tensor([len(mine)]))
         longest = max(map(int, sizes))
@@ -177,7 +177,7 @@ class World:
         filled[: len(mine)] = torch.from_numpy(mine.copy())
         parts = [torch.empty_like(filled) for _ in range(self.size)]
         self._all.run(dist.all_gather, parts, filled)
-        return [pickle.loads(p.numpy()[: int(n)].tobytes()) for p, n in zip(parts, sizes, strict=True)]
+        return [message.unpack(p.numpy()[: int(n)].tobytes()) for p, n in zip(parts, sizes, strict=True)]
 
     def catching_up(self) -> AbstractContextManager[None]:
         """Inside, this rank waits for the others of every axis to give their part to all that it has given its own."""
