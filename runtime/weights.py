@@ -24,7 +24,7 @@ from moec.runtime.plan import Argument
 
 
 class Weights:
-    """The tensors of one safetensors file as views; they live as long as this object."""
+    """The tensors of one safetensors file as views, which keep the mapping alive."""
 
     def __init__(self, path: Path, huge_pages: bool = False) -> None:
         """Map `path`; with `huge_pages` a thread moves it into such, where the system has them (see `huge_pages`).
@@ -48,6 +48,7 @@ class Weights:
         shared = np.frombuffer(self._map, dtype=np.uint8)
         # DLPack export wants arrays that numpy calls writable; the pages themselves stay read-only.
         raw = (ctypes.c_uint8 * len(shared)).from_address(shared.ctypes.data)
+        raw.mapping = self._map  # type: ignore[attr-defined]  # every view holds `raw`
         self._bytes: NDArray[np.uint8] = np.ctypeslib.as_array(raw)
         self._spans = _read_header(self._bytes, self.path)
         if huge_pages and possible(len(shared)):

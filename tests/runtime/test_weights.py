@@ -48,6 +48,11 @@ def test_views_share_one_mapping(file: Path) -> None:
     assert np.shares_memory(weights.view(argument("a", "float32", 3, 4)), weights.view(argument("a", "uint8", 48)))
 
 
+def test_a_view_keeps_the_mapping(file: Path) -> None:
+    view = Weights(file).view(argument("a", "float32", 3, 4))
+    np.testing.assert_array_equal(view, TENSORS["a"].numpy())
+
+
 @pytest.mark.parametrize(
     ("arg", "names"),
     [
