@@ -21,7 +21,25 @@ RANKS = {
     "turns": [["run", 0, 0, 0], ["start", 1, -1, 1]],
     "parts": 2,
 }  # fmt: skip
-WRONG = [None, True, -1, 0, 1.5, 2**80, "", "O", "1/0", "x" * 3000, [], [[]], [None], ["x"], [-1], {}, {"a": 1}]
+WRONG: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    2**80,
+    "",
+    "O",
+    "1/0",
+    "x" * 3000,
+    [],
+    [[]],
+    [None],
+    ["x"],
+    [-1],
+    {},
+    {"a": 1},
+]
 
 
 def spoiled(value: Any) -> Iterator[Any]:
