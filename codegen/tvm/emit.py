@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -78,10 +79,8 @@ class FunctionEmitter:
 
     def finish(self, returned: Value, argument: Value) -> None:
         """Leave the result of a layer where its input stood, for the next layer."""
-        place = self.place(returned)
-        if place.base is not argument:
-            buffer, offset = self.env[argument]
-            copy(self, returned, T.address_of(buffer[offset]), self.place(argument).ld)
+        if self.place(returned).base is not argument:
+            copy(self, returned, argument)
 
     # Addresses.
 
@@ -201,12 +200,15 @@ def glu(op: Op) -> dict[str, Any]:
     return act | {key: number(op, key) for key in ("limit", "alpha", "shift") if key in op.attrs}
 
 
-def copy(e: FunctionEmitter, x: Value, y: Any, ldy: int) -> None:
-    """Copy the rows of `x` to `y`, whose rows are `ldy` elements apart."""
-    p = e.place(x)
-    width = p.strides[0] if len(p.shape) == 3 else p.shape[1]
-    spec = elementwise.ScaleSpec(width, 1.0, p.shape[0], p.ld, ldy)
-    e.run(elementwise.build_scale, spec, e.at(x), y, e.count(x))
+def copy(e: FunctionEmitter, x: Value, y: Value) -> None:
+    """Copy the rows of `x` to where `y` stands; heads that lie apart, one by one."""
+    p, q = e.place(x), e.place(y)
+    apart = len(p.shape) == 3 and (p.strides[1], q.strides[1]) != (p.shape[2], p.shape[2])
+    parts, width = (p.shape[1], p.shape[2]) if apart else (1, prod(p.shape[1:]))
+    spec = elementwise.ScaleSpec(width, 1.0, p.shape[0], p.ld, q.ld)
+    for part in range(parts):
+        to = e.at(y, part * q.strides[1] if apart else 0)
+        e.run(elementwise.build_scale, spec, e.at(x, part * p.strides[1] if apart else 0), to, e.count(x))
 
 
 def _repeat(e: FunctionEmitter, op: Op) -> None:

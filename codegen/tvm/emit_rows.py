@@ -92,7 +92,7 @@ def _rope(e: FunctionEmitter, op: Op) -> None:
     assert isinstance(x, Value)
     y = e.place(op.result)
     if (y.base, y.offset) != (e.place(x).base, e.place(x).offset):
-        copy(e, x, e.at(op.result), y.ld)
+        copy(e, x, op.result)
     heads, step = (y.shape[1], y.strides[1]) if len(y.shape) == 3 else (1, 0)
     offset, dims = integer(op, "offset"), integer(op, "dims")
     spec = rope.RopeSpec(heads, dims, bool(op.attrs["interleaved"]), y.shape[0], y.ld, step)

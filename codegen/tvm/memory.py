@@ -7,13 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
+from itertools import product
 from math import prod
+from typing import ClassVar
 
 from moec.codegen.arena import Slot, assign
-from moec.ir import Function, IndexType, Op, TensorType, Value
+from moec.errors import InputError
+from moec.ir import Function, IndexType, Op, TensorType, Value, print_op
 
 ALIGN = 16
 """Elements (4 bytes each) to which buffers are rounded: one cache line."""
+
+
+VIEWS = ("split", "unflatten", "flatten", "rope", "moe.dispatch", "comm.all_reduce")
+"""Ops whose results may share the bytes of what they read."""
+
+
+class StateReadLater(InputError):
+    """Layers that run over a value which an op behind them reads."""
+
+    template: ClassVar[str] = (
+        "%{value} is read after the layers that run over it in place: {op}; CPUs have no copy of it"
+    )
 
 
 @dataclass(frozen=True)
@@ -137,14 +152,34 @@ def _view(
             assert x.strides[1:] == _contiguous(x.shape)[1:], "flatten of rows that are not contiguous"
             return replace(x, shape=shape, strides=(x.ld, 1))
         case "rope" | "comm.all_reduce":
-            # In place, unless somebody still reads the unrotated value.
-            return replace(x, shape=shape) if last_use[op.operands[0]] == position else None
+            # In place, unless somebody still reads the unrotated value, by this name or by another.
+            return None if _read_later(op.operands[0], layout, last_use, position) else replace(x, shape=shape)
         case "moe.dispatch" if result == 0:
             # Rows are never copied: the grouped product gathers them from x by the index of their token.
             return replace(x, keeps=(*x.keeps, layout.extra[op][0]))
         case "repeat":
+            if _read_later(op.operands[0], layout, last_use, position):
+                raise StateReadLater(value=op.operands[0].name, op=print_op(op))
             return replace(x, shape=shape)
     return None
+
+
+def _read_later(value: Value, layout: Layout, last_use: Mapping[Value, int], position: int) -> bool:
+    """Whether a later op reads elements of a value, which other values may be views of, or the other way round."""
+    place = layout.places[value]
+    mine: Set[int] = frozenset()
+    for other, found in layout.places.items():
+        if found.base is place.base and last_use.get(other, -1) > position:
+            mine = mine or _columns(place)
+            if found.ld != place.ld or mine & _columns(found):
+                return True
+    return False
+
+
+def _columns(place: Place) -> frozenset[int]:
+    """Elements of the first row of a place, counted from where its buffer begins."""
+    at = product(*(range(0, n * s, s) for n, s in zip(place.shape[1:], place.strides[1:], strict=True)))
+    return frozenset(place.offset + sum(steps) for steps in at)
 
 
 def _touch(layout: Layout, value: Value, position: int) -> None:
@@ -165,7 +200,12 @@ def loop_result(function: Function) -> dict[Value, Value]:
     (returned,) = function.returns
     x = function.args[1]
     made = next((i for i, op in enumerate(function.ops) if returned in op.results), -1)
-    last = max((i for i, op in enumerate(function.ops) if x in op.values()), default=-1)
+    seen, last = {x}, -1
+    for i, op in enumerate(function.ops):
+        if seen & set(op.values()):
+            last = i
+            if op.name in VIEWS:
+                seen.update(op.results)
     in_place = made >= 0 and function.ops[made].name in ("add", "norm.add_rms") and last <= made
     return {returned: x} if last < made or in_place else {}
 

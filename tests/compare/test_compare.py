@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -26,7 +27,10 @@ from moec.codegen.tvm.emit import EMITTERS, FunctionEmitter
 from moec.compare import LongPrompt, compare
 from moec.errors import InputError
 from moec.frontend.checkpoint import TensorError
-from moec.ir import Op, parse_module
+from moec.ir import Module, Op, Value, parse_module
+from moec.ir.rewrite import fresh_names
+from moec.passes import registry
+from moec.passes.base import Context, Edit, Outcome, Pass
 from moec.runtime import Model
 
 CHUNK = 24
@@ -53,14 +57,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def compiled(folder: Path, out: Path, recipe: str) -> Model:
-    plan = moec.trace(str(folder)).optimize("cpu", context=48, chunk=CHUNK, recipe=recipe)
+def compiled(folder: Path, out: Path, recipe: str, passes: Sequence[str] = ()) -> Model:
+    plan = moec.trace(str(folder)).optimize("cpu", context=48, chunk=CHUNK, recipe=recipe, passes=passes)
     return moec.load(plan.compile(out).path)
 
 
 @pytest.fixture(scope="module")
 def fp32(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return compiled(folder, tmp_path_factory.mktemp("fp32") / "m.moec", "fp32")
+
+
+@dataclass(frozen=True)
+class RotateParts(Pass):
+    """Rotates the key parts of queries on their own, beside the whole queries: heads that lie apart, read twice."""
+
+    name: ClassVar[str] = "rotate-parts"
+
+    def run(self, module: Module, ctx: Context) -> Outcome:
+        out = Outcome()
+        for function in [f for f in module.functions.values() if f.attrs.get("phase") == "decode"]:
+            for attention in [op for op in function.ops if op.name == "attn.mla_absorbed"]:
+                split = function.producer()[cast(Value, attention.operands[1])]
+                whole = function.producer()[cast(Value, split.operands[0])]
+                edit = Edit(module, function, self.name)
+                _, key = edit.insert(whole, "split", whole.operands[0], attrs=split.attrs)
+                attrs = {**whole.attrs, "offset": 0}
+                (attention.operands[1],) = edit.insert(whole, "rope", key, *whole.operands[1:], attrs=attrs)
+                fresh_names(function)
+                out.matched += 1
+        return out
+
+
+def test_values_with_several_readers_are_not_changed_in_place(
+    fp32: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "BUILT_IN", (*registry.BUILT_IN, RotateParts))
+    other = compiled(folder, tmp_path / "m.moec", "fp32", ["mla-absorb{fold=never}", "rotate-parts"])
+    assert (other.artifact.path / "program.ir").read_text().count("rotate-parts") > 3
+    np.testing.assert_allclose(other.logits([IDS], chunk=1), fp32.logits([IDS], chunk=1), rtol=0, atol=1e-5)
 
 
 def altered(folder: Path, out: Path, tensor: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
