@@ -137,7 +137,7 @@ class Fp8Cast(Pass):
         elif fp8.matrix and recipe.scale_formats - set(fp8.scale_formats):
             wanted = fp8.scale_formats[0]
             self._told(out).append(
-                f"scales are {wanted}: {target.name} multiplies no {', '.join(recipe.scale_formats)}"
+                f"scales are {wanted}: {target.name} multiplies no {', '.join(sorted(recipe.scale_formats))}"
             )
             recipe = recipe.scaled_by(wanted)
         if fp8.matrix:

@@ -37,9 +37,10 @@ class Shadow:
 
     def cells(self, value: Value) -> list[Cell]:
         place = self.layout.places[value]
-        start, base = place.offset, place.base
-        if isinstance(base, Slot):  # a part of the one arena
-            start, base = start + base.offset, "arena"
+        base: Any = place.base
+        start = place.offset
+        if isinstance(place.base, Slot):  # a part of the one arena
+            start, base = start + place.base.offset, "arena"
         at = product(*(range(n) for n in place.shape))
         return [(base, start + sum(i * s for i, s in zip(index, place.strides, strict=True))) for index in at]
 
@@ -132,7 +133,7 @@ def test_layers_over_a_value_that_is_read_later_are_refused() -> None:
 def functions(draw: st.DrawFn) -> Function:
     """A function of a dozen ops over [T, n] and [T, h, n]."""
     values: list[tuple[str, tuple[int, ...]]] = [("%x", (16,))]
-    lines = []
+    lines: list[str] = []
 
     def emit(op: str, *shapes: tuple[int, ...]) -> None:
         names = [f"%{sum(line.count('=') for line in lines)}_{i}" for i in range(len(shapes))]
