@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from moec.runtime.distributed import message
 from moec.runtime.distributed.errors import NoBackend
@@ -43,7 +44,8 @@ def test_arrays_arrive_in_their_places() -> None:
     first, second = np.arange(6.0, dtype=np.float32).reshape(2, 3), np.zeros((0, 4), dtype=np.int64)
     told = message.unpack(message.pack(("x", {"b": [second, first.T]}, first, np.float64(2.5))))
     assert (told[0], told[3]) == ("x", 2.5)
-    for found, wanted in zip([*told[1]["b"], told[2]], [second, first.T, first], strict=True):
+    arrays: list[NDArray[Any]] = [second, first.T, first]
+    for found, wanted in zip([*told[1]["b"], told[2]], arrays, strict=True):
         assert found.dtype == wanted.dtype
         np.testing.assert_array_equal(found, wanted)
 
