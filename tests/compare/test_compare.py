@@ -8,15 +8,16 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
 import typer
+from rotate_parts import RotateParts
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
@@ -27,10 +28,8 @@ from moec.codegen.tvm.emit import EMITTERS, FunctionEmitter
 from moec.compare import LongPrompt, compare
 from moec.errors import InputError
 from moec.frontend.checkpoint import TensorError
-from moec.ir import Module, Op, Value, parse_module
-from moec.ir.rewrite import fresh_names
+from moec.ir import Op, parse_module
 from moec.passes import registry
-from moec.passes.base import Context, Edit, Outcome, Pass
 from moec.runtime import Model
 
 CHUNK = 24
@@ -65,27 +64,6 @@ def compiled(folder: Path, out: Path, recipe: str, passes: Sequence[str] = ()) -
 @pytest.fixture(scope="module")
 def fp32(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return compiled(folder, tmp_path_factory.mktemp("fp32") / "m.moec", "fp32")
-
-
-@dataclass(frozen=True)
-class RotateParts(Pass):
-    """Rotates the key parts of queries on their own, beside the whole queries: heads that lie apart, read twice."""
-
-    name: ClassVar[str] = "rotate-parts"
-
-    def run(self, module: Module, ctx: Context) -> Outcome:
-        out = Outcome()
-        for function in [f for f in module.functions.values() if f.attrs.get("phase") == "decode"]:
-            for attention in [op for op in function.ops if op.name == "attn.mla_absorbed"]:
-                split = function.producer()[cast(Value, attention.operands[1])]
-                whole = function.producer()[cast(Value, split.operands[0])]
-                edit = Edit(module, function, self.name)
-                _, key = edit.insert(whole, "split", whole.operands[0], attrs=split.attrs)
-                attrs = {**whole.attrs, "offset": 0}
-                (attention.operands[1],) = edit.insert(whole, "rope", key, *whole.operands[1:], attrs=attrs)
-                fresh_names(function)
-                out.matched += 1
-        return out
 
 
 def test_values_with_several_readers_are_not_changed_in_place(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rotate_parts import AddUnrotated
 from whole_models import compile_uncompiled
 
 import moec
 from moec.codegen.triton.errors import CheckFailed, NoKernel
 from moec.codegen.triton.fused.groups import VIEWS, groups_of
+from moec.codegen.triton.lower.lower import Lowering
 from moec.codegen.triton.lower.order import CONTROL
 from moec.codegen.triton.program import Program, compiled_program, lower_module
-from moec.ir import Module, parse_module
+from moec.ir import Module, Op, parse_module, print_op
+from moec.passes import registry
 
 PRESETS = ("deepseek-v3", "deepseek-v2-lite", "kimi-k2", "moonlight-16b", "tiny-deepseek-v3")
 
@@ -46,6 +50,25 @@ def test_every_op_has_a_kernel(model: str, target: str) -> None:
             assert (function.name, i) in done or op.name in CONTROL, op.name
     used = {s["kernel"] for p in program.phases.values() for s in launches(p.steps) if "kernel" in s}
     assert {*used, program.draw["kernel"]} == set(program.table.entries)
+
+
+def test_a_part_is_rotated_in_place_only_if_nobody_reads_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, bool] = {}
+    judge = Lowering.rotates_in_place
+
+    def noted(self: Lowering, op: Op) -> bool:
+        found = asked[f"{self.function.name} {print_op(op)}"] = judge(self, op)
+        return found
+
+    monkeypatch.setattr(Lowering, "rotates_in_place", noted)
+    monkeypatch.setattr(registry, "BUILT_IN", (*registry.BUILT_IN, AddUnrotated))
+    lowered("tiny-deepseek-v3", "h800", recipe="bf16", phase="decode")
+    assert asked and all(asked.values())
+    asked.clear()
+    with suppress(NoKernel):  # the group that such a rotation falls into may have no kernel
+        lowered("tiny-deepseek-v3", "h800", recipe="bf16", phase="decode", passes=["add-unrotated"])
+    keys = [found for op, found in asked.items() if ": bf16[T, 16]" in op]
+    assert keys and not any(keys)
 
 
 def test_kernels_json_of_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ class Lowering:
         if self.uses.get(value, []) != [op] or value in self.function.returns:
             return False
         made = producer.get(value)
-        while made is not None and made.name in ("unflatten", "flatten"):
+        while made is not None and made.name in VIEWS:
             value = made.operands[0]  # type: ignore[assignment]
             if len(self.uses.get(value, [])) != 1:
                 return False
