@@ -30,6 +30,8 @@ from moec.passes.placement.problem import Floats, numeric_array
 _FORMAT, _VERSION = "moec-placement", 1
 _LOAD_NAMES = ("loads", "logical_count")
 _PAIR_NAMES = ("coactivation",)
+_MOST = 1 << 31
+_TOO_LARGE = "it says that it holds more than there is memory"
 
 
 def read_loads(path: Path) -> Floats:
@@ -80,6 +82,8 @@ def _read(path: Path, names: tuple[str, ...], or_only: bool = True) -> Any:
         raise errors.UnreadableFile(path=path, reason=reason) from None
     except (zipfile.BadZipFile, EOFError, RecursionError):
         raise errors.UnreadableFile(path=path, reason=f"not valid {path.suffix[1:]}") from None
+    except MemoryError:
+        raise errors.UnreadableFile(path=path, reason=_TOO_LARGE) from None
 
 
 def _named(path: Path, content: Any, names: tuple[str, ...], or_only: bool) -> Any:
@@ -146,9 +150,9 @@ def read_placement(
     values = numeric_array(path.name, fields["physical_to_logical_map"], 2, "[layers, slots]")
     if "format" not in fields:
         values = values[dense_layers:]
-    mapping = values.astype(np.int64)
-    if not len(mapping) or (mapping != values).any():
+    if not len(values) or not ((values == np.floor(values)) & (values >= 0) & (values <= _MOST)).all():
         raise errors.BadPlacement(path=path, reason="experts are given by whole numbers, for one layer or more")
+    mapping = values.astype(np.int64)
     count = _whole(path, fields, "experts", experts if experts is not None else int(mapping.max()) + 1)
     width = _whole(path, fields, "devices", devices)
     homes = _whole(path, fields, "nodes", nodes)
@@ -179,6 +183,8 @@ def _read_fields(path: Path) -> dict[str, Any]:
         raise errors.UnreadableFile(path=path, reason=error.strerror or error) from None
     except (ValueError, zipfile.BadZipFile, EOFError, RecursionError):
         raise errors.UnreadableFile(path=path, reason=f"not valid {path.suffix[1:] or 'json'}") from None
+    except MemoryError:
+        raise errors.UnreadableFile(path=path, reason=_TOO_LARGE) from None
     if not isinstance(fields, dict):
         raise errors.BadPlacement(path=path, reason="expected an object")
     return fields
@@ -190,9 +196,9 @@ def _whole(path: Path, fields: dict[str, Any], name: str, fallback: int | None) 
         raise errors.BadPlacement(path=path, reason=f"it does not say how many {name} there are")
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = 0
-    if number < 1:
+    if number < 1 or number != value:
         raise errors.BadPlacement(path=path, reason=f"{name} must be a whole number above 0")
     return number
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,21 @@ def test_wrong_recordings_are_one_line(tmp_path: Path, fields: dict[str, Any], w
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_array_that_claims_more_than_memory_is_one_line(tmp_path: Path, packed: bool) -> None:
+    content = io.BytesIO()
+    header = {"descr": "<f8", "fortran_order": False, "shape": (10**6, 10**8)}
+    np.lib.format.write_array_header_1_0(content, header)
+    path = tmp_path / ("a.npz" if packed else "a.npy")
+    if packed:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("loads.npy", content.getvalue())
+    else:
+        path.write_bytes(content.getvalue())
+    with pytest.raises(InputError, match="it says that it holds more than there is memory"):
+        run(path, "--devices", "4")
+
+
 def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -239,7 +256,9 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
         ({"physical_to_logical_map": [[0, 1, 2, 2]] * 2, "experts": 4, "devices": 2}, "expert 3 stands in no slot"),
         ({"physical_to_logical_map": [[0, 1, 2, 9]] * 2, "experts": 4, "devices": 2}, "placement"),
         ({"physical_to_logical_map": [[0, 1, 2, 0.5]] * 2}, "whole numbers"),
+        ({"physical_to_logical_map": [[0, 1, 2, 1e300]] * 2}, "whole numbers"),
         ({"physical_to_logical_map": [[0, 1, 2, 3]] * 2, "devices": 3}, "do not divide"),
+        ({"physical_to_logical_map": [[0, 1, 2, 3]] * 2, "devices": 1.7}, "devices must be a whole number"),
         ({"physical_to_logical_map": [[0, 1, 2, 3]] * 2, "replica_shares": [[1, 1]]}, "differ in shape"),
         ({"physical_to_logical_map": [[0, 1, 2, 3]] * 2, "version": 9}, "version 9"),
         ({"physical_to_logical_map": "text"}, "expected"),
