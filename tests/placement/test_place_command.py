@@ -220,8 +220,8 @@ def test_wrong_recordings_are_one_line(tmp_path: Path, fields: dict[str, Any], w
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_array_that_claims_more_than_memory_is_one_line(tmp_path: Path, packed: bool) -> None:
     content = io.BytesIO()
-    header = {"descr": "<f8", "fortran_order": False, "shape": (10**6, 10**8)}
-    np.lib.format.write_array_header_1_0(content, header)
+    header: dict[str, Any] = {"descr": "<f8", "fortran_order": False, "shape": (10**6, 10**8)}
+    np.lib.format.write_array_header_1_0(content, header)  # type: ignore[no-untyped-call]
     path = tmp_path / ("a.npz" if packed else "a.npy")
     if packed:
         with zipfile.ZipFile(path, "w") as archive:
