@@ -112,6 +112,24 @@ def test_run_refuses_in_one_line(toy: Path, args: list[str], names: str) -> None
     assert not result.stdout
 
 
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["--profile", "--prompt-tokens", "0"], f"prompt-tokens must be 1 to {CONTEXT - 1}, as compiled, is 0"),
+        (["--profile", "--prompt-tokens", str(CONTEXT)], f"prompt-tokens must be 1 to {CONTEXT - 1}"),
+        (["--profile", "--repeat", "0"], "repeat must be at least 1, is 0"),
+        (["--profile", "--batch", "2"], "--profile is a measurement of its own: leave --batch away"),
+        (["--calibration-rows", "x", "--profile", "--new-tokens", "3"], "leave --new-tokens and --profile away"),
+        (["--speculate", "1", "--trace", "x"], "--speculate is a measurement of its own: leave --trace away"),
+        (["--trace", "x"], "give --profile or use torchrun"),
+    ],
+)
+def test_bench_refuses_in_one_line(toy: Path, args: list[str], names: str) -> None:
+    result = invoke("bench", str(toy), *args)
+    assert isinstance(result.exception, InputError)
+    assert names in str(result.exception) and "\n" not in str(result.exception)
+
+
 def test_weights_are_checked_when_asked(copy: Any) -> None:
     path = copy()
     file = path / "weights" / "rank-00000.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,12 +27,6 @@ class TextWithoutSpeculation(InputError):
     template = "--text gives the prompts of --speculate: give both"
 
 
-class SpeculationAlone(InputError):
-    """--speculate with another measurement."""
-
-    template = "--speculate is a measurement of its own: leave --profile and --calibration-rows away"
-
-
 class TraceWithoutProfile(InputError):
     """--trace alone, in one process."""
 
@@ -48,6 +43,12 @@ class NothingToTrace(InputError):
     """--trace where no overlap was measured."""
 
     template = "--trace: no overlap was measured ({why}), nothing is written"
+
+
+class OtherMeasurement(InputError):
+    """Options that the measurement asked for does not look at."""
+
+    template = "{measurement} is a measurement of its own: leave {options} away"
 
 
 class OneProcess(InputError):
@@ -155,12 +156,23 @@ def bench(
         raise LinkWithoutRanks()
     if micro_batches > 1 and not launched():
         raise UsageError(message="--micro-batches is for several processes: start them with torchrun")
-    if speculate and (profile or calibration_rows is not None):
-        raise SpeculationAlone()
+    given = {
+        "--prompt-tokens": prompt_tokens is not None,
+        "--new-tokens": new_tokens is not None,
+        "--batch": batch != 1,
+        "--text": text is not None,
+        "--trace": trace is not None,
+        "--profile": profile,
+        "--calibration-rows": calibration_rows is not None,
+    }
+    if speculate:
+        _alone("--speculate", given, "--profile", "--calibration-rows", "--trace")
     if calibration_rows is not None:
+        _alone("--calibration-rows", given, *(option for option in given if option != "--calibration-rows"))
         _rows(artifact, repeat, threads, calibration_rows, as_json)
         return
     if profile:
+        _alone("--profile", given, "--new-tokens", "--batch", "--text")
         _profile(artifact, prompt_tokens, repeat, threads, trace, as_json)
         return
     if trace is not None and not launched():
@@ -196,6 +208,12 @@ def bench(
     print(_table(result))
 
 
+def _alone(measurement: str, given: Mapping[str, bool], *others: str) -> None:
+    """Raise OtherMeasurement for options that a measurement does not look at."""
+    if idle := [option for option in others if given[option]]:
+        raise OtherMeasurement(measurement=measurement, options=" and ".join(idle))
+
+
 def _trace_overlap(trace: Path, result: Result) -> None:
     """The overlapped step of every rank, written by the first one."""
     from moec.runtime.launch import first
@@ -216,7 +234,7 @@ def _profile(
 
     model = load(artifact, threads=threads)
     model.engine.weights.settle()
-    context = tokens or max(1, min(256, model.context // 2))
+    context = max(1, min(256, model.context // 2)) if tokens is None else tokens
     found = [profile(model, "decode", context, repeat)]
     found.append(profile(model, "prefill", min(context, model.engine.chunk), repeat))
     if trace is not None:

@@ -20,6 +20,7 @@ from moec.profile.op_rows import Call as StepCall
 from moec.profile.op_rows import op_rows
 from moec.runtime import Model
 from moec.runtime.engine import Call, Engine
+from moec.runtime.errors import WrongOption
 from moec.runtime.library import Library
 from moec.runtime.memory import Memory
 from moec.runtime.plan import Argument, parse_entry
@@ -88,11 +89,17 @@ class Profile:
 def profile(model: Model, phase: str, context: int, repeat: int = 8) -> Profile:
     """Profile `repeat` decode steps at `context` cached tokens, or as many prefills of `context` tokens, one chunk.
 
-    Raises NoProfile, CompilerFailed, NoCompiler.
+    Raises NoProfile, WrongOption, CompilerFailed, NoCompiler.
     """
     artifact, engine = model.artifact, model.engine
     if not isinstance(engine, Engine):
         raise NoProfile(path=artifact.path)
+    if repeat < 1:
+        raise WrongOption(option="repeat", expected="at least 1", value=repeat)
+    # A decode step takes a place behind those that are cached; a prefill is one chunk.
+    most = model.context - 1 if phase == "decode" else engine.chunk
+    if not 1 <= context <= most:
+        raise WrongOption(option="prompt-tokens", expected=f"1 to {most}, as compiled", value=context)
     module = parse_module((artifact.path / "program.ir").read_text(), str(artifact.path / "program.ir"))
     target = targets.load("cpu")
     watched = compile_watched(module, target, artifact.manifest.limits, "ticks")
