@@ -134,12 +134,17 @@ def _key(module: Module, target: Target, limits: Mapping[str, int]) -> str:
         weight.program.ops = []
     digest = hashlib.sha256(_functions_text(program).encode())
     digest.update(json.dumps([_machine_facts(target), dict(limits), tvm], sort_keys=True).encode())
-    here = Path(__file__).resolve().parent
-    for source in sorted([*here.glob("*.py"), here.parent / "arena.py", here.parent / "storage.py"]):
+    for source in generator():
         digest.update(source.read_bytes())
     for name, emitter in plugins("moec.cpu_kernels"):
         digest.update(name.encode() + Path(inspect.getfile(emitter)).read_bytes())
     return digest.hexdigest()[:32]
+
+
+def generator() -> list[Path]:
+    """The source files that decide how a program becomes machine code."""
+    here = Path(__file__).resolve().parent
+    return sorted([*here.glob("*.py"), *here.parent.glob("*.py"), *(here.parents[1] / "ir").rglob("*.py")])
 
 
 def _functions_text(module: Module) -> str:

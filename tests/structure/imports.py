@@ -37,6 +37,12 @@ def read_imports() -> dict[str, Imports]:
     return found
 
 
+def source(name: str) -> Path:
+    """The file of a module, links followed."""
+    inside = ROOT.joinpath(*name.split(".")[1:])
+    return (inside / "__init__.py" if inside.is_dir() else inside.with_suffix(".py")).resolve()
+
+
 def reached(start: set[str], edges: dict[str, set[str]]) -> dict[str, str]:
     """Every name that is reached from `start`, with the one that it was reached from."""
     origin = dict.fromkeys(start, "")

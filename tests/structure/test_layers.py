@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from imports import Imports, chain, cycles, reached, read_imports
+from imports import Imports, chain, cycles, reached, read_imports, source
+
+from moec.codegen.tvm.compile import generator
 
 BASE = {"moec.errors", "moec.plugins"}
 LAYERS: dict[str, set[str]] = {
@@ -84,6 +86,16 @@ def test_what_is_never_reached(imports: dict[str, Imports], parts: tuple[str, ..
     origin = reached(start, edges)
     wrong = [name for name in origin if f"{name}.".startswith(tuple(f"{n}." for n in never))]
     assert not [chain(name, origin) for name in wrong]
+
+
+def test_kernels_in_the_cache_are_those_of_this_generator(imports: dict[str, Imports]) -> None:
+    """What generators of CPU kernels import is part of the key of what they made: an upgrade builds anew."""
+    start = {name for name in imports if name.startswith("moec.codegen.tvm")}
+    read = reached(start, {name: found.all for name, found in imports.items()})
+    hashed = {path.resolve() for path in generator()}
+    needed = {n for n in read if n.startswith(("moec.ir", "moec.codegen")) and n in imports}
+    assert {"moec.ir.lane16", "moec.codegen.exchanged", "moec.codegen.tvm.linear"} <= needed
+    assert not {name for name in needed if source(name) not in hashed}
 
 
 @pytest.mark.parametrize("modules", ["moec, moec.ir, moec.targets, moec.passes.registry", "moec.runtime.cuda.engine"])
