@@ -177,7 +177,7 @@ class WrongTokenizer(InputError):
 class NoChatTemplate(InputError):
     """The tokenizer has no chat template."""
 
-    template = "{path} has no chat template; use --prompt"
+    template = "{path} has no chat template; give a plain prompt (--prompt, /v1/completions)"
 
 
 class ChatTemplateFails(InputError):

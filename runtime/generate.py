@@ -11,8 +11,8 @@ from moec.runtime.sampling import Sampling
 from moec.runtime.scheduler import Rates, Request
 from moec.runtime.speculate import scheduler_of
 
-Stream = Callable[[int, int], None]
-"""Called with (index of the prompt, new token) for every new token."""
+Stream = Callable[[int, int], bool | None]
+"""Called with (index of the prompt, new token) for every new token; True ends that prompt's continuation."""
 
 
 @dataclass
@@ -40,9 +40,8 @@ def complete(
     context and the vocabulary.
     """
 
-    def tell(request: Request, token: int) -> None:
-        if stream is not None:
-            stream(request.number, token)
+    def tell(request: Request, token: int) -> bool | None:
+        return stream(request.number, token) if stream is not None else None
 
     scheduler = scheduler_of(engine, drafts, tell)
     requests = [scheduler.submit(prompt, new_tokens, sampling, stop) for prompt in prompts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as List
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from moec.runtime.artifact import Artifact, open_artifact
 from moec.runtime.cache import Sequence
 from moec.runtime.engine import DraftingSteps, Engine, Ids, Logits, Piece, Steps, feed
-from moec.runtime.errors import NoRouting, WrongOption
+from moec.runtime.errors import NoRouting, WrongOption, WrongTokens
 from moec.runtime.generate import Completions, Stream, complete
 from moec.runtime.loads import Loads
 from moec.runtime.sampling import Sampling
-from moec.runtime.scheduler import Rates, Request
+from moec.runtime.scheduler import Rates, Request, Tell
 from moec.runtime.speculate import scheduler_of
 from moec.runtime.tokens import as_batch, as_prompts
 
@@ -140,12 +140,12 @@ class Model:
         """The new tokens after `ids`, a list of ids; for several prompts (any lengths) a list of such lists.
 
         Ends at `max_new_tokens` or at a token in `stop` (default: the model's end-of-sequence tokens; it is part of the
-        result). `stream(index of the prompt, token)` is called for every new token. Greedy at temperature 0; the same
-        seed gives the same tokens, drawn among the `top_k` most probable (0: all), the smallest set of these that
-        reaches `top_p`, and those with `min_p` of the greatest probability. `speculate`: so many tokens are drafted a
-        step by the model's multi-token-prediction module, at most as many as compiled for: the same tokens at
-        temperature 0, and equally distributed ones above. Raises WrongTokens, EmptyPrompt, PromptTooLong, NoRoom,
-        TokenOutsideVocabulary or WrongOption.
+        result). `stream(index of the prompt, token)` is called for every new token; where it returns True that prompt
+        ends. Greedy at temperature 0; the same seed gives the same tokens, drawn among the `top_k` most probable (0:
+        all), the smallest set of these that reaches `top_p`, and those with `min_p` of the greatest probability.
+        `speculate`: so many tokens are drafted a step by the model's multi-token-prediction module, at most as many as
+        compiled for: the same tokens at temperature 0, and equally distributed ones above. Raises WrongTokens,
+        EmptyPrompt, PromptTooLong, NoRoom, TokenOutsideVocabulary or WrongOption.
         """
         sampling = Sampling(temperature, top_p, seed, top_k, min_p)
         single, done = self._complete(ids, max_new_tokens, sampling, stop, stream, speculate)
@@ -186,8 +186,9 @@ class Model:
                     engine.pool.close(sequence)
         return result
 
-    def serve(self, stream: Callable[[Request, int], None] | None = None, speculate: int = 0) -> Server:
-        """A server of requests that arrive over time; see `Server`. `stream(request, token)`: every new token.
+    def serve(self, stream: Tell | None = None, speculate: int = 0) -> Server:
+        """A server of requests that arrive over time; see `Server`. `stream(request, token)`: every new token, of which
+        True ends the request.
 
         `speculate`: as of `generate`; raises WrongOption.
         """
@@ -279,7 +280,7 @@ class Server:
     What a request gives does not depend on the others. One thread at a time.
     """
 
-    def __init__(self, model: Model, stream: Callable[[Request, int], None] | None = None, drafts: int = 0) -> None:
+    def __init__(self, model: Model, stream: Tell | None = None, drafts: int = 0) -> None:
         self._model = model
         self._scheduler = scheduler_of(model.engine, drafts, stream)
 
@@ -303,11 +304,17 @@ class Server:
         stop: Iterable[int] | None = None,
         top_k: int = 0,
         min_p: float = 0.0,
+        place: int | None = None,
     ) -> Request:
-        """Queue one prompt; raises as `Model.generate`."""
-        prompts, _ = self._model._prompts([list(ids)], max_new_tokens)
+        """Queue one prompt; raises as `Model.generate`.
+
+        `place`: which of the seed's sequences of random numbers it draws by (default: its place in the queue).
+        """
+        prompts, single = self._model._prompts(list(ids), max_new_tokens)
+        if not single:
+            raise WrongTokens(problem="a request is one prompt: give one list of ids")
         sampling = Sampling(temperature, top_p, seed, top_k, min_p)
-        return self._scheduler.submit(prompts[0], max_new_tokens, sampling, self._model._ends(stop))
+        return self._scheduler.submit(prompts[0], max_new_tokens, sampling, self._model._ends(stop), place)
 
     def step(self) -> list[Request]:
         """Advance every live request; returns those that ended."""

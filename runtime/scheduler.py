@@ -61,11 +61,17 @@ class Request:
     """Tokens of the prompt that are in the cache."""
     sequence: Sequence | None = field(default=None, repr=False)
     rng: Draws | None = field(default=None, repr=False)
+    place: int = 0
+    """Which of its seed's sequences of random numbers it draws by."""
 
     @property
     def length(self) -> int:
         """Tokens that the sequence may come to hold."""
         return len(self.prompt) + self.new_tokens
+
+
+Tell = Callable[[Request, int], bool | None]
+"""Called with every new token of a request; True ends the request."""
 
 
 class Scheduler:
@@ -75,10 +81,10 @@ class Scheduler:
     then takes one token of every sequence that is: a long prompt does not hold up the others. A request is let in when
     a place in the batch is free and enough pages for all its tokens are neither in use nor promised, so that no
     sequence ever has to be thrown out.
-    `stream(request, token)` is called for every new token.
+    `stream(request, token)` is called for every new token; where it returns True the request ends with that token.
     """
 
-    def __init__(self, engine: Steps, stream: Callable[[Request, int], None] | None = None) -> None:
+    def __init__(self, engine: Steps, stream: Tell | None = None) -> None:
         self.engine, self.stream = engine, stream
         self.drawing = engine if isinstance(engine, DrawingSteps) and engine.draws else None
         self.rates = Rates()
@@ -91,9 +97,12 @@ class Scheduler:
         """Whether any request is unfinished."""
         return bool(self.waiting or self.live)
 
-    def submit(self, prompt: Ids, new_tokens: int, sampling: Sampling, stop: Collection[int] = ()) -> Request:
-        """Queue a prompt that was checked against context and vocabulary."""
+    def submit(
+        self, prompt: Ids, new_tokens: int, sampling: Sampling, stop: Collection[int] = (), place: int | None = None
+    ) -> Request:
+        """Queue a prompt that was checked against context and vocabulary; `place` of a `Request`: its number."""
         request = Request(self._count, prompt, new_tokens, sampling, stop)
+        request.place = request.number if place is None else place
         self._count += 1
         self.waiting.append(request)
         return request
@@ -120,7 +129,7 @@ class Scheduler:
         while self.waiting and len(self.live) < self.engine.batch and self._fits(self.waiting[0]):
             request = self.waiting.popleft()
             request.sequence = self.engine.pool.open()
-            request.rng = request.sampling.generator(request.number)
+            request.rng = request.sampling.generator(request.place)
             self.live.append(request)
 
     def _fits(self, request: Request) -> bool:
@@ -178,9 +187,8 @@ class Scheduler:
     def _take(self, request: Request, token: int) -> None:
         """Add a token to a request, and end it when it is the last."""
         request.tokens.append(token)
-        if self.stream is not None:
-            self.stream(request, token)
-        if len(request.tokens) >= request.new_tokens or token in request.stop:
+        ended = self.stream is not None and self.stream(request, token) is True
+        if ended or len(request.tokens) >= request.new_tokens or token in request.stop:
             self._end(request)
 
     def _end(self, request: Request) -> None:

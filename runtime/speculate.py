@@ -11,7 +11,6 @@ module its own state and its own token, at positions that are written anew once 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import perf_counter
 from typing import cast
 
@@ -19,15 +18,13 @@ import numpy as np
 
 from moec.runtime.engine import DraftingSteps, Logits, Piece, States, Steps
 from moec.runtime.sampling import Proposal
-from moec.runtime.scheduler import Request, Scheduler
+from moec.runtime.scheduler import Request, Scheduler, Tell
 
 
 class Speculation(Scheduler):
     """A scheduler whose decode steps give each sequence 1 to 1 + `drafts` tokens."""
 
-    def __init__(
-        self, engine: DraftingSteps, drafts: int, stream: Callable[[Request, int], None] | None = None
-    ) -> None:
+    def __init__(self, engine: DraftingSteps, drafts: int, stream: Tell | None = None) -> None:
         super().__init__(engine, stream)
         self.drafting = engine
         self.drafts = drafts
@@ -123,6 +120,6 @@ class Speculation(Scheduler):
         self._ahead.pop(request, None)
 
 
-def scheduler_of(engine: Steps, drafts: int, stream: Callable[[Request, int], None] | None) -> Scheduler:
+def scheduler_of(engine: Steps, drafts: int, stream: Tell | None) -> Scheduler:
     """A scheduler that drafts so many tokens a step; 0: a plain one. The caller knows that the engine can."""
     return Speculation(cast(DraftingSteps, engine), drafts, stream) if drafts else Scheduler(engine, stream)

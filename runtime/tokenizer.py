@@ -48,7 +48,14 @@ class Tokenizer:
 
         Raises NoChatTemplate or ChatTemplateFails.
         """
-        text = self.render_chat([{"role": "user", "content": message}])
+        return self.encode_messages([{"role": "user", "content": message}])
+
+    def encode_messages(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation of messages with `role` and `content`, up to where the next answer begins.
+
+        Raises as `encode_chat`.
+        """
+        text = self.render_chat(messages)
         ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
         return ids
 

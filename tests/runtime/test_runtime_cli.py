@@ -208,3 +208,67 @@ used = [n for n in ("torch", "tvm", "transformers", "moec.codegen", "moec.passes
 assert not used, used
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_run_reads_standard_input(toy: Path) -> None:
+    app = typer.Typer()
+    for command in (run, bench):
+        command.register(app)
+    asked = ["run", str(toy), "--max-new-tokens", "5", "--json"]
+    piped = CliRunner().invoke(app, [*asked, "--prompt", "-"], input="hellö\n")
+    assert json.loads(piped.stdout)["token_ids"] == as_json(*asked[:-1], "--prompt", "hellö")["token_ids"]
+    assert json.loads(piped.stdout)["prompt_tokens"] == 6
+
+
+def test_run_ends_before_a_stop_text(toy: Path) -> None:
+    asked = ["run", str(toy), "--prompt", "hello", "--max-new-tokens", "40"]
+    whole = as_json(*asked)
+    stop = whole["text"][5:7]
+    cut = as_json(*asked, "--stop", "never said", "--stop", stop)
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)] and cut["finish_reason"] == "stop"
+    assert cut["token_ids"] == whole["token_ids"][: len(cut["token_ids"])]
+    assert works(*asked, "--stop", stop).stdout == cut["text"] + "\n"
+    assert isinstance(invoke(*asked, "--stop", "").exception, InputError)
+
+
+def test_run_goes_on_behind_the_end(toy: Path) -> None:
+    fields = as_json("run", str(toy), "--prompt", "hello", "--max-new-tokens", "60", "--ignore-eos")
+    assert len(fields["token_ids"]) == 60 and fields["finish_reason"] == "length"
+
+
+def test_run_answers_many_prompts_in_their_order(toy: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"hello"\n\n{"prompt_ids": [1, 2, 3]}\n{"chat": "hi"}\n{"prompt": "x"}\n"' + "y" * 60 + '"\n')
+    model = load(toy)
+    ids = [model.tokenizer.encode(t) for t in ("hello", "x", "y" * 60)]
+    asked = [ids[0], [1, 2, 3], model.tokenizer.encode_chat("hi"), *ids[1:]]
+    done = works("run", str(toy), "--prompts", str(file), "--max-new-tokens", "9", "--temperature", "1", "--seed", "3")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["token_ids"] for r in rows] == model.generate(asked, 9, temperature=1, seed=3)
+    assert [r["text"] for r in rows] == [model.tokenizer.decode(r["token_ids"]) for r in rows]
+    assert [r["prompt_tokens"] for r in rows] == [len(a) for a in asked]
+    assert {tuple(r) for r in rows} == {("token_ids", "text", "prompt_tokens", "finish_reason")}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "holds no prompt"),
+        ("\n \n", "holds no prompt"),
+        ("hello", ":1: must be a JSON string"),
+        ('"a"\n{"prompt": 5}', ":2: must be a JSON string"),
+        ('{"prompt": "a", "chat": "b"}', ":1: must be a JSON string"),
+        ('{"prompt_ids": [true]}', ":1: must be a JSON string"),
+        ('{"prompt_ids": []}', ":1: the prompt has 0 tokens"),
+        ('{"prompt_ids": [1, 300]}', ":1: token id 300 is not in 0 to 299"),
+        ('"' + "x" * 201 + '"', ":1: the prompt has 201 tokens, the artifact takes 1 to 200"),
+        ("[" * 100000, ":1: must be a JSON string"),
+        ("\udcff", "is not UTF-8 text (byte 0)"),
+    ],
+    ids=lambda t: t[:30].encode("unicode_escape").decode(),
+)
+def test_wrong_files_of_prompts(toy: Path, tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    error = invoke("run", str(toy), "--prompts", str(file)).exception
+    assert isinstance(error, InputError) and says in str(error) and str(file) in str(error)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -18,7 +19,7 @@ UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 """Typer names only this subclass; its parent stands for every wrong option, argument and command."""
 
 _COMMANDS: tuple[str, ...] = (
-    "compile", "run", "tune", "bench", "eval", "export", "quantise", "ir", "models", "targets", "cost", "plan",
+    "compile", "run", "serve", "tune", "bench", "eval", "export", "quantise", "ir", "models", "targets", "cost", "plan",
     "place", "overlap", "simulate", "doctor",
 )  # fmt: skip
 
@@ -74,6 +75,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files, and texts, that the terminal cannot show
     try:
         code = _run(sys.argv[1:])
     except KeyboardInterrupt:

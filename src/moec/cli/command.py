@@ -27,10 +27,12 @@ SAMPLING: Final = "Sampling"
 QUESTIONS: Final = "Questions"
 TRAINING: Final = "Training (--phase train)"
 PROCESS: Final = "Process"
+SERVER: Final = "Server"
 INSIDE: Final = "Looking inside"
 OUTPUT: Final = "Output"
 _HEADINGS: Final = (
-    MODEL, TARGET, MACHINE, PROMPT, WORK, SAMPLING, LAYOUT, QUESTIONS, TRAINING, PROCESS, INSIDE, OUTPUT, "Options",
+    MODEL, TARGET, MACHINE, PROMPT, WORK, SAMPLING, SERVER, LAYOUT, QUESTIONS, TRAINING, PROCESS, INSIDE, OUTPUT,
+    "Options",
 )  # fmt: skip
 
 _GREATEST: Final = (1 << 63) - 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,6 @@ from moec.errors import InputError
 
 if TYPE_CHECKING:
     from moec.runtime import Model
-    from moec.runtime.generate import Completions
     from moec.runtime.sampling import Sampling
 
 _DEFAULT_NEW_TOKENS = 128
@@ -24,21 +22,15 @@ _DEFAULT_NEW_TOKENS = 128
 class OnePrompt(InputError):
     """None or several of the prompt options were given."""
 
-    template = "give exactly one of --prompt, --chat and --prompt-ids"
-
-
-class NotTokenIds(InputError):
-    """--prompt-ids is no list of integers."""
-
-    template = "--prompt-ids must be integers with commas between them (1,2,3), is {value!r}"
+    template = "give exactly one of --prompt, --chat, --prompt-ids and --prompts"
 
 
 class NothingGenerated(InputError):
     """--compare with options of generation."""
 
     template = (
-        "--compare runs the prompt only: leave --max-new-tokens, --temperature, --top-p, --seed, --speculate and "
-        "--record-loads away"
+        "--compare runs one prompt only: leave --prompts, --max-new-tokens, --temperature, --top-p, --seed, --stop, "
+        "--speculate and --record-loads away"
     )
 
 
@@ -50,6 +42,8 @@ class OneProcess(InputError):
 
 _EXAMPLES = """\
 moec run tiny.moec --prompt 'import os' --temperature 0.6 --seed 1
+git diff | moec run tiny.moec --prompt - --stop 'def '
+moec run tiny.moec --prompts prompts.jsonl --max-new-tokens 32 > answers.jsonl
 moec run tiny.moec --prompt-ids 1,2,3 --json
 """
 
@@ -61,12 +55,25 @@ def register(app: typer.Typer) -> None:
 
 def run(
     artifact: Annotated[str, typer.Argument(help="Folder that `moec compile` wrote.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.", rich_help_panel=PROMPT)] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; - for standard input.", rich_help_panel=PROMPT)
+    ] = None,
     chat: Annotated[
-        str | None, typer.Option(help="A user message, put into the model's chat template.", rich_help_panel=PROMPT)
+        str | None,
+        typer.Option(
+            help="A user message, put into the model's chat template; - for standard input.", rich_help_panel=PROMPT
+        ),
     ] = None,
     prompt_ids: Annotated[
         str | None, typer.Option(help="Token ids to continue: 1,2,3.", rich_help_panel=PROMPT)
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON Lines of prompts (or - for standard input), answered by JSON Lines in their order.",
+            rich_help_panel=PROMPT,
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -88,6 +95,13 @@ def run(
         typer.Option(help="Draw from tokens with this share of the greatest probability.", rich_help_panel=SAMPLING),
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal text.", rich_help_panel=SAMPLING)] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End before this text; may be given several times.", rich_help_panel=SAMPLING),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on behind end-of-sequence tokens.", rich_help_panel=SAMPLING)
+    ] = False,
     speculate: Annotated[
         int,
         typer.Option(min=0, metavar="N", help="Draft up to N tokens a step with the module of `moec compile --mtp`."),
@@ -133,16 +147,23 @@ def run(
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Continue a prompt; the text appears as it is generated."""
-    if sum(given is not None for given in (prompt, chat, prompt_ids)) != 1:
+    """Continue a prompt; the text appears as it is generated.
+
+    With --prompts many: a line is a JSON string, or an object with one of prompt, chat and prompt_ids.
+    """
+    if sum(given is not None for given in (prompt, chat, prompt_ids, prompts)) != 1:
         raise OnePrompt()
     if compare is not None and (
         max_new_tokens is not None
         or record_loads is not None
+        or prompts is not None
+        or stop
+        or ignore_eos
         or (temperature, top_p, seed, speculate, top_k, min_p) != (0.0, 1.0, 0, 0, 0, 0.0)
     ):
         raise NothingGenerated()
     from moec.cli.options import UsageError
+    from moec.cli.prompts import parse_ids, read_prompts, text_of
     from moec.cli.recording import check_place, recorded
     from moec.runtime import Sampling
     from moec.runtime.launch import TIMEOUT, first, launched, loaded
@@ -153,24 +174,40 @@ def run(
         raise UsageError(message="--timeout is for several processes: start them with torchrun")
     if micro_batches > 1 and not launched():
         raise UsageError(message="--micro-batches is for several processes: start them with torchrun")
+    if stop and launched():
+        raise UsageError(message="--stop is for one process: the ranks of torchrun would not end together")
+    if "" in (stop or []):
+        raise UsageError(message="--stop must not be empty")
     check_place(record_loads)
     sampling = Sampling(temperature, top_p, seed, top_k, min_p)
-    ids = _parse_ids(prompt_ids) if prompt_ids is not None else None
+    ids = parse_ids(prompt_ids) if prompt_ids is not None else None
+    if prompt is not None or chat is not None:
+        prompt, chat = (None if text is None else text_of(text) for text in (prompt, chat))
     with loaded(artifact, check, threads, timeout or TIMEOUT, micro_batches) as model:
-        if ids is None:
-            ids = model.tokenizer.encode(prompt) if prompt is not None else model.tokenizer.encode_chat(chat or "")
+        if prompts is not None:
+            asked = read_prompts(prompts, model)
+        elif ids is not None:
+            asked = [ids]
+        else:
+            asked = [model.tokenizer.encode(prompt) if prompt is not None else model.tokenizer.encode_chat(chat or "")]
         if compare is not None:
-            _compare(model, compare, ids, as_json)
+            _compare(model, compare, asked[0], as_json)
             return
-        new = max_new_tokens if max_new_tokens is not None else _default_new(model, len(ids))
+        new = max_new_tokens if max_new_tokens is not None else _default_new(model, max(map(len, asked)))
         with recorded(model, record_loads):
+            work = _Work(model, asked, new, sampling, tuple(stop or ()), ignore_eos, speculate)
             if not first():
-                model.complete(ids, new, sampling, speculate=speculate)
+                work.run()
+            elif prompts is not None:
+                work.run()
+                sys.stdout.writelines(f"{json.dumps(work.answer(i))}\n" for i in range(len(asked)))
+                print(_summary(work), file=sys.stderr)
             elif as_json:
-                done = model.complete(ids, new, sampling, speculate=speculate)
-                print(json.dumps(_fields(model, done, artifact)))
+                work.run()
+                print(json.dumps({**work.answer(0), **_rates(work), "artifact": artifact}))
             else:
-                print(_summary(_stream(model, ids, new, sampling, speculate)), file=sys.stderr)
+                work.run(print_it=True)
+                print(_summary(work), file=sys.stderr)
 
 
 def _compare(model: Model, folder: str, ids: list[int], as_json: bool) -> None:
@@ -193,55 +230,83 @@ def _default_new(model: Model, prompt: int) -> int:
     return max(1, min(_DEFAULT_NEW_TOKENS, model.context - prompt + 1))
 
 
-def _parse_ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        raise NotTokenIds(value=text) from None
+class _Work:
+    """Prompts to continue, and what came of them."""
+
+    def __init__(
+        self, model: Model, prompts: list[list[int]], new: int, sampling: Sampling, stops: tuple[str, ...],
+        ignore_eos: bool, speculate: int,
+    ) -> None:  # fmt: skip
+        from moec.runtime.errors import NoTokenizer
+        from moec.runtime.stop_text import Continuation
+
+        self.model, self.prompts, self.new, self.sampling = model, prompts, new, sampling
+        self.stops, self.ignore_eos, self.speculate = stops, ignore_eos, speculate
+        self.said = [""] * len(prompts)
+        self._texts = [Continuation(model.tokenizer.stream(), stops) for _ in prompts] if model.has_tokenizer else []
+        if stops and not self._texts:
+            raise NoTokenizer(path=model.artifact.path, advice="leave --stop away")
+
+    def run(self, print_it: bool = False) -> None:
+        """Continue the prompts; `print_it`: the text as it comes, or ids when the artifact has no tokenizer."""
+
+        def show(text: str) -> None:
+            if print_it:
+                print(text, end="", flush=True)
+
+        def tell(index: int, token: int) -> bool:
+            if not self._texts:
+                show(f"{token} ")
+                return False
+            text = self._texts[index].push(token)
+            self.said[index] += text
+            show(text)
+            return self._texts[index].ended
+
+        ends = () if self.ignore_eos else None
+        prompts = self.prompts if len(self.prompts) > 1 else self.prompts[0]
+        self.done = self.model.complete(prompts, self.new, self.sampling, ends, tell, self.speculate)
+        for index, text in enumerate(self._texts):
+            rest = text.finish()
+            self.said[index] += rest
+            show(rest)
+        show("\n")
+
+    def answer(self, index: int) -> dict[str, object]:
+        """What `--json` says of one prompt."""
+        tokens = self.done.tokens[index]
+        text: str | None = None
+        if self._texts:
+            # Under torchrun other replicas took some of the prompts: their tokens arrive, their text does not.
+            text = self.said[index] if self.stops else self.model.tokenizer.decode(tokens)
+        manifest = self.model.artifact.manifest
+        at_end = bool(tokens) and tokens[-1] in manifest.eos_token_ids and not self.ignore_eos
+        stopped = at_end or (bool(self._texts) and self._texts[index].ended)
+        return {
+            "token_ids": tokens,
+            "text": text,
+            "prompt_tokens": len(self.prompts[index]),
+            "finish_reason": "stop" if stopped else "length",
+        }
 
 
-def _stream(model: Model, ids: list[int], new: int, sampling: Sampling, speculate: int) -> Completions:
-    """Print text as it comes, or ids when the artifact has no tokenizer."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    if not model.has_tokenizer:
-
-        def show(_: int, token: int) -> None:
-            print(token, end=" ", flush=True)
-
-        done = model.complete(ids, new, sampling, stream=show, speculate=speculate)
-        print()
-        return done
-    text = model.tokenizer.stream()
-
-    def write(_: int, token: int) -> None:
-        print(text.push(token), end="", flush=True)
-
-    done = model.complete(ids, new, sampling, stream=write, speculate=speculate)
-    print(text.finish())
-    return done
-
-
-def _fields(model: Model, done: Completions, artifact: str) -> dict[str, object]:
-    tokens = done.tokens[0]
+def _rates(work: _Work) -> dict[str, object]:
+    rates = work.done.rates
     return {
-        "token_ids": tokens,
-        "text": model.tokenizer.decode(tokens) if model.has_tokenizer else None,
-        "prefill_tokens_per_s": done.rates.prefill,
-        "decode_tokens_per_s": done.rates.decode,
-        "artifact": artifact,
-        "target": model.artifact.manifest.target,
-        **({"acceptance_rate": done.rates.acceptance} if done.rates.drafted_tokens else {}),
+        "prefill_tokens_per_s": rates.prefill,
+        "decode_tokens_per_s": rates.decode,
+        "target": work.model.artifact.manifest.target,
+        **({"acceptance_rate": rates.acceptance} if rates.drafted_tokens else {}),
     }
 
 
-def _summary(done: Completions) -> str:
-    rates = done.rates
+def _summary(work: _Work) -> str:
+    rates = work.done.rates
     decode = f", decode {rates.decode:,.0f} tokens/s" if rates.decode else ""
     prefill = f"{rates.prefill:,.0f}" if rates.prefill else "-"
     drafted = ""
     if rates.drafted_tokens:
         counts = f"{rates.accepted_tokens} of {rates.drafted_tokens}"
         drafted = f", {counts} drafted tokens kept ({rates.acceptance:.0%}) in {rates.decode_steps} steps"
-    new = f"{len(done.tokens[0])} new{decode}{drafted}"
-    return f"[{rates.prompt_tokens} prompt tokens, prefill {prefill} tokens/s; {new}]"
+    new = f"{sum(map(len, work.done.tokens))} new{decode}{drafted}"
+    return f"[{rates.prompt_tokens} prompt tokens in {rates.prefill_seconds:.2f} s, prefill {prefill} tokens/s; {new}]"
