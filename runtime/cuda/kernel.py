@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.runtime.cuda.arguments import pack
+from moec.runtime.cuda.arguments import Parameters, pack
 from moec.runtime.cuda.driver import (
     INVALID_IMAGE,
     MAX_DYNAMIC_SHARED,
@@ -82,19 +82,21 @@ class Kernel:
             raise BadArguments(name=self.name, reason=f"grid {grid} is larger than a device takes: {LARGEST_GRID}")
         if self.about["global_scratch"]:
             raise BadArguments(name=self.name, reason="it needs global scratch memory, which this loader gives none")
+        if 0 in grid:
+            # Nothing to do, and nothing to describe: the driver makes no tensor map of a matrix without rows.
+            return lambda stream: None
         packed = pack(
             self.name, self.about["parameters"], self.about["tensor_maps"], arguments, self.driver.encode
         )  # fmt: skip
         x, y, z = (*grid, 1, 1)[:3]
         array = packed.array()
 
-        def start(stream: int) -> None:
-            # The array points into `packed`, which this function keeps.
-            if 0 not in grid and packed.addresses:
-                self.driver.call(
-                    "cuLaunchKernel", self.function, x, y, z, self.about["threads"], 1, 1, self.shared_bytes,
-                    ctypes.c_void_p(stream), array, None,
-                )  # fmt: skip
+        def start(stream: int, kept: Parameters = packed) -> None:
+            # The array points into `kept`, which lives as long as this function.
+            self.driver.call(
+                "cuLaunchKernel", self.function, x, y, z, self.about["threads"], 1, 1, self.shared_bytes,
+                ctypes.c_void_p(stream), array, None,
+            )  # fmt: skip
 
         return start
 

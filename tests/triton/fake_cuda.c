@@ -77,8 +77,12 @@ static CUresult handle(void **place) {
   return CUDA_SUCCESS;
 }
 
-/* Memory: the host's, at multiples of 256 bytes. */
+static long said(const char *name, long otherwise) { return getenv(name) ? atol(getenv(name)) : otherwise; }
+
+/* Memory: the host's, at multiples of 256 bytes; as much as FAKE_MEMORY says. */
 CUresult CUDAAPI cuMemAlloc(CUdeviceptr *at, size_t size) {
+  if (size > said("FAKE_MEMORY", 1l << 34))
+    return CUDA_ERROR_OUT_OF_MEMORY;
   void *block = aligned_alloc(256, (size + 255) / 256 * 256);
   *at = (CUdeviceptr)block;
   return block ? memset(block, 0, size), CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
@@ -92,7 +96,7 @@ CUresult CUDAAPI cuMemAllocHost(void **at, size_t size) {
   return *at ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
 }
 CUresult CUDAAPI cuMemGetInfo(size_t *unused, size_t *all) {
-  *unused = *all = 1ul << 34;
+  *unused = *all = said("FAKE_MEMORY", 1l << 34);
   return CUDA_SUCCESS;
 }
 CUresult CUDAAPI cuMemcpyHtoDAsync(CUdeviceptr to, const void *from, size_t size, CUstream stream) {
@@ -118,8 +122,7 @@ CUresult CUDAAPI cuPointerGetAttribute(void *value, CUpointer_attribute attribut
 
 /* One device of compute capability 9.0, or what FAKE_CAPABILITY says. */
 CUresult CUDAAPI cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
-  const char *said = getenv("FAKE_CAPABILITY");
-  int capability = said ? atoi(said) : 90;
+  int capability = said("FAKE_CAPABILITY", 90);
   *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR              ? capability / 10
            : attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR            ? capability % 10
            : attribute == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN ? 232448
@@ -132,7 +135,7 @@ CUresult CUDAAPI cuFuncGetAttribute(int *value, CUfunction_attribute attribute, 
 }
 CUresult CUDAAPI cuInit(unsigned flags) { return CUDA_SUCCESS; }
 CUresult CUDAAPI cuDriverGetVersion(int *version) {
-  *version = 13000;
+  *version = said("FAKE_VERSION", 13000);
   return CUDA_SUCCESS;
 }
 CUresult CUDAAPI cuDeviceGetCount(int *n) {

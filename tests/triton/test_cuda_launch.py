@@ -6,6 +6,7 @@ What a real driver does with the packed bytes needs a GPU: `benchmarks/gpu.py` c
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import struct
 from pathlib import Path
@@ -160,6 +161,29 @@ def test_empty_grid_launches_nothing() -> None:
     library = FakeLibrary()
     Kernel(Driver(library=library), RECORD, b"").launch((0,), ARGUMENTS)
     assert not [c for c in library.calls if c[0] == "cuLaunchKernel"]
+
+
+def test_a_rank_that_no_row_comes_to() -> None:
+    """A matrix without rows has no tensor map: the driver would refuse it."""
+    library = FakeLibrary(cuTensorMapEncodeTiled=1)
+    meta = {"box": [64, 128], "element_bytes": 1, "data_type": 0, "swizzle": 3}
+    record = changed(parameters=[["a_ptr", "tensordesc<fp8e4nv[64, 128]>", False]], tensor_maps=[meta])
+    kernel = Kernel(Driver(library=library), record, b"")
+    kernel.launch((0, 4), {"a_ptr": Matrix(4096, (0, 256), (256, 1))})
+    assert not [c for c in library.calls if c[0] in ("cuLaunchKernel", "cuTensorMapEncodeTiled")]
+    with pytest.raises(DriverFailed, match="cuTensorMapEncodeTiled failed"):
+        kernel.launch((1, 4), {"a_ptr": Matrix(4096, (0, 256), (256, 1))})
+
+
+def test_parameters_live_as_long_as_the_launch() -> None:
+    """What the array points to is not freed between packing and launching."""
+    library = FakeLibrary()
+    start = Kernel(Driver(library=library), RECORD, b"").bound((1,), ARGUMENTS)
+    gc.collect()
+    noise = [ctypes.c_uint64(1 << 63) for _ in range(1000)]
+    start(0)
+    array = next(c for c in library.calls if c[0] == "cuLaunchKernel")[10]
+    assert [at(a, f) for a, f in zip(array, "QifQQ", strict=True)] == [4096, 7168, pytest.approx(1e-6), 0, 0] and noise
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def reached(arguments: dict[str, Any]) -> set[str]:
 
 ROUTERS = {s.name: s for s in (router(*flags) for flags in itertools.product((True, False), repeat=4))}
 """Of gates with other attributes: declared when a program asks for one."""
-KERNELS = {**registry(), **ROUTERS}
+KERNELS = {**ROUTERS, **registry()}
 
 
 def edges_of(spec: KernelSpec) -> set[str]:
