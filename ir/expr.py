@@ -49,29 +49,50 @@ def parse(text: str) -> ast.expr:
         raise BadExpression(text=text[:80], reason="is nested too deeply or holds what is no text") from None
 
 
-def evaluate(text: str, values: Mapping[str, object]) -> int:
-    """The value of `text` with the sizes in `values`; a comparison gives 0 or 1. Raises BadExpression."""
+Values = Mapping[str, object]
 
-    def visit(node: ast.expr) -> int:
+
+@lru_cache(maxsize=8192)
+def compiled(text: str) -> Callable[[Values], int]:
+    """`text` as a function of its sizes: a launch evaluates the same few expressions in every step.
+
+    Raises BadExpression for what is no integer expression.
+    """
+
+    def size(name: str) -> Callable[[Values], int]:
+        def given(values: Values) -> int:
+            found = values.get(name)
+            if not isinstance(found, int):
+                raise BadExpression(text=text, reason=f"size '{name}' is not given")
+            return int(found)
+
+        return given
+
+    def build(node: ast.expr) -> Callable[[Values], int]:
         match node:
             case ast.Constant(value=int(value)):
-                return value
+                return lambda values: value
             case ast.Name(id=name):
-                size = values.get(name)
-                if not isinstance(size, int):
-                    raise BadExpression(text=text, reason=f"size '{name}' is not given")
-                return int(size)
+                return size(name)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
-                return BINARY[type(op)](visit(left), visit(right))
+                do, a, b = BINARY[type(op)], build(left), build(right)
+                return lambda values: do(a(values), b(values))
             case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARE:
-                return int(COMPARE[type(op)](visit(left), visit(right)))
+                holds, a, b = COMPARE[type(op)], build(left), build(right)
+                return lambda values: int(holds(a(values), b(values)))
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in FUNCTIONS:
-                return FUNCTIONS[name](*(visit(a) for a in arguments))
+                call, each = FUNCTIONS[name], [build(x) for x in arguments]
+                return lambda values: call(*[x(values) for x in each])
             case _:
                 raise BadExpression(text=text, reason=f"'{ast.unparse(node)}' is not allowed here")
 
+    return build(parse(text))
+
+
+def evaluate(text: str, values: Values) -> int:
+    """The value of `text` with the sizes in `values`; a comparison gives 0 or 1. Raises BadExpression."""
     try:
-        return visit(parse(text))
+        return compiled(text)(values)
     except (ZeroDivisionError, TypeError) as error:
         raise BadExpression(text=text, reason=str(error)) from None
     except RecursionError:

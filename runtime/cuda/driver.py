@@ -31,6 +31,8 @@ L2_PROMOTION_128 = 2
 NON_BLOCKING = 1
 NO_TIMING = 2
 CAPTURE_THREAD = 1
+MOST_MAPS = 1 << 16
+"""Tensor maps that are kept, of 400 bytes each."""
 
 
 class Driver:
@@ -41,6 +43,7 @@ class Driver:
 
     def __init__(self, ordinal: int = 0, *, minimum: tuple[int, int] = (12, 0), library: Any = None) -> None:
         self.library = library if library is not None else open_library()
+        self._maps: dict[tuple[Any, ...], AlignedBytes] = {}
         status = self.library.cuInit(0)
         if status:
             raise NoDriver(reason=self.error_name(status))
@@ -209,7 +212,16 @@ class Driver:
         self.call("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
 
     def encode(self, meta: Mapping[str, Any], matrix: Matrix) -> AlignedBytes:
-        """The tensor map of a matrix: boxes, type and swizzle as the compiler recorded them; zeros outside."""
+        """The tensor map of a matrix, made once: a launch that is packed anew names the same weights again."""
+        key = (matrix, *meta["box"], meta["element_bytes"], meta["data_type"], meta["swizzle"])
+        if key not in self._maps:
+            if len(self._maps) >= MOST_MAPS:
+                self._maps.clear()
+            self._maps[key] = self._encoded(meta, matrix)
+        return self._maps[key]
+
+    def _encoded(self, meta: Mapping[str, Any], matrix: Matrix) -> AlignedBytes:
+        """Boxes, type and swizzle as the compiler recorded them; zeros outside."""
         rank = len(matrix.shape)
         if len(meta["box"]) != rank:
             raise BadArguments(name="tensor map", reason=f"{rank} dims, the kernel's box has {len(meta['box'])}")
