@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from moec.errors import InputError, near
@@ -65,7 +66,7 @@ def parse_spec(spec: str) -> tuple[type[Pass], dict[str, Any]]:
     known = passes()
     name, options = match.group(1), match.group(2)
     if name not in known:
-        raise PassSpecError(spec=spec, message=f"no such pass{near(name, list(known))}")
+        raise PassSpecError(spec=spec, message=f"no such pass{near(name, list(known))}; moec ir passes lists them")
     types = {f.name: f.type for f in fields(known[name])}
     given: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in (options or "").split(","))):
@@ -77,6 +78,32 @@ def parse_spec(spec: str) -> tuple[type[Pass], dict[str, Any]]:
             raise PassSpecError(spec=spec, message=f"option {key} is given twice")
         given[key] = _value(spec, key, str(types[key]), text)
     return known[name], given
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a user has to know of a pass to name it: `options` with their types and defaults as they are written."""
+
+    name: str
+    does: str
+    options: dict[str, tuple[str, str]]
+
+
+def described() -> list[Described]:
+    """Every pass in the order of `passes`."""
+    return [
+        Described(
+            name,
+            (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " "),
+            {f.name: (str(f.type), written(f.default)) for f in fields(kind)},
+        )
+        for name, kind in passes().items()
+    ]
+
+
+def written(value: object) -> str:
+    """A default as a spec has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _value(spec: str, key: str, kind: str, text: str) -> object:

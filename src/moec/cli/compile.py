@@ -120,7 +120,10 @@ def compile_model(
     passes: Annotated[
         list[str] | None,
         typer.Option(
-            "--pass", metavar="SPEC", help="Add a pass or set its options: name{key=value}.", rich_help_panel=INSIDE
+            "--pass",
+            metavar="SPEC",
+            help="Add a pass or set its options: name{key=value}; see moec ir passes.",
+            rich_help_panel=INSIDE,
         ),
     ] = None,
     dump_ir: Annotated[

@@ -274,6 +274,32 @@ def _quantisation(module: Module, weights: Path | None, points: int, as_json: bo
         print(f"  {ratios}  @{n['weight']}[{point}] {n['stored']}, input {n['input']}")
 
 
+@ir.command("passes")
+def list_passes(as_json: Json = False) -> None:
+    """List the passes and their options.
+
+    `--pass name{option=value,...}` of `moec compile` and `moec ir opt` takes them.
+    """
+    from moec.passes.registry import described
+
+    found = described()
+    if as_json:
+        rows = [
+            {
+                "name": p.name,
+                "does": p.does,
+                "options": {o: {"type": t, "default": d} for o, (t, d) in p.options.items()},
+            }
+            for p in found
+        ]
+        print(json.dumps({"passes": rows}))
+        return
+    for p in found:
+        print(f"{p.name}\n  {p.does}")
+        if p.options:
+            print(f"  {{{', '.join(f'{option}={default}' for option, (_, default) in p.options.items())}}}")
+
+
 @ir.command()
 def reference(
     write: Annotated[Path | None, typer.Option(help="Write the page to this file instead of stdout.")] = None,
@@ -290,7 +316,9 @@ def reference(
 @ir.command(epilog="moec ir opt dumps/02_bind-limits.ir --pass 'mla-absorb{decode=plain}' | moec ir verify -")
 def opt(
     file: File,
-    passes: Annotated[list[str] | None, typer.Option("--pass", metavar="SPEC", help="Passes to run, in order.")] = None,
+    passes: Annotated[
+        list[str] | None, typer.Option("--pass", metavar="SPEC", help="Passes to run, in order; see moec ir passes.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="Target.", show_default="the module's own, else cpu")] = None,
     verify: Annotated[str, typer.Option(help="structure, roundtrip or numerics.")] = "structure",
     strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into errors.")] = False,

@@ -89,11 +89,12 @@ def closed_forms(as_json: Annotated[bool, typer.Option("--json", help="One JSON 
     if as_json:
         print(json.dumps({"rows": [asdict(row) for row in found]}))
         return
-    print(f"{'':46} {'here':>12} {'published':>12}")
+    wide = max(len(row.name) for row in found)
+    print(f"{'':{wide}} {'here':>12} {'published':>12}")
     for row in found:
         published = "" if row.published is None else f"{row.published:,.6g}"
         note = f"  ({row.note})" if row.note else ""
-        print(f"{row.name:46} {row.value:12,.6g} {published:>12} {row.unit:14} {row.source}{note}".rstrip())
+        print(f"{row.name:{wide}} {row.value:12,.6g} {published:>12} {row.unit:14} {row.source}{note}".rstrip())
 
 
 def model_facts(model: str) -> dict[str, Any]:

@@ -253,17 +253,17 @@ def _report(model: str, answers: list[Answer], what_if: str | None, phase: str, 
     from moec.cli.plan_tables import print_plans
 
     shown = ("prefill", "decode") if phase == "both" else (phase,)
-    for first, second, _ in answers:
-        for warning in dict.fromkeys(first.warnings + (second.warnings if second else [])):
+    plans = [plan for answer in answers for plan in answer[:2] if plan is not None]
+    for plan in plans:
+        where = f"{plan.target.name}: " if len(plans) > 1 else ""
+        for warning in dict.fromkeys(plan.warnings):
             if phase == "both" or warning.startswith(phase):
-                note(f"warning: {warning}")
+                note(f"warning: {where}{warning}")
     if as_json:
         found = [_json(answer, what_if) for answer in answers]
         print(json.dumps(found[0] if len(found) == 1 else {"plans": found}, allow_nan=False))
     else:
-        print_plans(
-            model, [plan for answer in answers for plan in answer[:2] if plan is not None], answers[0][2], shown
-        )
+        print_plans(model, plans, answers[0][2], shown)
 
 
 def _json(answer: Answer, what_if: str | None) -> dict[str, Any]:
