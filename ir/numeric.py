@@ -233,7 +233,7 @@ def shard(x: torch.Tensor | Quantised, dim: int, ranks: int, parts: int, index: 
         return torch.cat([p.chunk(ranks, dim)[index] for p in raw.chunk(parts, dim)], dim).view(t.dtype)
 
     if isinstance(x, Quantised):
-        return Quantised(cut(x.data), cut(x.scale), x.dtype, x.block)
+        return replace(x, data=cut(x.data), scale=cut(x.scale))
     return cut(x)
 
 

@@ -11,7 +11,7 @@ import moec
 from moec.ir.accounting import sqnr_db
 from moec.ir.accumulate import hopper_product
 from moec.ir.logfmt import round_logfmt
-from moec.ir.numeric import NumericError, Packed, Quantised, quantise
+from moec.ir.numeric import NumericError, Packed, Quantised, quantise, shard
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -52,6 +52,14 @@ def test_matrices_at_any_byte_of_a_file_are_packed() -> None:
     there = raw[1:].view(torch.float8_e4m3fn).reshape(32, 128)
     packed = [Packed(Quantised(w, torch.ones(1, 1), "fp8_e4m3", (128, 128))).data() for w in (there, there.clone())]
     assert torch.equal(*packed)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_part_is_quantised_as_the_whole(dim: int) -> None:
+    whole = quantise(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), "fp8_e4m3", (4, 4), "ue8m0")
+    part = shard(whole, dim, 2, 1, 1)
+    assert isinstance(part, Quantised) and (part.format, part.block) == ("ue8m0", (4, 4))
+    assert torch.equal(part.dequantise(), whole.dequantise().chunk(2, dim)[1])
 
 
 def test_zeros_have_scale_one_and_infinities_are_refused() -> None:
