@@ -9,8 +9,8 @@ import numpy as np
 
 from moec.runtime.errors import MalformedFile
 
-DTYPES: Final = ("float32", "int32", "uint16", "uint8")
-"""BF16 travels as its bits, what is quantised or packed as bytes or lanes."""
+DTYPES: Final = ("float32", "int32", "int64", "uint16", "uint8")
+"""BF16 travels as its bits, what is quantised or packed as bytes or lanes, ticks of a profile as 64 bits."""
 
 
 class Fields:
