@@ -50,7 +50,7 @@ def run_search(
     print("\nPareto front of time and rate:")
     for candidate in found.front:
         print(f"       {_line(candidate, targets[0])}")
-    print("\n" + _asked(found, options, targets[0]))
+    print("\n" + _asked(found, targets[0]))
 
 
 def _line(found: Candidate, target: Target) -> str:
@@ -60,7 +60,7 @@ def _line(found: Candidate, target: Target) -> str:
     return f"{numbers} {size_text(found.memory.total):>9}  {layout_text(found.layout)}{pair}"
 
 
-def _asked(found: Found, options: Options, target: Target) -> str:
+def _asked(found: Found, target: Target) -> str:
     if found.rank is None:
         return "the layout asked for is not feasible within these limits"
     own, best = found.ranking[found.rank - 1], found.ranking[0]
