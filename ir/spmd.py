@@ -74,12 +74,14 @@ class _Room:
         self.size = size
         self.values: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=PATIENCE)
+        self.aborted = False
         self.post: dict[tuple[int, int], SimpleQueue[Any]] = {
             (a, b): SimpleQueue() for a in range(size) for b in range(size)
         }
 
     def abort(self) -> None:
         """Release everyone who waits."""
+        self.aborted = True
         self.barrier.abort()
         for queue in self.post.values():
             queue.put(_ABORTED)
@@ -96,11 +98,19 @@ class _Member:
 
     def exchange(self, value: Any) -> list[Any]:
         self._room.values[self.index] = value
-        self._room.barrier.wait()
+        self._meet()
         out = list(self._room.values)
         # Nobody may put the next value down before all have taken these.
-        self._room.barrier.wait()
+        self._meet()
         return out
+
+    def _meet(self) -> None:
+        try:
+            self._room.barrier.wait()
+        except threading.BrokenBarrierError:
+            if self._room.aborted:
+                raise
+            raise ValueError(f"not all {self.size} ranks of the axis came to an exchange") from None
 
     def send(self, to: int, value: Any) -> None:
         self._room.post[self.index, to].put(value)
