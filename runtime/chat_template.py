@@ -11,7 +11,9 @@ from types import FrameType
 from typing import Any, Final
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 STEPS: Final = 2_000_000
@@ -42,19 +44,36 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def render(template: str, messages: list[dict[str, str]], special: dict[str, str]) -> str:
-    """The text that a template makes of `messages`, up to where the answer begins. Raises TemplateFails."""
+class _Generation(Extension):
+    """`{% generation %}` marks what the model wrote, for training: here its contents stand as they are."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """The statements up to `{% endgeneration %}`."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def render(template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+    """The text that a template makes of `messages`, up to where the answer begins. Raises TemplateFails.
+
+    `variables`: special tokens and settings that the template reads. Tools and documents are none, as in transformers,
+    whose rules for messages hold as well: a field that is null is not there, and what a model thought stands under each
+    of its names.
+    """
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.filters["tojson"] = _to_json
+    given = {"tools": None, "documents": None, **variables, "add_generation_prompt": True}
     try:
         with _bounded():
-            text = environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
+            text = environment.from_string(template).render(given, messages=[_message(m) for m in messages])
     except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise TemplateFails(str(error).partition("\n")[0]) from None
     except (RecursionError, MemoryError) as error:
@@ -83,5 +102,17 @@ def _bounded() -> Iterator[None]:
         sys.settrace(before)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _message(given: dict[str, Any]) -> dict[str, Any]:
+    message = {key: value for key, value in given.items() if value is not None}
+    thought = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -9,6 +9,9 @@ from typing import Any, Final
 from moec.runtime.errors import ChatTemplateFails, NoChatTemplate, NoTokenizer, WrongTokenizer
 
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+_SPECIAL: Final = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+Message = dict[str, Any]
+"""A turn of a conversation: `role` and `content`, and what else the model's template reads."""
 
 
 class Tokenizer:
@@ -27,7 +30,11 @@ class Tokenizer:
             self._fast: Any = Fast.from_file(str(file))
         except Exception as error:  # the library raises plain Exception for every problem
             raise WrongTokenizer(file=file, problem=f"does not load ({error})") from None
-        self._config = self._read_config()
+        # Settings of a batch that the file was saved with, and not the model's: a prompt is cut and filled by nobody.
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._config = self._read("tokenizer_config.json")
+        self._named = self._read("special_tokens_map.json")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the model expects around it."""
@@ -43,30 +50,31 @@ class Tokenizer:
         spelled = text[: encoding.offsets[0][1]] if ids else ""
         return ids, len(spelled.encode())
 
-    def encode_chat(self, message: str) -> list[int]:
+    def encode_chat(self, message: str, **settings: Any) -> list[int]:
         """Token ids of a conversation that holds one user message, up to where the answer begins.
 
-        Raises NoChatTemplate or ChatTemplateFails.
+        Takes settings and raises as `encode_messages`.
         """
-        return self.encode_messages([{"role": "user", "content": message}])
+        return self.encode_messages([{"role": "user", "content": message}], **settings)
 
-    def encode_messages(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_messages(self, messages: list[Message], **settings: Any) -> list[int]:
         """Token ids of a conversation of messages with `role` and `content`, up to where the next answer begins.
 
-        Raises as `encode_chat`.
+        `settings`: variables of the model's template (`enable_thinking=False`). Raises NoChatTemplate or
+        ChatTemplateFails.
         """
-        text = self.render_chat(messages)
+        text = self.render_chat(messages, **settings)
         ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
         return ids
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
+    def render_chat(self, messages: list[Message], **settings: Any) -> str:
         """The text that the model's Jinja template makes of `messages`, in a sandbox: templates are untrusted."""
         from moec.runtime.chat_template import TemplateFails, render
 
-        special = {key: self._special(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        special = {key: self._special(key) for key in _SPECIAL}
         known = {key: value for key, value in special.items() if value is not None}
         try:
-            return render(self._chat_template(), messages, known)
+            return render(self._chat_template(), messages, {**known, **settings})
         except TemplateFails as error:
             raise ChatTemplateFails(path=self._artifact, why=str(error)) from None
 
@@ -82,10 +90,7 @@ class Tokenizer:
     def _chat_template(self) -> str:
         file = self._folder / "chat_template.jinja"
         if file.is_file():
-            try:
-                return file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise WrongTokenizer(file=file, problem=f"is not UTF-8 text ({error.reason})") from None
+            return file.read_text(encoding="utf-8")
         template = self._config.get("chat_template")
         if isinstance(template, list):
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -95,13 +100,17 @@ class Tokenizer:
         return template
 
     def _special(self, key: str) -> str | None:
-        """A special token's text: the configuration has it as a string or as an object with `content`."""
-        value = self._config.get(key)
-        content = value.get("content") if isinstance(value, dict) else value
-        return content if isinstance(content, str) else None
+        """A special token's text: the files have it as a string or as an object with `content`."""
+        for source in (self._config, self._named):
+            value = source.get(key)
+            content = value.get("content") if isinstance(value, dict) else value
+            if isinstance(content, str):
+                return content
+        return None
 
-    def _read_config(self) -> dict[str, Any]:
-        file = self._folder / "tokenizer_config.json"
+    def _read(self, name: str) -> dict[str, Any]:
+        """A JSON object beside `tokenizer.json`; empty when it is missing."""
+        file = self._folder / name
         if not file.is_file():
             return {}
         try:

@@ -22,7 +22,7 @@ _DEFAULT_NEW_TOKENS = 128
 class OnePrompt(InputError):
     """None or several of the prompt options were given."""
 
-    template = "give exactly one of --prompt, --chat, --prompt-ids and --prompts"
+    template = "give exactly one of --prompt, --chat (or --messages, or both), --prompt-ids and --prompts"
 
 
 class NothingGenerated(InputError):
@@ -62,6 +62,26 @@ def run(
         str | None,
         typer.Option(
             help="A user message, put into the model's chat template; - for standard input.", rich_help_panel=PROMPT
+        ),
+    ] = None,
+    messages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="JSON list of turns before --chat, or without it; - for standard input.",
+            rich_help_panel=PROMPT,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="A system prompt before the conversation.", rich_help_panel=PROMPT)
+    ] = None,
+    chat_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--chat-set",
+            metavar="KEY=VALUE",
+            help="Variable of the chat template (enable_thinking=false).",
+            rich_help_panel=PROMPT,
         ),
     ] = None,
     prompt_ids: Annotated[
@@ -151,7 +171,8 @@ def run(
 
     With --prompts many: a line is a JSON string, or an object with one of prompt, chat and prompt_ids.
     """
-    if sum(given is not None for given in (prompt, chat, prompt_ids, prompts)) != 1:
+    talk = chat is not None or messages is not None
+    if talk + sum(given is not None for given in (prompt, prompt_ids, prompts)) != 1:
         raise OnePrompt()
     if compare is not None and (
         max_new_tokens is not None
@@ -162,6 +183,7 @@ def run(
         or (temperature, top_p, seed, speculate, top_k, min_p) != (0.0, 1.0, 0, 0, 0, 0.0)
     ):
         raise NothingGenerated()
+    from moec.cli.conversation import WithoutChat, conversation, settings
     from moec.cli.options import UsageError
     from moec.cli.prompts import parse_ids, read_prompts, text_of
     from moec.cli.recording import check_place, recorded
@@ -178,18 +200,23 @@ def run(
         raise UsageError(message="--stop is for one process: the ranks of torchrun would not end together")
     if "" in (stop or []):
         raise UsageError(message="--stop must not be empty")
+    for option, value in (("--system", system), ("--chat-set", chat_set)):
+        if value and not talk:
+            raise WithoutChat(option=option)
     check_place(record_loads)
     sampling = Sampling(temperature, top_p, seed, top_k, min_p)
     ids = parse_ids(prompt_ids) if prompt_ids is not None else None
     if prompt is not None or chat is not None:
         prompt, chat = (None if text is None else text_of(text) for text in (prompt, chat))
+    turns, variables = conversation(chat, messages, system), settings(chat_set or [])
     with loaded(artifact, check, threads, timeout or TIMEOUT, micro_batches) as model:
         if prompts is not None:
             asked = read_prompts(prompts, model)
         elif ids is not None:
             asked = [ids]
         else:
-            asked = [model.tokenizer.encode(prompt) if prompt is not None else model.tokenizer.encode_chat(chat or "")]
+            text = model.tokenizer
+            asked = [text.encode(prompt) if prompt is not None else text.encode_messages(turns, **variables)]
         if compare is not None:
             _compare(model, compare, asked[0], as_json)
             return
