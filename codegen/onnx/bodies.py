@@ -11,6 +11,8 @@ from typing import Any
 
 from onnx import TensorProto, helper
 
+from moec.codegen.onnx import quantised, sparse
+from moec.codegen.onnx.cached import cached, slots
 from moec.codegen.onnx.graph import Graph
 from moec.ir import CacheType, Op, TensorType
 
@@ -135,24 +137,19 @@ def _index(g: Graph, op: Op, x: list[str]) -> list[str]:
     return [g("Add", g("Mul", x[0], g.const(scale)), g.const(offset))]
 
 
-def _slots(g: Graph, kv: str, layer: str, pages: str, seq: str, pos: str) -> str:
-    """i64[n, 3]: layer, page and slot of positions `pos` of sequences `seq` (i64[n] each)."""
-    size = g.dim(kv, 2)
-    number = g.concat([g.unsqueeze(seq, 1), g.unsqueeze(g("Div", pos, size), 1)], 1)
-    page = g("GatherND", g.cast(pages, "int64"), number)
-    lay = g("Expand", g.reshape(layer, 1), g("Shape", pos))
-    return g.concat([g.unsqueeze(v, 1) for v in (lay, page, g("Mod", pos, size))], 1)
-
-
 def _append(g: Graph, op: Op, x: list[str]) -> list[str]:
     kv, layer, first, second, seq, pos, pages = x
     if len(_shape(op, 2)) == 3:
         first, second = g.reshape(first, 0, -1), g.reshape(second, 0, -1)
-    index = _slots(g, kv, layer, pages, g.cast(seq, "int64"), g.cast(pos, "int64"))
+    index = slots(g, kv, layer, pages, g.cast(seq, "int64"), g.cast(pos, "int64"))
     rows = g.concat([first, second], -1)
     cache = op.operands[0].type
     if isinstance(cache, CacheType) and cache.dtype == "bf16":
         rows = g.cast(g("Cast", rows, to=TensorProto.BFLOAT16), "float32")
+    if isinstance(cache, CacheType) and cache.kind == "kv.indexed":
+        written = sum(int(_shape(op, i)[-1]) for i in (2, 3))
+        behind = g("Slice", g("GatherND", kv, index), g.const([written]), g.const([1 << 40]), g.const([-1]))
+        rows = g.concat([rows, behind], -1)
     return [g("ScatterND", kv, index, rows)]
 
 
@@ -165,8 +162,9 @@ def _read(g: Graph, op: Op, x: list[str]) -> list[str]:
     behind = g("GreaterOrEqual", g.unsqueeze(r, 1), g("Slice", begins, g.const([1]), g.const([1 << 40])))
     seq = g("ReduceSum", g.cast(behind, "int64"), g.const([1]), keepdims=0)
     pos = g("Sub", r, g("Gather", begins, seq, axis=0))
-    rows = g("GatherND", kv, _slots(g, kv, layer, pages, seq, pos))
+    rows = g("GatherND", kv, slots(g, kv, layer, pages, seq, pos))
     width = int(op.results[0].type.shape[1]) + int(op.results[1].type.shape[1])  # type: ignore[union-attr, arg-type]
+    rows = g("Slice", rows, g.const([0]), g.const([width]), g.const([-1]))
     return g.split(rows, (rank, width - rank))
 
 
@@ -178,16 +176,6 @@ def _attend(g: Graph, scores: str, mask: str, values: str, sinks: str | None = N
     weights = g("Softmax", g.concat([scores, sinks], -1), axis=-1)
     keys = g("Slice", weights, g.const([0]), g.const([-1]), g.const([-1]))
     return str(g("MatMul", keys, values))
-
-
-def _cached(g: Graph, kv: str, layer: str, pages: str) -> tuple[str, str, str]:
-    """All positions of all sequences, one after the other: rows [s, width], their sequence and position i64[s]."""
-    size, width = g.dim(kv, 2), g.dim(kv, 3)
-    here = g("Gather", g("Gather", kv, layer, axis=0), pages, axis=0)
-    rows = g("Reshape", here, g.concat([g.const([-1]), width], 0))
-    one = g("Mul", g.dim(pages, 1), size)
-    r = g("Range", g.const(0), g.scalar(g("Mul", g.dim(pages, 0), one)), g.const(1))
-    return rows, g("Div", r, one), g("Mod", r, one)
 
 
 def _mask(g: Graph, op: Op, seq: str, pos: str, of: str, at: str) -> str:
@@ -208,7 +196,7 @@ def _attn_heads(g: Graph, op: Op, x: list[str]) -> list[str]:
     _, heads, dim = _shape(op, 0)
     groups, v = int(op.attrs["kv_heads"]), int(op.attrs["v"])  # type: ignore[arg-type]
     share = int(heads) // groups
-    rows, of, at = _cached(g, kv, layer, pages)
+    rows, of, at = cached(g, kv, layer, pages)
     k, values = g.split(rows, (groups * int(dim), groups * v))
     k = g("Transpose", g.reshape(k, 0, groups, int(dim)), perm=[1, 2, 0])
     values = g("Transpose", g.reshape(values, 0, groups, v), perm=[1, 0, 2])
@@ -229,18 +217,21 @@ def _attn_heads(g: Graph, op: Op, x: list[str]) -> list[str]:
 
 
 def _attn_absorbed(g: Graph, op: Op, x: list[str]) -> list[str]:
-    q, q_rope, kv, layer, seq, pos, pages = x
-    heads, rank = int(_shape(op, 0)[1]), int(_shape(op, 0)[2])
-    rows, of, at = _cached(g, kv, layer, pages)
+    q, q_rope, kv, layer, seq, pos, pages, *chosen = x
+    rank = int(_shape(op, 0)[2])
+    width = rank + int(_shape(op, 1)[2])
+    rows, of, at = cached(g, kv, layer, pages)
+    keys, latent = (g("Slice", rows, g.const([0]), g.const([n]), g.const([-1])) for n in (width, rank))
     both = g("Transpose", g.concat([q, q_rope], -1), perm=[1, 0, 2])
-    scores = g("Mul", g("MatMul", both, g("Transpose", rows, perm=[1, 0])), g.f32(float(op.attrs["scale"])))  # type: ignore[arg-type]
-    latent = g("Slice", rows, g.const([0]), g.const([rank]), g.const([-1]))
-    del heads
-    return [g("Transpose", _attend(g, scores, _mask(g, op, seq, pos, of, at), latent), perm=[1, 0, 2])]
+    scores = g("Mul", g("MatMul", both, g("Transpose", keys, perm=[1, 0])), g.f32(float(op.attrs["scale"])))  # type: ignore[arg-type]
+    mask = _mask(g, op, seq, pos, of, at)
+    if chosen:
+        mask = sparse.only_chosen(g, mask, chosen[0], at)
+    return [g("Transpose", _attend(g, scores, mask, latent), perm=[1, 0, 2])]
 
 
 def _attn_mla(g: Graph, op: Op, x: list[str]) -> list[str]:
-    q, kv, key_rope, seq, pos, starts = x
+    q, kv, key_rope, seq, pos, starts, *chosen = x
     heads, nope, v = int(_shape(op, 0)[1]), int(op.attrs["nope"]), int(op.attrs["v"])  # type: ignore[arg-type]
     rope = int(_shape(op, 0)[2]) - nope
     own = g("Transpose", g.reshape(kv, 0, heads, nope + v), perm=[1, 0, 2])
@@ -253,6 +244,8 @@ def _attn_mla(g: Graph, op: Op, x: list[str]) -> list[str]:
     rows = g("Range", g.const(0), g.scalar(g.dim(kv, 0)), g.const(1))
     last = g("Add", begin, g.unsqueeze(g.cast(pos, "int64"), 1))
     mask = g("And", g("GreaterOrEqual", rows, begin), g("LessOrEqual", rows, last))
+    if chosen:
+        mask = sparse.only_chosen(g, mask, chosen[0], g.unsqueeze(g("Sub", rows, begin), 1))
     return [g("Transpose", _attend(g, scores, mask, values), perm=[1, 0, 2])]
 
 
@@ -377,6 +370,7 @@ BODIES: dict[str, Body] = {
     "index.affine": _index, "cache.append": _append, "cache.append_heads": _append, "cache.read": _read,
     "attn.heads": _attn_heads, "attn.mla": _attn_mla, "attn.mla_absorbed": _attn_absorbed, "moe.route": _route,
     "moe.dispatch": _dispatch, "moe.experts": _experts, "moe.weigh": _weigh, "moe.combine": _combine,
+    "cache.append_index": sparse.append_index, "attn.index": sparse.choose, "quant.cast": quantised.cast,
     "add": lambda g, op, x: [g("Add", x[0], x[1])],
 }  # fmt: skip
 

@@ -43,7 +43,7 @@ def export(module: Module, stored: Weights, folder: Path, progress: Callable[[in
     for phase in ("prefill", "decode"):
         path = folder / f"{phase}.onnx"
         onnx.save_model(_Exporter(module, spans).model(phase), path)
-        onnx.checker.check_model(str(path))
+        onnx.checker.check_model(str(path), full_check=True)
 
 
 def _write_weights(

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-OPSET = 21
+OPSET = 28
 """Operator set of the standard ops."""
 
 

@@ -169,7 +169,7 @@ class OnnxModule(nn.Module):
             raise _refused(step, self.path, "packed weights that are not constants, or in another order")
         w, scale, zero = (tensor(self.constants[n]) if n else None for n in names[1:4])
         bits, columns, rows = (int(step.attrs.get(n, d)) for n, d in (("bits", 4), ("K", 0), ("N", 0)))
-        if w is None or scale is None or bits not in (4, 8):
+        if w is None or scale is None or bits not in moe.WIDTHS:
             raise _refused(step, self.path, f"packed weights of {bits} bits")
         scale = scale.reshape(rows, -1)
         if zero is not None:

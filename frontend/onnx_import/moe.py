@@ -15,6 +15,8 @@ from moec.frontend.onnx_import.values import Call
 
 HUGE = 3.0e38
 """A bound that bounds nothing."""
+WIDTHS = (2, 4, 8)
+"""Bits of packed integers."""
 
 
 def prepare(call: Call, inputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -53,30 +55,35 @@ def _or_zeros(bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
 def _unpacked(
     call: Call, number: int, w: torch.Tensor | None, scale: torch.Tensor | None, zero: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """(q - zero) · scale with q of 4 or 8 bits, the first element of a byte in its low bits."""
+    """(q - zero) · scale with q of 2, 4 or 8 bits, the first element of a byte in its low bits."""
     if w is None:
         return None
     bits = call.attr(f"fc{number}_expert_weight_bits", call.attr("expert_weight_bits", 4))
-    if scale is None or bits not in (4, 8) or w.dtype != torch.uint8:
+    if scale is None or bits not in WIDTHS or w.dtype != torch.uint8:
         raise Unsupported(f"experts of {bits} bits as {str(w.dtype).removeprefix('torch.')}")
     return unpack(w, scale, zero, bits)
 
 
 def unpack(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> torch.Tensor:
-    """Rows [..., N, K] of packed integers in blocks along K; scales and packed zeros [..., N] or [..., N, blocks]."""
-    q = _nibbles(w) if bits == 4 else w
+    """Rows [..., N, K] of packed integers in blocks along K; scales and zeros [..., N] or [..., N, blocks].
+
+    Zeros are packed as the weights are, or numbers.
+    """
+    q = _apart(w, bits)
     s = (scale.unsqueeze(-1) if scale.ndim < q.ndim else scale).float()
     if zero is None:
         z = torch.full_like(s, float(1 << (bits - 1)))
     else:
-        z = (_nibbles(zero) if bits == 4 else zero).float()
+        z = zero.float() if zero.is_floating_point() else _apart(zero, bits).float()
         z = z.unsqueeze(-1)[..., : s.shape[-2], :] if z.ndim < s.ndim else z[..., : s.shape[-1]]
     blocks = q.float().reshape(*q.shape[:-1], s.shape[-1], -1)
     return torch.flatten((blocks - z[..., None]) * s[..., None], -2)
 
 
-def _nibbles(packed: torch.Tensor) -> torch.Tensor:
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+def _apart(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The integers of bytes that hold several, low bits first."""
+    mask = (1 << bits) - 1
+    return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], -1).flatten(-2)
 
 
 def run(c: Call, x: Any, router: Any, gate_up: Any, b1: Any, down: Any, b2: Any) -> torch.Tensor:

@@ -29,6 +29,10 @@ class Sizes:
     bits: int = 0
     """Of the experts' weights; 0 for floats."""
     block: int = 0
+    zeros: bool = False
+    """Whether integers have zero points of their own."""
+    narrow: int = 0
+    """Bits of the projections' weights; 0 for floats."""
     normalise: int = 1
     limit: float | None = None
     window: int = -1
@@ -85,7 +89,7 @@ def mixture(sizes: Sizes, seed: int) -> onnx.ModelProto:
         normed, x = _norm(g, x, skip, ones, f"{at}/input_norm")
         wide, few = s.heads * s.width, s.groups * s.width
         q, k, v = (
-            g.node("MatMul", [normed, g.normal(f"{stem}.attn.{n}.MatMul.weight", s.hidden, w)], f"{at}/attn/{n}/MatMul")
+            _product(g, s, normed, f"{stem}.attn.{n}", f"{at}/attn/{n}", s.hidden, w)
             for n, w in (("q", wide), ("k", few), ("v", few))
         )
         caches = [f"past_key_values.{layer}.{n}" for n in ("key", "value")]
@@ -94,7 +98,7 @@ def mixture(sizes: Sizes, seed: int) -> onnx.ModelProto:
             num_heads=s.heads, kv_num_heads=s.groups, do_rotary=1, local_window_size=s.window,
         )  # fmt: skip
         outputs += [f"{at}/attn/GroupQueryAttention/output_{i}" for i in (1, 2)]
-        o = g.node("MatMul", [done, g.normal(f"{stem}.attn.o.MatMul.weight", wide, s.hidden)], f"{at}/attn/o/MatMul")
+        o = _product(g, s, done, f"{stem}.attn.o", f"{at}/attn/o", wide, s.hidden)
         ones = g.weight(f"{stem}.post_norm.weight", 1 + 0.1 * g.random.standard_normal(s.hidden).astype(np.float32))
         normed, x = _norm(g, x, o, ones, f"{at}/post_norm")
         skip = _experts(g, s, normed, at, stem)
@@ -127,6 +131,22 @@ def _norm(g: Graph, x: str, skip: str, weight: str, name: str) -> tuple[str, str
     return out, f"{name}/output_3"
 
 
+def _product(g: Graph, s: Sizes, x: str, stem: str, at: str, rows: int, columns: int) -> str:
+    """MatMul, or MatMulNBits in blocks of 16."""
+    if not s.narrow:
+        return g.node("MatMul", [x, g.normal(f"{stem}.MatMul.weight", rows, columns)], f"{at}/MatMul")
+    w = g.random.standard_normal((1, columns, rows)) * rows**-0.5
+    packed, scale, zero = pack(w, s.narrow, 16, s.zeros)
+    inputs = [
+        x,
+        g.weight(f"{stem}.MatMul.weight_Q", packed.reshape(columns, rows // 16, -1)),
+        g.weight(f"{stem}.MatMul.weight_scales", scale[0]),
+    ]
+    inputs += [g.weight(f"{stem}.MatMul.weight_zp", zero[0])] if s.zeros else []
+    shape = {"K": rows, "N": columns, "bits": s.narrow, "block_size": 16}
+    return g.node("MatMulNBits", inputs, f"{at}/MatMulNBits", 1, MS, **shape)
+
+
 def _experts(g: Graph, s: Sizes, x: str, at: str, stem: str) -> str:
     router = g.node(
         "MatMul", [x, g.normal(f"{stem}.moe.router.MatMul.weight", s.hidden, s.experts)], f"{at}/moe/router/MatMul"
@@ -148,24 +168,43 @@ def _experts(g: Graph, s: Sizes, x: str, at: str, stem: str) -> str:
         weights = [g.weight(f"{stem}.moe.fc{i}.weight", w.astype(np.float32)) for i, w in ((1, up), (2, down))]
         inputs = [x, rows, weights[0], biases[0], weights[1], biases[1]]
         return g.node("MoE", inputs, f"{at}/moe/MoE", 1, MS, **attrs)
-    inputs = [x, rows]
+    inputs, zeros = [x, rows], []
     for i, (w, bias) in enumerate(zip((up, down), biases, strict=True)):
-        packed, scale = pack(w, s.bits, s.block)
+        packed, scale, zero = pack(w, s.bits, s.block, s.zeros)
         inputs += [
             g.weight(f"{stem}.moe.fc{i + 1}.qweight", packed),
             g.weight(f"{stem}.moe.fc{i + 1}.scales", scale),
             bias,
         ]
+        zeros += [g.weight(f"{stem}.moe.fc{i + 1}.zeros", zero)] if s.zeros else []
+    inputs += ["", "", "", *zeros] if s.zeros else []
     attrs |= {"expert_weight_bits": s.bits} | ({"block_size": s.block} if s.block else {})
     return g.node("QMoE", inputs, f"{at}/moe/QMoE", 1, MS, **attrs)
 
 
-def pack(w: Array, bits: int, block: int) -> tuple[Array, Array]:
-    """Integers around half of their range, two a byte when they have 4 bits, and the scales of rows or blocks."""
-    half = 1 << (bits - 1)
+def pack(w: Array, bits: int, block: int, zeros: bool = False) -> tuple[Array, Array, Array]:
+    """Packed integers of [E, N, K], scales of rows or blocks, and zero points: half of the range, or each its own."""
+    most, half = (1 << bits) - 1, 1 << (bits - 1)
     blocks = w.reshape(*w.shape[:2], -1, block or w.shape[2])
-    scale = np.abs(blocks).max(-1) / (half - 1)
-    q = np.clip(np.round(blocks / scale[..., None]), -half, half - 1).reshape(w.shape) + half
+    if zeros:
+        low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+        scale = (high - low) / most
+        zero = np.round(-low / scale)
+    else:
+        scale = np.abs(blocks).max(-1) / max(half - 1, 1)
+        zero = np.full(scale.shape, half)
+    q = np.clip(np.round(blocks / scale[..., None]) + zero[..., None], 0, most).reshape(w.shape)
+    if not block:
+        scale, zero = scale[..., 0], zero[..., 0]
+    return _bytes(q, bits), scale.astype(np.float32), _bytes(zero, bits)
+
+
+def _bytes(q: Array, bits: int) -> Array:
+    """Integers of the last axis, several a byte, low bits first."""
     q = q.astype(np.uint8)
-    packed = q[..., ::2] | (q[..., 1::2] << 4) if bits == 4 else q
-    return packed, (scale if block else scale[..., 0]).astype(np.float32)
+    many = 8 // bits
+    q = np.pad(q, [(0, 0)] * (q.ndim - 1) + [(0, -q.shape[-1] % many)])
+    out = np.zeros((*q.shape[:-1], q.shape[-1] // many), np.uint8)
+    for i in range(many):
+        out |= q[..., i::many] << np.uint8(bits * i)
+    return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from typer.testing import CliRunner
 
 import moec
 from moec.cli import make_app
+from moec.frontend.onnx_import import moe
 from moec.frontend.onnx_import.files import OnnxError
+from moec.frontend.onnx_import.values import Call, Step
 from moec.frontend.torch_import import TorchSource
 from moec.runtime.errors import NoTokenizer
 
@@ -43,6 +46,12 @@ MIXTURES = {
     "window": Sizes(window=8),
     "8 bits": Sizes(bits=8),
     "4 bits in blocks": Sizes(bits=4, block=16),
+    "4 bits, zero points of rows": Sizes(bits=4, zeros=True, bias=True),
+    "2 bits, zero points of blocks": Sizes(bits=2, block=16, zeros=True),
+    "8 bits, zero points of rows": Sizes(bits=8, zeros=True),
+    "projections of 4 bits": Sizes(narrow=4, zeros=True),
+    "projections of 8 bits": Sizes(narrow=8),
+    "projections of 2 bits": Sizes(narrow=2, zeros=True),
 }
 
 
@@ -101,6 +110,34 @@ def test_fused_operators_and_experts_of_onnxruntime(name: str, seed: int, tmp_pa
     ids = np.random.default_rng(seed).integers(0, sizes.vocab, (1, LENGTH))
     source = check(path, ids)
     assert source.report.raised["moe.experts"] and source.report.raised["moe.route"]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+def test_experts_with_fc3(activation: str, seed: int) -> None:
+    """onnxruntime has no kernel for fc3 on CPUs: its documented formula in float64 stands in for it."""
+    r = np.random.default_rng(seed)
+    experts, hidden, inner, tokens, k = 5, 16, 24, 9, 2
+    x, router = r.standard_normal((tokens, hidden)), r.standard_normal((tokens, experts))
+    w1, w3 = (r.standard_normal((experts, inner, hidden)) for _ in range(2))
+    w2, b1, b2, b3 = (
+        r.standard_normal((experts, *shape)) for shape in ((hidden, inner), (inner,), (hidden,), (inner,))
+    )
+    act = {
+        "silu": lambda v: v / (1 + np.exp(-v)),
+        "relu": lambda v: np.maximum(v, 0),
+        "gelu": lambda v: v * (1 + np.vectorize(math.erf)(v / math.sqrt(2))) / 2,
+    }[activation]
+    shares = np.exp(router) / np.exp(router).sum(-1, keepdims=True)
+    expected = np.zeros_like(x)
+    for t in range(tokens):
+        for e in np.argsort(-shares[t])[:k]:
+            inside = act(w1[e] @ x[t] + b1[e]) * (w3[e] @ x[t] + b3[e])
+            expected[t] += shares[t, e] * (w2[e] @ inside + b2[e])
+    attrs = {"k": k, "activation_type": activation}
+    call = Call(Step("MoE", "com.microsoft", "moe", ["x"], ["y"], attrs, 1), {})
+    given = [torch.tensor(a) for a in (w1, b1, w2, b2, w3, b3)]
+    got = moe.run(call, torch.tensor(x), torch.tensor(router), *moe.prepare(call, [*given]))
+    assert np.abs(got.numpy() - expected).max() < 1e-12 * np.abs(expected).max()
 
 
 def test_compile_and_run_from_the_command(seed: int, tmp_path: Path) -> None:
