@@ -109,10 +109,10 @@ class FunctionEmitter:
         """Pointer to an extra buffer of the current op."""
         return T.address_of(self.p.workspace[self.base + self.layout.extra[self.op][index].offset])
 
-    def scratch(self, elements: int) -> Any:
-        """Pointer to scratch memory that any kernel may use."""
-        self.p.scratch_size = max(self.p.scratch_size, elements)
-        return T.address_of(self.p.workspace[self.p.scratch_at])
+    def scratch(self, elements: int, behind: int = 0) -> Any:
+        """Pointer to scratch memory that any kernel may use, `behind` fp32 elements (a multiple of 16) in it."""
+        self.p.scratch_size = max(self.p.scratch_size, behind + elements)
+        return T.address_of(self.p.workspace[self.p.scratch_at + 4 * behind])
 
     def weight(self, operand: Operand) -> list[Any]:
         """Pointers to a weight of the current layer: data, and scales when it has them."""

@@ -42,19 +42,17 @@ def _mla(e: FunctionEmitter, op: Op) -> None:
 
 
 def _mla_absorbed(e: FunctionEmitter, op: Op) -> None:
-    if len(op.operands) == 8:
-        emit_heads.mla_sparse(e, op)
-        return
-    q, q_rope, kv, layer, seq, pos, pages = op.operands
+    q, q_rope, kv, layer, seq, pos, pages, *chosen = op.operands
     pq, pr, out = e.place(q), e.place(q_rope), e.place(op.result)
+    layout = emit_heads.unscaled(e, kv) if chosen else e.cache_layout(kv)
     spec = mla_decode.MlaDecodeSpec(
-        pq.shape[1], e.cache_layout(kv), number(op, "scale"), pq.shape[0], pq.ld, pq.strides[1], pr.ld, pr.strides[1],
-        out.ld, out.strides[1],
+        pq.shape[1], layout, number(op, "scale"), pq.shape[0], pq.ld, pq.strides[1], pr.ld, pr.strides[1], out.ld,
+        out.strides[1], e.place(chosen[0]).shape[1] if chosen else 0,
     )  # fmt: skip
     scratch = e.scratch(mla_decode.scratch_elements(spec, e.p.machine))
     e.run(
         mla_decode.build_mla_decode, spec, e.at(q), e.at(q_rope), e.cache(kv, layer), e.at(pages), e.at(seq), e.at(pos),
-        e.at(op.result), scratch, e.count(q),
+        *(e.at(c) for c in chosen), e.at(op.result), scratch, e.count(q),
     )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm import elementwise, heads, indexer, norm_heads, rowwise
-from moec.codegen.tvm import mla_sparse as sparse
 from moec.codegen.tvm import sparsemixer as mixer
 from moec.codegen.tvm.cache import CacheAppendSpec, CacheLayout, build_cache_append
 from moec.codegen.tvm.emit import EMITTERS, FunctionEmitter, integer, number
@@ -110,7 +109,7 @@ def _attention(e: FunctionEmitter, op: Op) -> None:
 def _append_index(e: FunctionEmitter, op: Op) -> None:
     kv, layer, key, seq, pos, pages = op.operands
     p = e.place(key)
-    spec = indexer.AppendIndexSpec(_unscaled(e, kv), p.shape[1], p.shape[0], p.ld)
+    spec = indexer.AppendIndexSpec(unscaled(e, kv), p.shape[1], p.shape[0], p.ld)
     args = (e.at(key), e.at(seq), e.at(pos), e.at(pages), e.cache(kv, layer))
     e.run(indexer.build_append_index, spec, *args, e.count(key))
 
@@ -119,29 +118,19 @@ def _choose_positions(e: FunctionEmitter, op: Op) -> None:
     q, weights, kv, layer, seq, pos, pages = op.operands
     pq, context = e.place(q), e.p.limits["N"] * e.p.page_size
     spec = indexer.IndexSpec(
-        _unscaled(e, kv), pq.shape[1], pq.shape[2], integer(op, "top_k"), number(op, "scale"), pq.shape[0], context,
+        unscaled(e, kv), pq.shape[1], pq.shape[2], integer(op, "top_k"), number(op, "scale"), pq.shape[0], context,
         pq.ld, pq.strides[1], e.place(weights).ld,
     )  # fmt: skip
-    scores = e.scratch(pq.shape[0] * context)
-    args = (e.at(q), e.at(weights), e.cache(kv, layer), e.at(pages), e.at(seq), e.at(pos), scores)
+    all_scores = pq.shape[0] * context
+    scores = e.scratch(all_scores)
+    work = e.scratch(indexer.scratch_elements(spec, e.p.machine), behind=-(-all_scores // 16) * 16)
+    args = (e.at(q), e.at(weights), e.cache(kv, layer), e.at(pages), e.at(seq), e.at(pos), scores, work)
     e.run(indexer.build_index_scores, spec, *args, e.count(q))
     e.run(indexer.build_index_select, spec, scores, e.at(pos), e.at(op.result), e.count(q))
 
 
-def mla_sparse(e: FunctionEmitter, op: Op) -> None:
-    """Absorbed latent attention over chosen positions."""
-    q, q_rope, kv, layer, seq, pos, pages, chosen = op.operands
-    pq, pr, out = e.place(q), e.place(q_rope), e.place(op.result)
-    spec = sparse.MlaSparseSpec(
-        pq.shape[1], _unscaled(e, kv), number(op, "scale"), e.place(chosen).shape[1], pq.shape[0], pq.ld,
-        pq.strides[1], pr.ld, pr.strides[1], out.ld, out.strides[1],
-    )  # fmt: skip
-    scratch = e.scratch(sparse.scratch_elements(spec, e.p.machine))
-    args = (e.at(q), e.at(q_rope), e.cache(kv, layer), e.at(pages), e.at(seq), e.at(pos), e.at(chosen))
-    e.run(sparse.build_mla_sparse, spec, *args, e.at(op.result), scratch, e.count(q))
-
-
-def _unscaled(e: FunctionEmitter, kv: Operand) -> CacheLayout:
+def unscaled(e: FunctionEmitter, kv: Operand) -> CacheLayout:
+    """The layout of a cache with index keys beside each position."""
     layout = e.cache_layout(kv)
     if layout.dtype == "fp8":
         raise KernelSpecError(kernel="mla_sparse", problem="a cache with index keys in fp8, can read bf16 and f32")

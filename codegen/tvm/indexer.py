@@ -2,9 +2,10 @@
 
     append_index(key, seq, pos, page_table, cache, tokens)
         stores key[t, :dim] at the end of the row of position pos[t] of sequence seq[t]
-    index_scores(q, weights, cache, page_table, seq, pos, scores, tokens)
+    index_scores(q, weights, cache, page_table, seq, pos, scores, scratch, tokens)
         scores[t, s] = sum over heads of weights[t, h] * relu(scale * q[t, h] . key of position s), s = 0 .. pos[t], for
-        tokens with more than top_k positions; of the others nothing is written
+        tokens with more than top_k positions; of the others nothing is written. The products are those of absorbed
+        attention (see `mla_decode`) whose latent is the index key; scratch f32[scratch_elements(spec, machine)]
     index_select(scores, pos, ids, tokens)
         ids i32[t, top_k]: the positions of the best top_k scores in rising order, equal scores by rising position; -1
         behind the last where there are less
@@ -22,13 +23,13 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm.cache import CacheLayout, position_offset
-from moec.codegen.tvm.tir import Kernel, Machine, const, kernel_body, parallel_kernel
+from moec.codegen.tvm.mla_decode import MlaDecodeSpec, Plan, emitter_of
+from moec.codegen.tvm.tir import Kernel, Machine, call, const, kernel_body
 from moec.codegen.tvm.vector import (
     Variable,
     fill,
     foreach,
     load,
-    load_as_f32,
     new_kernel,
     parallel_rows,
     pointers,
@@ -41,8 +42,6 @@ from moec.codegen.tvm.vector import (
     sum_lanes,
 )
 
-_RUN = 16
-"""Consecutive positions that one core scores."""
 _SMALL = 1 << 14
 """Products below which a second core does not pay."""
 
@@ -98,55 +97,106 @@ def build_append_index(spec: AppendIndexSpec, machine: Machine) -> Kernel:
     return kernel
 
 
-def dot(a: Any, a0: Any, b: Any, b0: Any, size: int, lanes: int) -> Any:
-    """Sum of the products of `size` elements; `b` may hold bf16."""
-    sums = {width: Variable(width) for width in (lanes, 1)}
+def _as_attention(spec: IndexSpec) -> MlaDecodeSpec:
+    """Attention that scores index keys as its latents; the cache begins with the first key."""
+    c = spec.cache
+    keys = CacheLayout(spec.dim, 0, c.dtype, c.max_pages, c.page_size, c.row - spec.dim)
+    q = (spec.ld_q, spec.head_q)
+    return MlaDecodeSpec(spec.heads, keys, spec.scale, spec.max_tokens, *q, *q, 0, 0)
 
-    def multiply(i: Any, width: int) -> None:
-        sums[width].add(load(a, a0 + i, width) * load_as_f32(b, b0 + i, width))
 
-    foreach(size, lanes, multiply)
-    return T.Bind(sum_lanes(sums[lanes].value, lanes) + sums[1].value)
+def scratch_elements(spec: IndexSpec, machine: Machine) -> int:
+    """fp32 elements of scratch memory: each core's, and the weights of its heads."""
+    return machine.cores * _worker_elements(spec, machine)
+
+
+def _worker_elements(spec: IndexSpec, machine: Machine) -> int:
+    plan = Plan(_as_attention(spec), machine)
+    return plan.worker + plan.lanes
+
+
+class _Scores:
+    """Emits the scores of one core: key tiles of each token in turns."""
+
+    def __init__(self, spec: IndexSpec, machine: Machine, args: list[Any], part: Any) -> None:
+        q, self.weights, cache, page_table, seq, self.pos, self.scores, self.scratch, self.tokens = args
+        given = [q, q, cache, page_table, seq, self.pos, self.scores, self.scratch, self.tokens]
+        self.spec, self.lanes = spec, machine.lanes
+        self.emit = emitter_of(_as_attention(spec), machine, given)
+        self.base = settle(row(part, _worker_elements(spec, machine)))
+        self.shares = T.Bind(self.base + self.emit.plan.worker)
+
+    def token(self, t: Any, part: Any, parts: Any) -> None:
+        """The tiles part, part + parts, ... of one token."""
+        tile = self.emit.plan.tile
+        count = T.Bind(self.pos[t] + 1)
+        with T.If(count > self.spec.top_k), T.Then():
+            self.emit.begin_scores(t, self.base)
+            with T.serial(0, self.emit.plan.lanes) as h:
+                share = load(self.weights, row(t, self.spec.ld_weights) + T.min(h, const(self.spec.heads - 1)), 1)
+                share = T.Select(h < self.spec.heads, share, const(0.0, "float32"))
+                T.buffer_store(self.scratch, share, [self.shares + h])
+            tiles = T.Bind((count + (tile - 1)) // tile)
+            with T.serial(0, (tiles - part + parts - 1) // parts) as i:
+                begin = T.Bind((i * parts + part) * tile)
+                self.tile(t, begin, T.Bind(T.min(const(tile), count - begin)))
+
+    def tile(self, t: Any, begin: Any, count: Any) -> None:
+        """Scores of some positions: panel by panel, summed over heads."""
+        out = settle(row(t, self.spec.context) + begin)
+        zero = const(0.0, "float32")
+        with T.serial(0, count) as k:
+            T.buffer_store(self.scores, zero, [out + k])
+        score = self.emit.scorer(t, begin, count, self.base)
+        for panel, first in self.emit.each_panel(self.base, const(0)):
+            score(panel)
+            shares = [
+                T.Bind(load(self.scratch, self.shares + first + v * self.lanes, self.lanes))
+                for v in range(panel.vectors)
+            ]
+            with T.serial(0, count) as k:
+                total = Variable(self.lanes)
+                for v, share in enumerate(shares):
+                    total.add(T.max(panel.vector(panel.s, k, v), fill(0.0, self.lanes)) * share)
+                value = T.Bind(self.scores[out + k] + sum_lanes(total.value, self.lanes))
+                # The order of bit patterns tells -0 from 0.
+                T.buffer_store(self.scores, T.Select(value == zero, zero, value), [out + k])
 
 
 @once
 def build_index_scores(spec: IndexSpec, machine: Machine) -> Kernel:
-    """index_scores(q, weights, cache, page_table, seq, pos, scores, tokens)."""
+    """index_scores(q, weights, cache, page_table, seq, pos, scores, scratch, tokens)."""
     part, layout = new_kernel("index_scores_part", spec), spec.cache
     params = [
         *pointers("q", "weights"),
         *pointers("cache", dtype=layout.storage),
         *pointers("page_table", "seq", "pos", dtype="int32"),
-        *pointers("scores"),
+        *pointers("scores", "scratch"),
         *scalars("tokens"),
     ]
     with kernel_body(part, [*params, *scalars("part", "parts")]) as args:
-        q, weights, cache, page_table, seq, pos, scores, tokens, index, parts = args
-
-        def score(t: Any, p: Any) -> None:
-            key = settle(position_offset(page_table, seq[t], p, layout) + layout.width)
-            total = Variable(1)
-            with T.serial(0, spec.heads) as h:
-                product = dot(q, settle(row(t, spec.ld_q) + h * spec.head_q), cache, key, spec.dim, machine.lanes)
-                positive = T.max(product * const(spec.scale, "float32"), const(0.0, "float32"))
-                total.add(positive * load(weights, row(t, spec.ld_weights) + h, 1))
-            value = T.Bind(total.value)
-            # The order of bit patterns tells -0 from 0.
-            zero = const(0.0, "float32")
-            T.buffer_store(scores, T.Select(value == zero, zero, value), [row(t, spec.context) + p])
-
-        with T.serial(0, tokens) as t:
-            count = T.Bind(pos[t] + 1)
-            with T.If(count > spec.top_k), T.Then():
-                runs = T.Bind((count + (_RUN - 1)) // _RUN)
-                with T.serial(0, (runs - index + parts - 1) // parts) as i:
-                    first = T.Bind((i * parts + index) * _RUN)
-                    with T.serial(0, T.min(const(_RUN), count - first)) as j:
-                        score(t, T.Bind(first + j))
-    name = new_kernel("index_scores", spec).name
-    # The context is not known here: a step of some tokens beyond top_k positions has work enough.
-    few = spec.top_k * spec.heads * spec.dim <= _SMALL
-    return parallel_kernel(name, params, part, machine, lambda a: a[-1] <= const(1 if few else 0))
+        *given, index, parts = args
+        work = _Scores(spec, machine, given, index)
+        work.emit.enter()
+        with T.serial(0, work.tokens) as t:
+            work.token(t, index, parts)
+        work.emit.leave()
+    kernel = new_kernel("index_scores", spec)
+    kernel.helpers.append(part)
+    with kernel_body(kernel, params) as args:
+        most = Variable(1, 0, "int32")
+        with T.serial(0, args[-1]) as t:
+            most.set(T.max(most.value, args[5][t] + 1))
+        # The part's cache begins with the first position's key.
+        offsets = [layout.width if i == 2 else 0 for i in range(len(args) - 1)]
+        handed_on = [*(T.address_of(a[o]) for a, o in zip(args, offsets, strict=False)), args[-1]]
+        few = T.Bind(args[-1] * most.value <= const(max(1, _SMALL // (spec.heads * spec.dim))))
+        with T.If(most.value > spec.top_k), T.Then(), T.If(few):
+            with T.Then():
+                call(part, *handed_on, const(0), const(1))
+            with T.Else(), T.parallel(0, machine.cores) as worker:
+                call(part, *handed_on, worker, const(machine.cores))
+    return kernel
 
 
 def _order(value: Any, width: int) -> Any:

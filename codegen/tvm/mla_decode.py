@@ -1,12 +1,14 @@
 """Absorbed attention of multi-head latent attention over the paged latent cache.
 
     mla_decode(q_latent, q_rope, cache, page_table, seq, pos, out, scratch, tokens)
+    mla_sparse(q_latent, q_rope, cache, page_table, seq, pos, chosen, out, scratch, tokens)
 
 q_latent[t, h, kv_rank] (the query times the key expansion of its head), q_rope[t, h, rope_dim] (rotated), out[t, h,
 kv_rank] (the weighted latent, before the value expansion): fp32. seq, pos i32[tokens]; cache and page_table as in
 `cache`. Token t attends to positions 0 .. pos[t] of sequence seq[t], which must be in the cache; tokens are
 independent, several may belong to one sequence. 0 < tokens <= max_tokens. scratch f32[scratch_elements(spec,
-machine)].
+machine)]. The sparse form (DeepSeek-V3.2, arXiv 2512.02556, sec. 2.1) attends to the positions chosen[t, :min(top_k,
+pos[t] + 1)] instead, which are brought together tile by tile.
 
 Key tiles of all tokens form one list that is cut into equal parts, one a core (stream-K, arXiv 2301.03598); a token cut
 in two or more is put together from partial softmaxes. Source: DeepSeek-V2, arXiv 2405.04434, sec. 2.1.3 (absorption).
@@ -40,7 +42,10 @@ _WORKER_PRODUCTS = 1 << 17  # multiply-adds that pay for waking a core (about 2 
 
 @dataclass(frozen=True)
 class MlaDecodeSpec:
-    """`scale`: softmax scale, every factor included. `ld_*`: stride of a token, `head_*`: of a head, in elements."""
+    """`scale`: softmax scale, every factor included. `ld_*`: stride of a token, `head_*`: of a head, in elements.
+
+    `top_k`: positions that are chosen for a token, or 0 where it attends to all.
+    """
 
     heads: int
     cache: CacheLayout
@@ -52,10 +57,11 @@ class MlaDecodeSpec:
     head_q_rope: int
     ld_out: int
     head_out: int
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Sizes of one worker's scratch memory, in fp32 elements.
 
     A worker has two regions of outputs and statistics: region 0 for the token that an earlier worker began, region 1
@@ -100,9 +106,9 @@ class _Plan:
 
     @property
     def widened(self) -> int:
-        """A tile of keys in fp32, when the cache is narrower."""
+        """A tile of keys in fp32, when the cache is narrower or does not hold them side by side."""
         cache = self.spec.cache
-        return 0 if cache.dtype == "f32" else self.tile * flash.conflict_free(cache.width)
+        return 0 if cache.dtype == "f32" and not self.spec.top_k else self.tile * flash.conflict_free(cache.width)
 
     @property
     def worker_tiles(self) -> int:
@@ -118,20 +124,32 @@ class _Plan:
 
 def scratch_elements(spec: MlaDecodeSpec, machine: Machine) -> int:
     """fp32 elements of scratch memory."""
-    return machine.cores * _Plan(spec, machine).worker
+    return machine.cores * Plan(spec, machine).worker
 
 
 class Emitter:
     """Emits the parts of the kernel around its arguments."""
 
     def __init__(self, spec: MlaDecodeSpec, machine: Machine, args: list[Any]) -> None:
-        self.spec, self.machine, self.plan = spec, machine, _Plan(spec, machine)
-        self.q_latent, self.q_rope, self.cache, self.page_table, self.seq, self.pos = args[:6]
-        self.out, self.scratch, self.tokens = args[6:]
+        self.spec, self.machine, self.plan = spec, machine, Plan(spec, machine)
+        self.q_latent, self.q_rope, self.cache, self.page_table, self.seq, self.pos, *chosen = args[:-3]
+        self.chosen = chosen[0] if chosen else None
+        self.out, self.scratch, self.tokens = args[-3:]
+
+    def seen(self, token: Any) -> Any:
+        """Positions that a token attends to."""
+        count = self.pos[token] + 1
+        return T.min(count, const(self.spec.top_k)) if self.spec.top_k else count
 
     def tiles(self, token: Any) -> Any:
         """Key tiles of a token."""
-        return T.Bind((self.pos[token] + self.plan.tile) // self.plan.tile)
+        return T.Bind((self.seen(token) + (self.plan.tile - 1)) // self.plan.tile)
+
+    def position(self, token: Any, index: Any) -> Any:
+        """Where the row of one of the positions that a token attends to begins."""
+        if self.chosen is not None:
+            index = T.Bind(self.chosen[row(token, self.spec.top_k) + index])
+        return position_offset(self.page_table, self.seq[token], index, self.spec.cache)
 
     def worker_base(self, worker: Any) -> Any:
         return settle(row(worker, self.plan.worker))
@@ -175,6 +193,14 @@ class Emitter:
             self.pack_queries(panel, base)
             flash.start_panel(panel, cache.kv_rank)
 
+    def begin_scores(self, token: Any, base: Any) -> None:
+        """Pack the queries of scores alone: their latent part, by the plain scale."""
+        spec = self.spec
+        for panel, first in self.each_panel(base, const(0)):
+            rows = self.head_rows(panel, token, first, spec.ld_q_latent, spec.head_q_latent)
+            flash.pack_rows(self.queries_into(panel, base), self.q_latent, rows, spec.cache.kv_rank, 0, spec.scale)
+            self.pack_queries(panel, base)
+
     def queries_into(self, panel: flash.Panel, base: Any) -> flash.Panel:
         """Where the queries of a panel are laid out first."""
         return panel
@@ -185,21 +211,27 @@ class Emitter:
     def key_tile(self, token: Any, begin: Any, count: Any, base: Any) -> flash.Rows:
         """The keys from position `begin` on: where they lie, or widened in the worker's scratch memory."""
         cache, plan = self.spec.cache, self.plan
-        source = position_offset(self.page_table, self.seq[token], begin, cache)
+        source = None if self.chosen is not None else self.position(token, begin)
         if not plan.widened:
-            return flash.Rows(self.cache, source, cache.width)
+            return flash.Rows(self.cache, source, cache.row)
         stride = flash.conflict_free(cache.width)
         target = T.Bind(base + (plan.worker - plan.widened))
         with T.serial(0, count) as k:
-            at, to = T.Bind(source + k * cache.row), T.Bind(target + k * stride)
+            at = self.position(token, begin + k) if source is None else T.Bind(source + k * cache.row)
+            to = T.Bind(target + k * stride)
             widen_position(self.cache, at, cache, self.machine.lanes, self.scratch, to)
         return flash.Rows(self.scratch, target, stride)
+
+    def scorer(self, token: Any, begin: Any, count: Any, base: Any) -> Callable[[flash.Panel], None]:
+        """What scores the keys begin .. begin + count - 1, within one tile, for a panel: [key][head]."""
+        keys = self.key_tile(token, begin, count, base)
+        return lambda panel: flash.scores(panel, keys, count, self.spec.cache.width)
 
     def attend(self, token: Any, tile: Any, base: Any, region: Any) -> None:
         """One key tile for all heads."""
         cache = self.spec.cache
         begin = T.Bind(tile * self.plan.tile)
-        count = T.Bind(T.min(self.plan.tile, self.pos[token] + 1 - begin))
+        count = T.Bind(T.min(self.plan.tile, self.seen(token) - begin))
         keys = self.key_tile(token, begin, count, base)
         for panel, _ in self.each_panel(base, region):
             flash.scores(panel, keys, count, cache.width)
@@ -240,7 +272,15 @@ class Emitter:
                 with T.If(last - first == tiles), T.Then():
                     self.finish_token(token, base, region)
 
+        self.enter()
         self.each_token(segment)
+        self.leave()
+
+    def enter(self) -> None:
+        """What a worker does before its first tile."""
+
+    def leave(self) -> None:
+        """What it does behind its last."""
 
     def merge(self, token: Any, owner: Any, last: Any) -> None:
         """Complete a token in region 1 of its first worker with region 0 of the following ones, and write it."""
@@ -288,23 +328,27 @@ def _params(spec: MlaDecodeSpec) -> list[Param]:
     return [
         *pointers("q_latent", "q_rope"),
         *pointers("cache", dtype=spec.cache.storage),
-        *pointers("page_table", "seq", "pos", dtype="int32"),
+        *pointers("page_table", "seq", "pos", *(["chosen"] if spec.top_k else []), dtype="int32"),
         *pointers("out", "scratch"),
         *scalars("tokens"),
     ]
 
 
+def _prefix(spec: MlaDecodeSpec) -> str:
+    return "mla_sparse" if spec.top_k else "mla_decode"
+
+
 def _build_part(spec: MlaDecodeSpec, machine: Machine) -> Kernel:
     """mla_decode_part(..., worker, begin, end): the tiles begin .. end - 1 of the list of all tokens' tiles."""
-    part = new_kernel("mla_decode_part", spec)
+    part = new_kernel(f"{_prefix(spec)}_part", spec)
     with kernel_body(part, [*_params(spec), *scalars("worker", "begin", "end")]) as args:
         emitter_of(spec, machine, args[:-3]).work(*args[-3:])
     return part
 
 
 def build_mla_decode(spec: MlaDecodeSpec, machine: Machine) -> Kernel:
-    """mla_decode(q_latent, q_rope, cache, page_table, seq, pos, out, scratch, tokens)."""
-    kernel, part = new_kernel("mla_decode", spec), _build_part(spec, machine)
+    """mla_decode(...), or mla_sparse(...) of a spec with `top_k`."""
+    kernel, part = new_kernel(_prefix(spec), spec), _build_part(spec, machine)
     kernel.helpers.append(part)
     with kernel_body(kernel, _params(spec)) as args:
         emit = emitter_of(spec, machine, args)

@@ -7,14 +7,14 @@ all heads. Statistics and scores lie as in `flash`; outputs lie row by row, [hea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.tvm import amx, flash
 from moec.codegen.tvm.amx import LANES, STEP, TILE
-from moec.codegen.tvm.cache import CacheLayout, position_offset
+from moec.codegen.tvm.cache import CacheLayout
 from moec.codegen.tvm.cache_fp8 import BLOCK
 from moec.codegen.tvm.mla_decode import Emitter
 from moec.codegen.tvm.tir import Machine, const
@@ -53,9 +53,10 @@ class TileEmitter(Emitter):
             s = settle(base + 2 * plan.region + plan.lanes * cache.width)
             yield flash.Panel(self.scratch, q, o, stats, s, 1, LANES, self.machine.registers), first
 
-    def work(self, worker: Any, begin: Any, end: Any) -> None:
+    def enter(self) -> None:
         amx.configure(const(LANES))
-        super().work(worker, begin, end)
+
+    def leave(self) -> None:
         amx.release()
 
     def pack_queries(self, panel: flash.Panel, base: Any) -> None:
@@ -80,14 +81,22 @@ class TileEmitter(Emitter):
             panel.scratch, self.spare(base), panel.o, panel.stats, panel.s, 1, LANES, self.machine.registers
         )
 
+    def scorer(self, token: Any, begin: Any, count: Any, base: Any) -> Callable[[flash.Panel], None]:
+        keys = self.position(token, begin)
+        return lambda panel: self.scores(panel, keys)
+
     def attend(self, token: Any, tile: Any, base: Any, region: Any) -> None:
         begin = T.Bind(tile * KEYS)
-        count = T.Bind(T.min(KEYS, self.pos[token] + 1 - begin))
-        keys = position_offset(self.page_table, self.seq[token], begin, self.spec.cache)
+        count = T.Bind(T.min(KEYS, self.seen(token) - begin))
         values = self.spare(base)
+        weights = T.Bind(values + KEYS // 2 * self.rank)
+        if self.chosen is not None:
+            self.gathered = T.Bind(weights + 4 * TILE)
+            keys = self.gather(token, begin, count)
+        else:
+            keys = self.position(token, begin)
         self.prepare(values)
         self.interleave(keys, count, values)
-        weights = T.Bind(values + KEYS // 2 * self.rank)
         for panel, _ in self.each_panel(base, region):
             self.scores(panel, keys)
             flash.softmax(panel, count, None)
@@ -95,6 +104,17 @@ class TileEmitter(Emitter):
                 panel.put(fill(0.0, LANES), panel.s, count + k, 0)
             self.rescale(panel, 2)
             self.add_values(panel, values, weights)
+
+    def gather(self, token: Any, begin: Any, count: Any) -> Any:
+        """Copy the rows of chosen positions behind one another; returns where they begin in scratch memory."""
+        words = self.spec.cache.width // 2
+        with T.serial(0, KEYS) as k:
+            source = self.position(token, begin + T.min(k, count - 1))
+            target = T.Bind(self.gathered + k * words)
+            with T.serial(0, words // LANES) as i:
+                both = load(self.cache, source + i * STEP, STEP)
+                store(self.scratch, T.reinterpret("float32x16", both), target + i * LANES, LANES)
+        return self.gathered
 
     def prepare(self, values: Any) -> None:
         """Name further parts of the memory for keys, which begins at `values`."""
@@ -109,21 +129,32 @@ class TileEmitter(Emitter):
         repeat the last one; their weights are zero."""
         cache = self.spec.cache
         with T.serial(0, KEYS // 2) as pair:
-            rows = [T.Bind(keys + T.min(pair * 2 + i, count - 1) * cache.row) for i in range(2)]
+            lines = [T.min(pair * 2 + i, count - 1) for i in range(2)]
+            stride = cache.row if self.chosen is None else cache.width // 2
+            rows = [T.Bind(keys + line * stride) for line in lines]
             at = T.Bind(values + pair // LANES * (self.rank * LANES) + pair % LANES * LANES)
             with T.serial(0, self.rank // LANES) as block:
-                low, high = (T.Cast("uint32x16", load(self.cache, r + block * LANES, LANES)) for r in rows)
+                low, high = (T.Cast("uint32x16", self.half_line(r, block)) for r in rows)
                 both = T.bitwise_or(low, T.shift_left(high, fill(16, LANES, "uint32")))
                 store(self.scratch, T.reinterpret("float32x16", both), at + block * TILE, LANES)
+
+    def half_line(self, key: Any, block: Any) -> Any:
+        """16 elements of a key that begins at `key`, as they are stored."""
+        if self.chosen is None:
+            return load(self.cache, key + block * LANES, LANES)
+        return T.reinterpret("uint16x16", load(self.scratch, key + block * (LANES // 2), LANES // 2))
 
     def scores(self, panel: flash.Panel, keys: Any) -> None:
         """Scores of all keys of a tile, [key][head]; those of keys that are not there mean nothing."""
         cache = self.spec.cache
 
         def key(b: int, k: Any) -> Any:
-            return T.address_of(self.cache[keys + (b * LANES * cache.row + k * STEP)])
+            if self.chosen is None:
+                return T.address_of(self.cache[keys + (b * LANES * cache.row + k * STEP)])
+            return T.address_of(self.scratch[keys + (b * LANES * (cache.width // 2) + k * (STEP // 2))])
 
-        self.products(panel, const(0), cache.width // STEP, key, 2 * cache.row, panel.s)
+        stride = 2 * (cache.row if self.chosen is None else cache.width)
+        self.products(panel, const(0), cache.width // STEP, key, stride, panel.s)
 
     def products(self, panel: flash.Panel, first: Any, steps: int, key: Any, stride: int, target: Any) -> None:
         """[key][head] at `target`: queries from step `first` on times tiles of keys at `key(block of keys, step)`."""

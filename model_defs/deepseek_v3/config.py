@@ -139,7 +139,8 @@ def from_hf(raw: Mapping[str, Any], name: str) -> Config:
     if method == "greedy":
         values |= {"n_group": 1, "topk_group": 1}
     _check_types(values, fail)
-    values["rope"] = rope_of(raw, values["max_position_embeddings"], fail)
+    kinds = ("default", "linear", "yarn", "llama3")
+    values["rope"] = rope_of(raw, values["max_position_embeddings"], fail, kinds=kinds)
     values["eos_token_ids"] = _eos(raw.get("eos_token_id"), fail)
     config = Config(model_type=raw["model_type"], **values)
     _check(config, fail)

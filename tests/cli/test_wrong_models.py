@@ -65,7 +65,7 @@ def test_config_is_no_configuration(refused: Refused, copy: Path, tmp_path: Path
         ({"scoring_func": "tanh"}, ["'tanh'", "sigmoid"]),
         ({"topk_method": "noaux"}, ["'noaux'", "noaux_tc"]),
         ({"topk_method": {}}, ["topk_method"]),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, ["'llama3'", "yarn"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8}}, ["'longrope'", "yarn"]),
         ({"rope_scaling": {"type": "yarn", "factor": "a"}}, ["factor must be a positive number"]),
         ({"rope_scaling": {"type": "yarn", "factor": 4, "alpha": 1}}, ["'alpha'"]),
         ({"rope_scaling": "yarn"}, ["object"]),

@@ -213,12 +213,17 @@ def latent(r: random.Random) -> dict[str, Any]:
 
 
 def yarn(r: random.Random) -> dict[str, Any]:
-    """DeepSeek's rotary embedding for more positions, or the plain one."""
+    """DeepSeek's rotary embedding for more positions, the plain one, or that of other families."""
     long = {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24, "mscale": 1.0,
         "mscale_all_dim": r.choice([0.8, 1.0]), "beta_fast": 16, "beta_slow": 1,
     }  # fmt: skip
-    return r.choice([{}, {"rope_parameters": long}])
+    llama3 = {
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 48,
+    }  # fmt: skip
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}
+    return r.choice([{}, *({"rope_parameters": kind} for kind in (long, long, linear, llama3))])
 
 
 def deepseek_v2(r: random.Random) -> dict[str, Any]:
