@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,12 @@ def test_experts_with_fc3(activation: str, seed: int) -> None:
     w2, b1, b2, b3 = (
         r.standard_normal((experts, *shape)) for shape in ((hidden, inner), (inner,), (hidden,), (inner,))
     )
-    act = {
+    acts: dict[str, Callable[[Any], Any]] = {
         "silu": lambda v: v / (1 + np.exp(-v)),
         "relu": lambda v: np.maximum(v, 0),
         "gelu": lambda v: v * (1 + np.vectorize(math.erf)(v / math.sqrt(2))) / 2,
-    }[activation]
+    }
+    act = acts[activation]
     shares = np.exp(router) / np.exp(router).sum(-1, keepdims=True)
     expected = np.zeros_like(x)
     for t in range(tokens):
