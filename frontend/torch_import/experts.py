@@ -23,14 +23,19 @@ class Experts:
     attrs: dict[str, Any] = field(default_factory=dict)
     transposed: bool = False
     interleaved: bool = False
+    gate: Gate | None = None
+    """Of experts that weigh their input: the gate, which is part of the form."""
 
 
 def experts(node: Any) -> Experts | None:
     """`sum(view(bmm(down[ids], silu(gate) · up) · weights))` over the chosen experts.
 
-    Or the same of rows that were sorted by expert for grouped products, and brought back into order.
+    Or the same of rows that were sorted by expert for grouped products, and brought back into order; or all experts at
+    once, see `_at_once`.
     """
     node = same(node)
+    if op(node).startswith("sum.dim") and list(node.args[1]) == [0]:
+        return _at_once(node)
     if not op(node).startswith("sum.dim") or list(node.args[1]) != [1]:
         return None
     weighted = unview(node.args[0])
@@ -63,6 +68,41 @@ def experts(node: Any) -> Experts | None:
         first.transposed,
         interleaved,
     )
+
+
+def _at_once(node: Node) -> Experts | None:
+    """`sum_e(bmm(silu(gate) · up, down))` of every token times its share of every expert, which is 0 where not chosen.
+
+    The shares are a sigmoid of the best logits and of minus infinity elsewhere (Llama 4).
+    """
+    last = unview(node.args[0])
+    inner = glu(unview(last.args[0])) if _stacked(last) else None
+    _, joined = _halves(inner) if inner else (False, None)
+    first = unview(joined)
+    both = pair(unview(first.args[0]), "mul.Tensor") if _stacked(first) else None
+    if inner is None or both is None or not op(both[0]).startswith("repeat"):
+        return None
+    shares = unview(both[1])
+    shares = unview(shares.args[0]) if op(shares).startswith(("transpose", "permute")) else shares
+    kept: Any = same(shares.args[0]) if op(shares).startswith("sigmoid") else None
+    if not op(kept).startswith("scatter") or not op(kept.args[0]).startswith("full"):
+        return None
+    if kept.args[0].args[1] != float("-inf"):
+        return None
+    ids, best = same(kept.args[2]), same(kept.args[3])
+    top = ids.args[0] if op(ids) == "getitem" and ids.args[1] == 1 else None
+    logits: Any = same(top.args[0]) if top is not None else None
+    if top is None or op(best) != "getitem" or best.args[0] is not top or not op(logits).startswith("linear"):
+        return None
+    attrs = {"score": "sigmoid", "groups": 1, "top_groups": 1, "group_score": "top2", "top_k": int(top.args[1])}
+    chosen = Gate(logits.args[0], logits.args[1], None, attrs | {"normalise": False, "scale": 1.0})
+    x, weights = unview(both[0].args[0]), (same(n.args[1]) for n in (first, last))
+    return Experts(x, ids, best, *weights, (), inner.attrs, transposed=True, gate=chosen)
+
+
+def _stacked(node: Any) -> bool:
+    """Whether a node is a batched product with one parameter for each of the batch."""
+    return op(node).startswith("bmm") and parameter(same(node.args[1]))
 
 
 def _halves(found: Glu) -> tuple[bool, Any]:

@@ -182,6 +182,8 @@ def _unrepeated(node: Any) -> Node:
         wide = same(node.args[0])
         if op(wide).startswith("expand"):
             before = same(wide.args[0])
+            while op(before).startswith("slice") and shape(before) == shape(same(before.args[0])):
+                before = same(before.args[0])
             if op(before).startswith("unsqueeze"):
                 return same(before.args[0])  # type: ignore[no-any-return]
     return node  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from moec.frontend.torch_import import patterns as P
 from moec.frontend.torch_import.experts import experts, sparsemixer
 from moec.frontend.torch_import.exported import Exported, shape, where
 from moec.frontend.torch_import.latent import Latent, latent
-from moec.frontend.torch_import.rotary import Turned, rope
+from moec.frontend.torch_import.rotary import Turned, rope, tempered
 from moec.frontend.torch_import.weights import Weights
 from moec.ir import Builder, Location, Value
 from moec.ir.module import Operand
@@ -86,7 +86,8 @@ class Raiser:
 
     def _raise(self, node: Node) -> Value:
         name = P.op(node)
-        for rule in (self._norm, self._rope, self._attention, self._experts, self._glu, self._gated, self._part):
+        turns = (self._norm, self._rope, self._tempered)
+        for rule in (*turns, self._attention, self._experts, self._glu, self._gated, self._part):
             found = rule(node)
             if found is not None:
                 return found
@@ -130,6 +131,19 @@ class Raiser:
         found = rope(node)
         return None if found is None else self._turned(node, found, self.value(found.x))
 
+    def _tempered(self, node: Node) -> Value | None:
+        """A factor of each position on queries: a turn by no angle, times the factor."""
+        found = tempered(node)
+        if found is None:
+            return None
+        steps = torch.floor((torch.arange(min(self.weights.positions, 512)) + 1) / found.floor)
+        factors = self.exported.value(found.factor, len(steps)).reshape(-1)
+        if not torch.allclose(factors, steps.log1p() * found.scale + 1):
+            raise self.fail(node, "a temperature of something else than positions")
+        x, width = self.value(found.x), int(shape(found.x)[-1])
+        table = self.weights.temperature(width, found.floor, found.scale)
+        return self.emit("rope", node, x, self.state["pos"], table, offset=0, dims=width, interleaved=False)  # type: ignore[no-any-return]
+
     def _turned(self, node: Node, found: Turned, x: Value) -> Value:
         """A rotary embedding of `x`, with the table of its angles."""
         try:
@@ -154,14 +168,13 @@ class Raiser:
         batch = [self.state[n] for n in ("seq", "pos", "pages")]
         self.emit("cache.append_heads", node, kv, layer, k, v, *batch)
         attrs: dict[str, Any] = {"scale": found.scale, "kv_heads": heads, "v": width, "context": "C"}
-        window = self._window(node, found)
-        attrs |= {"window": window} if window else {}
+        attrs |= self._bounds(node, found)
         sinks = [self.weights.vector(found.sinks)] if found.sinks is not None else []
         return self.emit("attn.heads", node, q, kv, layer, *batch, *sinks, **attrs)  # type: ignore[no-any-return]
 
     def _latent_attention(self, node: Node, found: P.Attention, given: Latent) -> Value:
         """Latent and rotary key go to the cache; keys and values are projected from what it holds."""
-        if self._window(node, found):
+        if self._bounds(node, found):
             raise self.fail(node, "latent attention has no window")
         kv, layer, starts = (self.state[n] for n in ("kv", "l", "starts"))
         seq, pos, pages = (self.state[n] for n in ("seq", "pos", "pages"))
@@ -188,22 +201,26 @@ class Raiser:
         self.known.update({parts[i]: v for i, v in enumerate(values)})
         return self.known[node]
 
-    def _window(self, node: Node, found: P.Attention) -> int:
-        """The window that the mask shows, 0 for none; only causal masks and windows are known."""
+    def _bounds(self, node: Node, found: P.Attention) -> dict[str, int]:
+        """The window or the chunks that the mask shows, besides causal ones; other masks are refused."""
         if found.mask is None:
             if not found.causal:
                 raise self.fail(node, "attention without a causal mask")
-            return 0
+            return {}
         length = min(self.weights.positions, 512)
         mask = self.exported.value(P.same(found.mask), length)
         mask = mask.reshape(mask.shape[-2:])
         seen = mask if mask.dtype == torch.bool else mask > -1.0
-        window = int(seen[-1].sum())
         rows = torch.arange(length)
         distance = rows[:, None] - rows
-        if not torch.equal(seen, (distance >= 0) & (distance < window)):
-            raise self.fail(node, "the mask is neither causal nor a window")
-        return window if window < length else 0
+        causal, window = distance >= 0, int(seen[-1].sum())
+        if torch.equal(seen, causal & (distance < window)):
+            return {"window": window} if window < length else {}
+        alone = (seen.sum(-1) == 1).nonzero()[1:]
+        chunk = int(alone[0]) if len(alone) else length
+        if torch.equal(seen, causal & (rows[:, None] // chunk == rows // chunk)):
+            return {"chunk": chunk}
+        raise self.fail(node, "the mask is neither causal nor a window nor in chunks")
 
     def _glu(self, node: Node) -> Value | None:
         found = P.glu(node)
@@ -231,7 +248,7 @@ class Raiser:
         found = experts(node)
         if found is None:
             return None
-        gate = P.gate(found.ids, found.weights) or sparsemixer(found.ids, found.weights)
+        gate = found.gate or P.gate(found.ids, found.weights) or sparsemixer(found.ids, found.weights)
         if gate is None:
             raise self.fail(node, "the experts' gate is not a known one")
         x = self.value(found.x)
@@ -243,8 +260,11 @@ class Raiser:
         biases = [self.weights.stacked(b, interleaved=found.interleaved and not i) for i, b in enumerate(found.biases)]
         count = int(shape(found.down)[0])
         rows, offsets, order = self.emit("moe.dispatch", node, x, ids, experts=count)
+        if found.gate is not None:
+            rows = self.emit("moe.weigh", node, rows, order, weights)
         done = self.emit("moe.experts", node, rows, offsets, up, down, *biases, **found.attrs)
-        return self.emit("moe.combine", node, done, order, weights)  # type: ignore[no-any-return]
+        beside = [weights] if found.gate is None else []
+        return self.emit("moe.combine", node, done, order, *beside)  # type: ignore[no-any-return]
 
     def _linear(self, node: Node) -> Value:
         x, w, *b = node.args

@@ -143,3 +143,32 @@ def _every_second(node: Any, start: int) -> Any:
     node = same(node)
     in_steps = op(node).startswith("slice") and len(node.args) == 5 and node.args[2:5:2] == (start, 2)
     return same(node.args[0]) if in_steps else None
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """Heads times a factor that grows with the position: see `weight.temperature_table`."""
+
+    x: Node
+    factor: Node
+    floor: float
+    scale: float
+
+
+def tempered(node: Any) -> Tempered | None:
+    """`x · (log1p(floor((pos + 1) / floor)) · scale + 1)`, by its form; what `pos` is, the caller looks at."""
+    both = pair(node, "mul.Tensor")
+    if both is None or not op(both[1]).startswith(("expand", "view")):
+        return None
+    factor = unview(both[1].args[0]) if op(both[1]).startswith("expand") else unview(both[1])
+    numbers = []
+    for name in ("add.Tensor", "mul.Tensor", "log1p", "floor.", "div.Tensor", "add.Tensor"):
+        if not op(factor).startswith(name):
+            return None
+        if name.endswith("Tensor"):
+            if not isinstance(factor.args[1], int | float):
+                return None
+            numbers.append(float(factor.args[1]))
+        factor = same(factor.args[0])
+    one, scale, floor, another = numbers
+    return Tempered(both[0], both[1], floor, scale) if (one, another) == (1.0, 1.0) else None

@@ -79,6 +79,16 @@ class Weights:
         self._computed(name, "weight.rope_table", **attrs)
         return weight_ref(self.module.weights[name]), 2 * len(factors)
 
+    def temperature(self, dims: int, floor: float, scale: float) -> WeightRef:
+        """The table of factors on queries."""
+        name = "temperature"
+        attrs = {"positions": self.positions, "dims": dims, "floor": floor, "scale": scale}
+        while name in self.module.weights and self.module.weights[name].program.ops[0].attrs != attrs:
+            name += "_"
+        if name not in self.module.weights:
+            self._computed(name, "weight.temperature_table", **attrs)
+        return weight_ref(self.module.weights[name])
+
     def _computed(self, name: str, op: str, **attrs: Any) -> None:
         program = Builder(Module(""), name)
         out = program.emit(op, **attrs)

@@ -16,6 +16,7 @@ from moec.stages import Traced
 IMPORTED = (
     "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "dots1",
     "glm4_moe", "hunyuan_v1_moe", "minimax_m2", "gpt_oss", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "phimoe",
+    "llama4_text",
 )  # fmt: skip
 
 

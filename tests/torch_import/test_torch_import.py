@@ -121,9 +121,11 @@ def test_loop_over_experts_that_were_hit() -> None:
 
 
 def test_forms_that_are_not_known_are_named() -> None:
-    """Chunked attention and all experts at once; torch cannot prove a condition on its lengths, which always holds."""
-    with pytest.raises(NotRaised, match=r"model\.layers\.0\."):
-        moec.trace(make_model("llama4_text", 1))
+    """Sparse attention's mask depends on what is read."""
+    module = make_model("deepseek_v32", 1)
+    module.config._experts_implementation = "batched_mm"
+    with pytest.raises(NotRaised, match=r"model\.layers\.0\.self_attn .*neither causal nor a window nor in chunks"):
+        moec.trace(module)
 
 
 def test_rotary_embeddings_that_depend_on_the_length_are_named() -> None:
