@@ -96,8 +96,8 @@ def _at_once(node: Node) -> Experts | None:
         return None
     attrs = {"score": "sigmoid", "groups": 1, "top_groups": 1, "group_score": "top2", "top_k": int(top.args[1])}
     chosen = Gate(logits.args[0], logits.args[1], None, attrs | {"normalise": False, "scale": 1.0})
-    x, weights = unview(both[0].args[0]), (same(n.args[1]) for n in (first, last))
-    return Experts(x, ids, best, *weights, (), inner.attrs, transposed=True, gate=chosen)
+    up, down = same(first.args[1]), same(last.args[1])
+    return Experts(unview(both[0].args[0]), ids, best, up, down, (), inner.attrs, transposed=True, gate=chosen)
 
 
 def _stacked(node: Any) -> bool:
