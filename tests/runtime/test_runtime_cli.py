@@ -13,7 +13,7 @@ import typer
 from toy_artifact import CONTEXT, EOS, VOCAB
 from typer.testing import CliRunner, Result
 
-from moec.cli import bench, doctor, run
+from moec.cli import bench, doctor, info, run
 from moec.cli import eval as evaluation
 from moec.errors import InputError, MoecError
 from moec.runtime import load
@@ -272,3 +272,21 @@ def test_wrong_files_of_prompts(toy: Path, tmp_path: Path, text: str, says: str)
     file.write_bytes(text.encode(errors="surrogateescape"))
     error = invoke("run", str(toy), "--prompts", str(file)).exception
     assert isinstance(error, InputError) and says in str(error) and str(file) in str(error)
+
+
+def test_info_says_what_an_artifact_is(toy: Path, copy: Any) -> None:
+    app = typer.Typer()
+    for command in (info, run):
+        command.register(app)
+    fields = json.loads(CliRunner().invoke(app, ["info", str(toy), "--json"]).stdout)
+    assert (fields["model"], fields["target"], fields["kind"]) == ("toy", "cpu", "cpu")
+    assert (fields["vocab"], fields["context"], fields["ranks"]) == (VOCAB, CONTEXT, 1)
+    assert fields["tokenizer"] and fields["chat_template"] and fields["runs_here"] and fields["why_not"] is None
+    whole = {f.relative_to(toy): f.stat().st_size for f in toy.rglob("*") if f.is_file() and f.name != "manifest.json"}
+    assert sum(fields["bytes"].values()) == sum(whole.values())
+    path = copy()
+    (path / "program.ir").write_text("module @other {\n}\n")
+    shown = CliRunner().invoke(app, ["info", str(path)])
+    assert shown.exit_code == 0
+    assert "runs here     no: " in shown.stdout and "program.ir was changed after compiling" in shown.stdout
+    assert isinstance(CliRunner().invoke(app, ["info", str(toy / "nope")]).exception, InputError)

@@ -19,8 +19,8 @@ UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 """Typer names only this subclass; its parent stands for every wrong option, argument and command."""
 
 _COMMANDS: tuple[str, ...] = (
-    "compile", "run", "serve", "tune", "bench", "eval", "export", "quantise", "ir", "models", "targets", "cost", "plan",
-    "place", "overlap", "simulate", "doctor",
+    "compile", "info", "run", "serve", "tune", "bench", "eval", "export", "quantise", "ir", "models", "targets", "cost",
+    "plan", "place", "overlap", "simulate", "doctor",
 )  # fmt: skip
 
 
