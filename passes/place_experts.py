@@ -108,7 +108,7 @@ class PlaceExperts(Pass):
         whole = Path(self.loads).exists()
         files = [self.loads] if whole else [name for name in self.loads.split(":") if name]
         recordings = [read_recording(Path(name)) for name in files]
-        merged, factors = merge(recordings, self.weights.replace(":", ","))
+        merged, factors = merge(recordings, self.weights, name="place-experts: weights", between=":")
         if len(recordings) > 1:
             out.notes += [f"loads of {r.name}, times {f:g}" for r, f in zip(recordings, factors, strict=True)]
         return merged

@@ -20,6 +20,8 @@ from moec.passes.placement.problem import Floats, Ints
 
 _MOST_WAYS = 2000
 _MOST_HEAVY = 5
+# Numbers looked at for all rows: about half a second. With many spare slots this bound has little to say anyway.
+_MOST_NUMBERS = 60_000_000
 # Numbers that are looked at together.
 _AT_ONCE = 2_000_000
 
@@ -35,7 +37,9 @@ def crowded_bound(loads: Floats, devices: int, slots: int) -> Floats:
     for heavy in range(1, min(_MOST_HEAVY, experts - 1) + 1):
         if comb(spare + heavy, heavy) > _MOST_WAYS:
             break
-        ways = _ways(spare, heavy)
+        if len(loads) * comb(spare + heavy, heavy) * min(devices, spare + heavy) * (spare + heavy) > _MOST_NUMBERS:
+            break
+        ways = ways_to_replicate(spare, heavy)
         rows = max(1, _AT_ONCE // (len(ways) * (spare + heavy)))
         for first in range(0, len(loads), rows):
             part = slice(first, first + rows)
@@ -44,7 +48,7 @@ def crowded_bound(loads: Floats, devices: int, slots: int) -> Floats:
 
 
 @cache
-def _ways(spare: int, heavy: int) -> Ints:
+def ways_to_replicate(spare: int, heavy: int) -> Ints:
     """Replica counts [ways, heavy] of at most `spare` replicas beyond the first ones."""
 
     def split(left: int, more: int) -> Iterator[tuple[int, ...]]:

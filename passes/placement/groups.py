@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moec.passes.placement.bounds import lower_bound
 from moec.passes.placement.counts import spread_widest
 from moec.passes.placement.crowding import crowded_bound
+from moec.passes.placement.heavy import settle
 from moec.passes.placement.packing import Packing, improve, pack
 from moec.passes.placement.problem import Floats, Ints, Problem
 
@@ -28,6 +29,8 @@ _EFFORT_A_WAY = 0.2
 # Effort for all sets of groups of the layers that are still further than this above their bound.
 _EFFORT_OF_SETS = 0.6
 _NEAR = 1 + 1e-3
+# Sets of groups that get a closer look, of all layers together: 5 to 30 ms each.
+_MOST_SETTLED = 80
 
 # Places sub-problems: (loads [rows, experts], devices, slots, target [rows], effort) -> packing.
 Solver = Callable[[Floats, int, int, Floats, float], Packing]
@@ -92,13 +95,13 @@ def _loads_of_sets(problem: Problem, rows: Ints, sets: Ints) -> Floats:
     return problem.loads[rows[:, None, None], _experts_of_sets(problem, sets)[None]]
 
 
-def place_groups(problem: Problem, bound: Floats, solve: Solver) -> Packing:
-    """Place every layer with its groups bound to nodes.
+def place_groups(problem: Problem, bound: Floats, solve: Solver, *, even: bool) -> tuple[Packing, Floats]:
+    """Place every layer with its groups bound to nodes; returns `bound` raised by what was proven on the way.
 
     Spreads the groups over the nodes (the most even way first, and the way of largest-first packing, which is what
     the greedy does) and solves every node as a problem of its own with the layer's `bound` as the target. For layers
     that stay above it, every set of groups that could share a node is solved: nodes do not meet, so the best of all
-    ways to spread the groups follows from what each set needs.
+    ways to spread the groups follows from what each set needs. With even shares, sets that decide get a closer look.
     """
     shape = (problem.layers, problem.devices, problem.slots_per_device)
     best = Packing(np.zeros(shape, np.int64), np.full(shape, np.inf))
@@ -114,7 +117,9 @@ def place_groups(problem: Problem, bound: Floats, solve: Solver) -> Packing:
         greatest[rows[better]] = now[better]
     rows = np.flatnonzero(greatest > bound * _NEAR)
     if len(rows) and _number_of_partitions(problem.groups, problem.nodes) <= _MOST_PARTITIONS:
-        packing = _best_sets(problem, rows, bound[rows], greatest[rows], solve)
+        packing, proven = _best_sets(problem, rows, bound[rows], greatest[rows], solve, even=even)
+        bound = bound.copy()
+        bound[rows] = proven
         better = np.flatnonzero(packing.greatest < greatest[rows])
         best.replace(rows[better], packing.take(better))
     # The search stops a little above the bound; where the greedy is lucky, its placement counts.
@@ -122,7 +127,7 @@ def place_groups(problem: Problem, bound: Floats, solve: Solver) -> Packing:
     greedy = _solve_nodes(problem, rows, _largest_first(problem).experts, bound, _greedily)
     better = np.flatnonzero(greedy.greatest < best.greatest)
     best.replace(better, greedy.take(better))
-    return best
+    return best, bound
 
 
 def _greedily(loads: Floats, devices: int, slots: int, target: Floats, effort: float) -> Packing:
@@ -136,31 +141,87 @@ def _largest_first(problem: Problem) -> Packing:
     return pack(sums, np.ones(sums.shape, np.int64), problem.nodes)
 
 
-def _best_sets(problem: Problem, rows: Ints, bound: Floats, greatest: Floats, solve: Solver) -> Packing:
+def _best_sets(
+    problem: Problem, rows: Ints, bound: Floats, greatest: Floats, solve: Solver, *, even: bool
+) -> tuple[Packing, Floats]:
     """The best of all ways to spread the groups of the layers `rows`, from solutions of all sets of groups.
 
-    Sets that no way better than `greatest` can use, by their bounds, are left as they are: infinitely bad.
+    Sets that no way better than `greatest` can use, by their bounds, are left as they are: infinitely bad. Returns
+    `bound` of these layers too, raised where more was proven.
     """
     layers, nodes, groups = len(rows), problem.nodes, problem.groups
     devices, slots = problem.devices // nodes, problem.slots // nodes
     sets, ways = _sets_and_ways(groups, nodes)
     experts, loads = _experts_of_sets(problem, sets), _loads_of_sets(problem, rows, sets)
-    least = lower_bound(loads.reshape(layers * len(sets), -1), devices, slots).reshape(layers, -1)
+    least = lower_bound(loads.reshape(layers * len(sets), -1), devices, slots, even=even).reshape(layers, -1)
     hopeful = least[:, ways].max(axis=2) < greatest[:, None]
     layer, which = np.nonzero(_used(hopeful, ways, len(sets)))
-    solved = solve(loads[layer, which], devices, slots, bound[layer], _EFFORT_OF_SETS)
-    value = np.full((layers, len(sets)), np.inf)
-    value[layer, which] = solved.greatest
-    chosen = ways[value[:, ways].max(axis=2).argmin(axis=1)]
     at = np.full((layers, len(sets)), -1)
     at[layer, which] = np.arange(len(layer))
+    solved = _Sets(loads, at, least, solve(loads[layer, which], devices, slots, bound[layer], _EFFORT_OF_SETS))
+    if even and slots > devices:
+        bound = solved.settle_those_that_decide(ways, bound, greatest)
+    chosen = ways[solved.value[:, ways].max(axis=2).argmin(axis=1)]
     found = at[np.arange(layers)[:, None], chosen]
     # A layer without a hopeful way keeps what it has: infinitely bad here.
-    sizes = np.where((found >= 0)[..., None, None], solved.sizes[found], np.inf)
-    flat = solved.experts[found].reshape(layers * nodes, -1)
+    sizes = np.where((found >= 0)[..., None, None], solved.packing.sizes[found], np.inf)
+    flat = solved.packing.experts[found].reshape(layers * nodes, -1)
     named = np.take_along_axis(experts[chosen.ravel()], flat, axis=1)
     shape = (layers, problem.devices, problem.slots_per_device)
-    return Packing(named.reshape(shape), sizes.reshape(shape))
+    return Packing(named.reshape(shape), sizes.reshape(shape)), bound
+
+
+class _Sets:
+    """Sets of groups of some layers, each a problem of one node: `loads` [layers, sets, experts].
+
+    `packing` holds the solved ones, `at` [layers, sets] says where (-1: not solved); `value` [layers, sets] is what
+    they reach, infinite where not solved, and `least` a lower bound on it.
+    """
+
+    def __init__(self, loads: Floats, at: Ints, least: Floats, packing: Packing) -> None:
+        self.loads, self.at, self.least, self.packing = loads, at, least.copy(), packing
+        self.value = (
+            np.where(at >= 0, packing.greatest[at], np.inf) if len(packing.sizes) else np.full(at.shape, np.inf)
+        )
+
+    def settle_those_that_decide(self, ways: Ints, bound: Floats, greatest: Floats) -> Floats:
+        """A closer look at sets (`heavy.settle`), the layers furthest from `bound` first; returns sharper bounds.
+
+        In each layer the way with the least bound is followed, as long as some set of it is neither settled nor near
+        that bound. `greatest` [layers] is what has been reached without these sets.
+        """
+        left = _MOST_SETTLED
+        reached = np.minimum(greatest, self.value[:, ways].max(axis=2).min(axis=1))
+        bound = bound.copy()
+        for layer in np.argsort(-reached / np.maximum(bound, np.finfo(np.float64).tiny), kind="stable"):
+            settled = np.zeros(self.value.shape[1], dtype=bool)
+            while True:
+                low = self.least[layer, ways].max(axis=1)
+                way = int(low.argmin())
+                bound[layer] = max(bound[layer], min(low[way], greatest[layer]))
+                reached = min(greatest[layer], self.value[layer, ways].max(axis=1).min())
+                among = ways[way][~settled[ways[way]] & (self.at[layer, ways[way]] >= 0)]
+                if not left or reached <= bound[layer] * _NEAR or not len(among):
+                    break
+                decisive = int(among[self.value[layer, among].argmax()])
+                if self.value[layer, decisive] <= bound[layer] * _NEAR:
+                    break
+                self._settle(int(layer), decisive, float(bound[layer]))
+                settled[decisive] = True
+                left -= 1
+        return bound
+
+    def _settle(self, layer: int, which: int, bound: float) -> None:
+        """Settle one set; what it needs below `bound` does not matter."""
+        row = self.at[layer, [which]]
+        _, devices, per_device = self.packing.sizes.shape
+        known = max(bound, float(self.least[layer, which]))
+        loads, slots = self.loads[layer, which], devices * per_device
+        packing, proven = settle(loads, devices, slots, self.packing.take(row), known)
+        self.packing.replace(row, packing)
+        self.value[layer, which] = packing.greatest[0]
+        if proven > known:
+            self.least[layer, which] = proven
 
 
 def _used(hopeful: NDArray[np.bool_], ways: Ints, sets: int) -> NDArray[np.bool_]:

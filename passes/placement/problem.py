@@ -135,5 +135,5 @@ def _check_groups(groups: int, experts: int, nodes: int) -> None:
         raise errors.GroupsDoNotDivide(
             groups=groups,
             what=f"over {nodes} nodes",
-            advice=f"use a number of nodes that divides {groups}, or leave --groups out",
+            advice=f"use a number of nodes that divides {groups}, or bind no groups",
         )

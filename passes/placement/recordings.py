@@ -57,12 +57,14 @@ def read_recording(path: Path) -> Recording:
     return Recording(path.name, loads, pairs, numbers)
 
 
-def merge(recordings: Sequence[Recording], weights: str = "tokens") -> tuple[Recording, list[float]]:
+def merge(
+    recordings: Sequence[Recording], weights: str = "tokens", *, name: str = "--weights", between: str = ","
+) -> tuple[Recording, list[float]]:
     """One recording of several of the same model, and the factor that each was multiplied by.
 
     `weights`: "tokens" adds them as they are, so that each counts by its tokens; "equal" lets each count the same;
-    numbers with commas between them are factors. Co-activation is kept when all have it. Raises RecordingsDiffer or
-    UnknownChoice.
+    numbers with `between` between them are factors. Co-activation is kept when all have it. Raises RecordingsDiffer, or
+    NotPositive, in which `name` is what the user calls the weights.
     """
     first = recordings[0]
     for other in recordings[1:]:
@@ -71,7 +73,7 @@ def merge(recordings: Sequence[Recording], weights: str = "tokens") -> tuple[Rec
             raise errors.RecordingsDiffer(first=first.name, other=other.name, what=what)
         if first.layers is not None and other.layers is not None and first.layers != other.layers:
             raise errors.RecordingsDiffer(first=first.name, other=other.name, what="different layers of a model")
-    factors = _factors(recordings, weights)
+    factors = _factors(recordings, weights, name, between)
     loads = sum((f * r.loads for f, r in zip(factors, recordings, strict=True)), np.zeros_like(first.loads))
     pairs: Floats | None = None
     if all(r.coactivation is not None for r in recordings):
@@ -83,7 +85,7 @@ def merge(recordings: Sequence[Recording], weights: str = "tokens") -> tuple[Rec
     return Recording(", ".join(r.name for r in recordings), np.asarray(loads), pairs, layers), factors
 
 
-def _factors(recordings: Sequence[Recording], weights: str) -> list[float]:
+def _factors(recordings: Sequence[Recording], weights: str, name: str, between: str) -> list[float]:
     if weights == "tokens":
         return [1.0] * len(recordings)
     totals = [float(r.loads.sum()) for r in recordings]
@@ -91,10 +93,11 @@ def _factors(recordings: Sequence[Recording], weights: str) -> list[float]:
         mean = sum(totals) / len(totals)
         return [mean / total if total > 0 else 0.0 for total in totals]
     try:
-        factors = [float(part) for part in weights.split(",")]
+        factors = [float(part) for part in weights.split(between)]
     except ValueError:
         factors = []
     if len(factors) != len(recordings) or not all(0 <= f < float("inf") for f in factors) or not any(factors):
-        wanted = f"tokens, equal, or {len(recordings)} number(s) of at least 0, not all 0"
-        raise errors.NotPositive(name="--weights", expected=wanted, value=printable(weights))
+        apart = f" with {between!r} between them" if len(recordings) > 1 else ""
+        wanted = f"tokens, equal, or {len(recordings)} number(s) of at least 0{apart}, not all 0"
+        raise errors.NotPositive(name=name, expected=wanted, value=printable(weights))
     return factors

@@ -83,7 +83,7 @@ def place(
         return packing if even or slots == devices else free_shares(loads, devices, slots, packing)
 
     if problem.bound_to_nodes:
-        packing = place_groups(problem, bound, solve)
+        packing, bound = place_groups(problem, bound, solve, even=even)
     else:
         packing = solve(problem.loads, problem.devices, problem.slots, bound, 1.0)
     placement = Placement.of_packing(problem, packing, even=even)

@@ -9,9 +9,11 @@ import pytest
 
 from moec.passes.placement import Problem, place
 from moec.passes.placement.bounds import lower_bound
+from moec.passes.placement.counts import spread_widest
 from moec.passes.placement.crowding import crowded_bound
 from moec.passes.placement.exact import exact_even, exact_free, exact_layer, exact_pairs, prove
-from moec.passes.placement.packing import Packing
+from moec.passes.placement.heavy import settle
+from moec.passes.placement.packing import Packing, pack
 from moec.passes.placement.resplit import resplit
 
 
@@ -112,6 +114,29 @@ def test_the_crowded_bound_never_exceeds_the_optimum() -> None:
         assert bound <= exact.greatest * (1 + 1e-6)
         reached += bound >= exact.greatest * (1 - 1e-3)
     assert reached > 1
+
+
+def test_settled_problems_are_near_the_optimum_and_their_bound_is_below_it() -> None:
+    """Steep loads and few spare slots, from the greedy packing on, beside CP-SAT."""
+    rng = np.random.default_rng(5)
+    better = sharper = 0
+    for _ in range(12):
+        devices, per_device = int(rng.integers(2, 5)), int(rng.integers(2, 5))
+        slots = devices * per_device
+        experts = max(3, slots - int(rng.integers(1, 5)))
+        loads = rng.permutation(1.0 / np.arange(1, experts + 1) ** rng.uniform(0.5, 2.5)) * rng.gamma(9, 1 / 9, experts)
+        start = pack(loads[None], spread_widest(loads[None], slots), devices)
+        simple = float(lower_bound(loads[None], devices, slots)[0])
+        packing, bound = settle(loads, devices, slots, start, simple)
+        exact = exact_even(loads, devices, slots, seconds=5)
+        counts = np.bincount(packing.experts.ravel(), minlength=experts)
+        assert packing.sizes == pytest.approx((loads / counts)[packing.experts])
+        assert packing.greatest[0] <= start.greatest[0] * (1 + 1e-12)
+        assert simple <= bound <= exact.greatest * (1 + 1e-6)
+        assert packing.greatest[0] >= exact.lower * (1 - 1e-6)
+        better += packing.greatest[0] < start.greatest[0]
+        sharper += bound > simple * (1 + 1e-3)
+    assert better > 1 and sharper > 1
 
 
 @pytest.mark.parametrize("per_device", [3, 5, 6])

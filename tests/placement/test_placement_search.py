@@ -142,6 +142,17 @@ def test_groups_stay_near_the_node_bound(baseline: ModuleType) -> None:
         assert (result.price_of_groups > 1).all()
 
 
+def test_groups_at_strong_skew_are_placed_near_their_optimum(baseline: ModuleType) -> None:
+    """A few heavy experts on a node decide: their replicas are packed by branch and bound, and so is the bound."""
+    loads = baseline.skewed(np.random.default_rng(613), 12, 256, 1.4)
+    problem = Problem.of(loads, devices=32, slots_per_device=9, devices_per_node=8, groups=8)
+    result = place(problem)
+    check(problem, result.placement)
+    assert (result.greatest >= result.bound * (1 - 1e-9)).all()
+    assert result.balance.mean() < 1.003
+    assert result.balance.max() < 1.015
+
+
 @pytest.mark.parametrize("seed", [611, 612, 613])
 def test_groups_are_never_worse_than_the_greedy(baseline: ModuleType, seed: int) -> None:
     """Even loads, where the greedy sometimes comes nearer to the bound than a search that stops there."""

@@ -67,7 +67,7 @@ def test_several_recordings_are_merged_as_moec_place_does(tmp_path: Path) -> Non
     assert out.notes[:2] == ["loads of a.npz, times 1", "loads of b.npz, times 1"]
     alone, _ = placed(both, weights="0:1")
     assert alone.attrs["placement"] == placed(tmp_path / "b.npz")[0].attrs["placement"] != added.attrs["placement"]
-    with pytest.raises(InputError, match=r"--weights must be tokens, equal, or 2 number\(s\)"):
+    with pytest.raises(InputError, match=r"^place-experts: weights must be tokens, .* with ':' between them"):
         placed(both, weights="1:2:3")
     with pytest.raises(InputError, match=r"cannot read .*c\.npz: No such file"):
         placed(Path(f"{both}:{tmp_path}/c.npz"))
