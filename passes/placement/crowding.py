@@ -95,9 +95,14 @@ def _bound(falling: Floats, heavy: int, ways: Ints, devices: int, slots: int) ->
     most_light = np.concatenate([np.zeros((rows, 1)), falling[:, heavy:].cumsum(axis=1)], axis=1)
     left = (falling.sum(axis=1, keepdims=True) - most_light[:, others]) / holding
     crowded = np.minimum.accumulate(left, axis=1)[:, np.clip(count - 1, 1, devices) - 1]
+    pair = np.where(count > 1, sizes[:, way, count - 1] + sizes[:, way, np.maximum(count - 2, 0)] + filling, np.inf)
+    pair = np.maximum(pair, np.where(count > 1, crowded, np.inf))
     found = np.zeros((rows, len(ways)))
     for large in range(1, min(devices, most) + 1):
         least = sizes[:, :, large - 1]
+        # No two heavy replicas share a device, so that each has all other slots for light ones; or two do.
+        alone = (sums[:, :, large] + lightest(np.full_like(count, large * (per_device - 1)) - spare)) / large
+        found = np.maximum(found, np.where(count >= large, np.minimum(alone, pair), 0.0))
         filled = large * (per_device - 1) - (count - large)
         apart = (sums[:, :, large] + lightest(filled - spare)) / large
         # Replicas of light experts stand in 2 * spare slots at most: all other devices hold whole ones.

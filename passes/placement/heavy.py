@@ -24,6 +24,8 @@ from moec.passes.placement.resplit import resplit
 
 _MOST_WAYS = 1500
 _MOST_HEAVY = 10
+# Numbers that packing by best fit may look at for one question: what needs more has many spare slots.
+_MOST_NUMBERS = 1_000_000
 # Steps of the exhaustive packing: for one way to replicate, and for one sub-problem. Looking at what a packing of all
 # heavy ones leaves costs as much as some steps.
 _STEPS_A_WAY, _STEPS = 3000, 25_000
@@ -107,6 +109,8 @@ class _Heavy:
         if not heavy:
             return None
         counts = fewest[:heavy] + ways_to_replicate(int(left[heavy - 1]), heavy) - 1
+        if len(counts) * int(counts.sum(axis=1).max()) * self.devices > _MOST_NUMBERS:
+            return None
         room = _Room.of(self.loads, counts, self.per_device, self.spare - (counts - 1).sum(axis=1), limit)
         return self._packed(counts, room)
 

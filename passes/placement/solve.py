@@ -72,7 +72,8 @@ def place(
     replicas move. The later two may raise the greatest load to the larger of what was found and `1 + slack` times the
     lower bound, and no further. Raises `PreviousMismatch` when `previous` is a placement of another shape.
     """
-    even = shares == "even"
+    # Without a choice between replicas on a device, or without replicas, even shares are the best ones.
+    even = shares == "even" or problem.slots_per_device == 1 or problem.redundant == 0
     free_bound = lower_bound(problem.loads, problem.devices, problem.slots, even=even)
     bound = node_bound(problem, even=even) if problem.bound_to_nodes else free_bound
 

@@ -27,6 +27,19 @@ class RankInputFailed(RankFailed, InputError):
     """A rank whose input is wrong."""
 
 
+class NotLoaded(MoecError):
+    """A rank whose system did not let it open its weights."""
+
+    template = "cannot open its weights: {why}"
+
+
+class CannotJoin(MoecError):
+    """A rank that could not reach the others, for a reason of its own."""
+
+    template = "rank {rank} cannot join the others: {why}"
+    found_by_all = False
+
+
 class RanksMissing(MoecError):
     """Ranks that never joined."""
 

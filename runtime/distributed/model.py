@@ -7,7 +7,7 @@ from collections.abc import Sequence as List
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,14 @@ from moec.ir.replicas import Replicas, default_slots
 from moec.runtime.artifact import Artifact, open_artifact, read_manifest
 from moec.runtime.distributed.collectives import Collectives
 from moec.runtime.distributed.engine import DistributedEngine
-from moec.runtime.distributed.errors import NoBackend, NoStages, OtherArtifact, RankFailed, RankInputFailed
+from moec.runtime.distributed.errors import (
+    NoBackend,
+    NoStages,
+    NotLoaded,
+    OtherArtifact,
+    RankFailed,
+    RankInputFailed,
+)
 from moec.runtime.distributed.monitor import Monitor
 from moec.runtime.distributed.world import World, backend, join
 from moec.runtime.draws import Draws
@@ -34,6 +41,8 @@ from moec.runtime.tokens import as_batch
 
 if TYPE_CHECKING:
     from moec.runtime.cuda.ranks import RankEngine
+
+T = TypeVar("T")
 
 
 def load_distributed(
@@ -67,8 +76,35 @@ def load_distributed(
             digests = artifact.digests()
     except MoecError as error:
         failure = error
-    with monitor.communication("the comparison of artifacts", layer=None):
-        told = world.gather((digests, str(failure) if failure else "", isinstance(failure, InputError)))
+    found_by_all = _told(world, monitor, "the comparison of artifacts", failure, digests)
+    for rank, found in enumerate(found_by_all):
+        pairs = [(what, found[what], digest) for what, digest in found_by_all[0].items() if found[what] != digest]
+        if pairs:
+            monitor.close()
+            what = ", ".join(f"{what} {other:.12} instead of {own:.12}" for what, other, own in pairs)
+            raise OtherArtifact(rank=rank, what=what)
+    assert artifact is not None
+    model: DistributedModel | None = None
+    try:
+        model = DistributedModel(artifact, world, monitor, threads)
+    except MoecError as error:
+        failure = error
+    except (MemoryError, OSError) as error:
+        failure = NotLoaded(why=getattr(error, "strerror", None) or "the memory does not suffice")
+    _told(world, monitor, "the opening of the weights", failure, None)
+    assert model is not None
+    if micro_batches > 1:
+        if world.mesh.pp == 1 or not isinstance(model.engine, DistributedEngine):
+            monitor.close()
+            raise NoStages(path=str(path))
+        model.engine.micro_batches = micro_batches
+    return model
+
+
+def _told(world: World, monitor: Monitor, what: str, failure: MoecError | None, found: T) -> list[T]:
+    """What every rank found; raises on every rank when one could not do it, naming that rank."""
+    with monitor.communication(what, layer=None):
+        told = world.gather((found, str(failure) if failure else "", isinstance(failure, InputError)))
     for rank, (_, message, is_input) in enumerate(told):
         if message:
             monitor.close()
@@ -76,20 +112,7 @@ def load_distributed(
             if same and failure is not None:
                 raise failure
             raise (RankInputFailed if is_input else RankFailed)(rank=rank, message=message)
-    for rank, (found, _, _) in enumerate(told):
-        pairs = [(what, found[what], digest) for what, digest in told[0][0].items() if found[what] != digest]
-        if pairs:
-            monitor.close()
-            what = ", ".join(f"{what} {other:.12} instead of {own:.12}" for what, other, own in pairs)
-            raise OtherArtifact(rank=rank, what=what)
-    assert artifact is not None
-    model = DistributedModel(artifact, world, monitor, threads)
-    if micro_batches > 1:
-        if world.mesh.pp == 1 or not isinstance(model.engine, DistributedEngine):
-            monitor.close()
-            raise NoStages(path=str(path))
-        model.engine.micro_batches = micro_batches
-    return model
+    return [found for found, _, _ in told]
 
 
 class DistributedModel(Model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from moec.ir.mesh import AXES, Mesh
 from moec.runtime.distributed import message
-from moec.runtime.distributed.errors import NoBackend, RanksMissing, WrongRankCount
+from moec.runtime.distributed.errors import CannotJoin, NoBackend, RanksMissing, WrongRankCount
 from moec.runtime.distributed.progress import Progress, Waiting
 
 if TYPE_CHECKING:
@@ -208,11 +209,12 @@ def backend(kind: str, path: str) -> str:
 
 
 def join(timeout: float, backends: str = "gloo") -> tuple[World, Any]:
-    """Meet the other processes; returns the world and the store that they share. Raises RanksMissing.
+    """Meet the other processes; returns the world and the store that they share. Raises RanksMissing or CannotJoin.
 
     A rank that waits longer than twice the `timeout` in a collective gives up by itself, should nobody find the cause.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    began = time.monotonic()
     try:
         store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
         store.set_timeout(timedelta(seconds=timeout))
@@ -221,5 +223,9 @@ def join(timeout: float, backends: str = "gloo") -> tuple[World, Any]:
             backends, store=distributed_c10d.PrefixStore("moec", store), rank=rank, world_size=size, timeout=limit
         )
     except (RuntimeError, ValueError) as error:
-        raise RanksMissing(size=size, seconds=timeout, why=str(error).strip().partition("\n")[0]) from None
+        why = str(error).strip().partition("\n")[0]
+        # An interface or an address that this rank does not have is found at once.
+        if time.monotonic() - began < timeout / 2:
+            raise CannotJoin(rank=rank, why=why) from None
+        raise RanksMissing(size=size, seconds=timeout, why=why) from None
     return World(rank, size), store

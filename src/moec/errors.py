@@ -18,10 +18,12 @@ class MoecError(Exception):
     """Work that failed although the input was right (a full disk, a dead rank): exit code 1.
 
     Subclasses set `template`; the keyword arguments of the constructor fill it and stay as attributes. Paths, and texts
-    under a name of `_NAMES`, are shown printable: a file name cannot break the line.
+    under a name of `_NAMES`, are shown printable: a file name cannot break the line. `found_by_all`: of several ranks
+    every one raises it alike.
     """
 
     exit_code: ClassVar[int] = 1
+    found_by_all: ClassVar[bool] = True
     template: ClassVar[str] = "{message}"
 
     def __init__(self, **fields: Any) -> None:

@@ -95,8 +95,8 @@ def _run(arguments: Sequence[str]) -> int:
     except UsageError as error:
         return _wrong_usage(error)
     except MoecError as error:
-        # Ranks that torchrun started find the same error: the first of each machine says it.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        # Ranks that torchrun started find the same error, if it is not of one alone: the first of each machine says it.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not error.found_by_all:
             print(f"moec: error: {shortened(str(error))}", file=sys.stderr)
         return error.exit_code
     except MemoryError as error:
