@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+
+from moec.errors import InputError
 
 if TYPE_CHECKING:
     from moec.runtime.model import Model
@@ -14,9 +16,28 @@ TIMEOUT = 30.0
 """Seconds after which a rank that gives no sign of life, or does not move while others wait, ends the run."""
 
 
+class WrongEnvironment(InputError):
+    """Variables that torchrun sets, set by somebody else."""
+
+    template: ClassVar[str] = "the environment variable {name} is {value!r}, not {wanted}: start ranks with torchrun"
+    found_by_all: ClassVar[bool] = False
+
+
 def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether torchrun started this process as one of several; raises WrongEnvironment."""
+    if "RANK" not in os.environ:
+        return False
+    size = _number("WORLD_SIZE", 1, None, "1")
+    return size > 1 and _number("RANK", 0, size - 1) >= 0
+
+
+def _number(name: str, least: int, most: int | None, default: str | None = None) -> int:
+    """A variable of the environment as a whole number in a range."""
+    value = os.environ.get(name, default)
+    if value is not None and value.isdecimal() and least <= int(value) and (most is None or int(value) <= most):
+        return int(value)
+    wanted = f"a whole number from {least} on" if most is None else f"a whole number from {least} to {most}"
+    raise WrongEnvironment(name=name, value=value, wanted=wanted)
 
 
 def first() -> bool:

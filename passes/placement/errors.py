@@ -86,6 +86,10 @@ class MissingDevices(InputError):
     template = "how many devices? give --target or --devices"
 
 
+class NotForSglang(InputError):
+    template = "{path}: SGLang takes --init-expert-location for a file only when its name ends in .json: name it so"
+
+
 class UnwritableFile(MoecError):
     template = "cannot write {path}: {reason}"
 

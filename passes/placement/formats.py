@@ -124,11 +124,18 @@ def write_placement(placement: Placement, path: Path) -> None:
         write_text(path, json.dumps(fields) + "\n")
 
 
+def check_sglang_name(path: Path) -> None:
+    """Raise NotForSglang for a name under which SGLang would not look for a file (any other is JSON text to it)."""
+    if path.suffix != ".json":
+        raise errors.NotForSglang(path=path)
+
+
 def write_sglang(placement: Placement, path: Path, *, dense_layers: int = 0) -> None:
-    """Write the file that SGLang's `--init-expert-location` reads.
+    """Write the file that SGLang's `--init-expert-location` reads; raises NotForSglang.
 
     `dense_layers` leading rows stand for the model's dense layers (3 in DeepSeek-V3); what they say is never used.
     """
+    check_sglang_name(path)
     trivial = (np.arange(placement.slots) % placement.experts).tolist()
     rows = [trivial] * dense_layers + placement.physical_to_logical_map.tolist()
     write_text(path, json.dumps({"physical_to_logical_map": rows}) + "\n")

@@ -17,6 +17,12 @@ class OtherArtifact(InputError):
     template = "rank {rank} has another artifact than rank 0: {what} (sha256); give every rank the same one"
 
 
+class OtherRequest(InputError):
+    """Ranks that were started with different arguments."""
+
+    template = "rank {rank} was given other prompts or options of sampling than rank 0: give every rank the same ones"
+
+
 class RankFailed(MoecError):
     """A rank that could not do its part."""
 

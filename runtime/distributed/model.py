@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from collections.abc import Sequence as List
 from contextlib import suppress
@@ -23,6 +24,7 @@ from moec.runtime.distributed.errors import (
     NoStages,
     NotLoaded,
     OtherArtifact,
+    OtherRequest,
     RankFailed,
     RankInputFailed,
 )
@@ -207,6 +209,8 @@ class DistributedModel(Model):
         self._check_drafts(drafts)  # artifacts over ranks have no module for it
         replica, replicas = self.replica
         prompts, single = self._prompts(ids, new)
+        stop = None if stop is None else tuple(stop)
+        self._alike([[list(map(int, prompt)) for prompt in prompts], new, vars(sampling), stop])
         mine = [i for i in range(len(prompts)) if i % replicas == replica]
         if stream is not None and mine:
             given = stream
@@ -228,6 +232,13 @@ class DistributedModel(Model):
             for index, one in zip(indices, lists, strict=True):
                 tokens[index] = one
         return single, Completions(tokens, _joined([Rates(**r) for _, _, r in parts], self.world))
+
+    def _alike(self, request: Any) -> None:
+        """Raise OtherRequest on every rank when one was asked for something else."""
+        digests = self._gather(hashlib.sha256(repr(request).encode()).hexdigest())
+        for rank, digest in enumerate(digests):
+            if digest != digests[0]:
+                raise OtherRequest(rank=rank)
 
     def _drain(self) -> None:
         with self._lock:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
@@ -208,6 +210,21 @@ def backend(kind: str, path: str) -> str:
     return "cpu:gloo,cuda:nccl"
 
 
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT end the process: Python's handlers would run when the wait for other ranks is over.
+
+    torchrun terminates all ranks when one ends early.
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def join(timeout: float, backends: str = "gloo") -> tuple[World, Any]:
     """Meet the other processes; returns the world and the store that they share. Raises RanksMissing or CannotJoin.
 
@@ -216,12 +233,12 @@ def join(timeout: float, backends: str = "gloo") -> tuple[World, Any]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     began = time.monotonic()
     try:
-        store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
-        store.set_timeout(timedelta(seconds=timeout))
-        limit = timedelta(seconds=2 * timeout + 5)
-        dist.init_process_group(
-            backends, store=distributed_c10d.PrefixStore("moec", store), rank=rank, world_size=size, timeout=limit
-        )
+        with _ended_at_once():
+            store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
+            store.set_timeout(timedelta(seconds=timeout))
+            shared = distributed_c10d.PrefixStore("moec", store)
+            limit = timedelta(seconds=2 * timeout + 5)
+            dist.init_process_group(backends, store=shared, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         why = str(error).strip().partition("\n")[0]
         # An interface or an address that this rank does not have is found at once.

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from moec.cli.place import register
 from moec.errors import InputError, MoecError
-from moec.passes.placement import Problem, formats, place
+from moec.passes.placement import Problem, errors, formats, place
 
 APP = typer.Typer()
 register(APP)
@@ -86,6 +86,12 @@ def test_sglang_file_has_one_key_and_a_row_for_every_layer_of_the_model(loads: P
     assert read.layers == 2 and read.has_even_shares
     shape = (loads, "--devices", 8, "--slots-per-device", 5, "--dense-layers", 3)
     assert json.loads(run(*shape, "--previous", out, "--json"))["moved_slots"] == 0
+
+
+def test_a_name_that_sglang_takes_for_json_text_is_refused(loads: Path, tmp_path: Path) -> None:
+    with pytest.raises(errors.NotForSglang, match=r"map\.txt: SGLang takes .* only when its name ends in \.json"):
+        run(loads, "--devices", 8, "--sglang", tmp_path / "map.txt", "--out", tmp_path / "p.json")
+    assert not list(tmp_path.glob("*.txt")) and not (tmp_path / "p.json").exists()
 
 
 def test_report_is_one_page_that_loads_nothing(loads: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -231,6 +232,31 @@ def test_ranks_with_different_artifacts(recipe: str, seed: int | None, what: str
     assert done.returncode != 0 and len(lines) == 1, done.stderr
     assert lines[0].startswith("moec: error: rank 1 has another artifact than rank 0: ")
     assert re.search(rf"{what} [0-9a-f]{{12}} instead of [0-9a-f]{{12}}", lines[0])
+
+
+@SLOW
+def test_a_rank_whose_weights_are_cut_short_is_named(pair: Path, tmp_path: Path) -> None:
+    """Found behind the comparison of artifacts: all end with its cause, none waits for it."""
+    other = tmp_path / "other.moec"
+    shutil.copytree(pair, other)
+    with (other / "weights" / "rank-00001.safetensors").open("r+b") as file:
+        file.truncate(100_000)
+    done = launch(2, {"artifact": str(pair), "other": str(other), "other_rank": 1, "prompts": [[1]], "new": 2})
+    assert done.returncode == 1
+    assert re.search(r"RankInputFailed: rank 1: .*rank-00001.safetensors: truncated", done.stderr), done.stderr
+
+
+@SLOW
+def test_ranks_with_other_prompts_are_named(pair: Path, tmp_path: Path) -> None:
+    """Before the first step: replicas with prompts of their own would wait for each other, or print half of each."""
+    script = tmp_path / "run.sh"
+    script.write_text(f'exec {sys.executable} -m moec run {pair} --prompt-ids $((RANK + 1)) --max-new-tokens 2 "$@"\n')
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "--no-python", "bash", str(script), "--threads", "1"], capture_output=True, text=True, timeout=100
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("moec: error:")]
+    assert done.returncode != 0 and len(lines) == 1 and "rank 1 was given other prompts" in lines[0], done.stderr
 
 
 @SLOW

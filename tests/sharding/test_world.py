@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from moec.errors import InputError
 from moec.runtime.distributed import message
-from moec.runtime.distributed.errors import NoBackend
-from moec.runtime.distributed.world import backend
+from moec.runtime.distributed.errors import CannotJoin, NoBackend
+from moec.runtime.distributed.world import backend, join
+from moec.runtime.launch import launched
 
 
 def test_the_backend_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +59,31 @@ def test_nothing_that_ranks_tell_is_run() -> None:
         message.pack([np.array([object()])])
     with pytest.raises(ValueError):
         message.unpack(pickle.dumps({"a": 1}))
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "a", "WORLD_SIZE": "2"}, "RANK is 'a', not a whole number from 0 to 1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is '2', not a whole number from 0 to 1"),
+        ({"RANK": "0", "WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', not a whole number from 1 on"),
+    ],
+)
+def test_variables_that_torchrun_did_not_set(
+    variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words):
+        launched()
+
+
+def test_a_rank_that_cannot_reach_the_others_says_so_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interface that one machine does not have is no wait for ranks that are late."""
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(CannotJoin, match=r"rank 1 cannot join the others: .*MASTER_PORT") as caught:
+        join(30.0)
+    assert not caught.value.found_by_all

@@ -89,14 +89,15 @@ def _end(number: int, frame: object) -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    # Ranks that torchrun started find the same error, if it is not of one alone: the first of each machine says it.
+    says = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         code = make_app(arguments)(standalone_mode=False, prog_name="moec")
         return code if isinstance(code, int) else 0
     except UsageError as error:
-        return _wrong_usage(error)
+        return _wrong_usage(error) if says else error.exit_code
     except MoecError as error:
-        # Ranks that torchrun started find the same error, if it is not of one alone: the first of each machine says it.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or not error.found_by_all:
+        if says or not error.found_by_all:
             print(f"moec: error: {shortened(str(error))}", file=sys.stderr)
         return error.exit_code
     except MemoryError as error:
