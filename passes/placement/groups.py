@@ -30,7 +30,7 @@ _EFFORT_A_WAY = 0.2
 _EFFORT_OF_SETS = 0.6
 _NEAR = 1 + 1e-3
 # Sets of groups that get a closer look, of all layers together: 5 to 30 ms each.
-_MOST_SETTLED = 80
+_MOST_SETTLED = 48
 
 # Places sub-problems: (loads [rows, experts], devices, slots, target [rows], effort) -> packing.
 Solver = Callable[[Floats, int, int, Floats, float], Packing]
