@@ -40,7 +40,7 @@ def node_bound(problem: Problem, *, even: bool = True) -> Floats:
     """Lower bound on the greatest device load of each layer when groups stay on one node; float64[layers].
 
     The least, over all ways to spread the groups over the nodes, of the fullest node's own lower bound. Where the
-    ways are too many to list, a bound on the load of the fullest node alone.
+    ways are too many to list, the node of the heaviest group and what each group needs alone.
     """
     layers, groups = problem.layers, problem.groups
     grouped = problem.loads.reshape(layers, groups, -1)
@@ -49,13 +49,26 @@ def node_bound(problem: Problem, *, even: bool = True) -> Floats:
     if _number_of_partitions(groups, problem.nodes) > _MOST_PARTITIONS:
         sums = np.sort(grouped.sum(axis=2), axis=1)
         lightest_mates = sums[:, : groups // problem.nodes - 1].sum(axis=1)
-        return np.asarray(np.maximum(whole, (sums[:, -1] + lightest_mates) / devices))
+        fullest = np.maximum((sums[:, -1] + lightest_mates) / devices, _alone(problem, even=even).max(axis=1))
+        return np.asarray(np.maximum(whole, fullest))
     # Nodes repeat between partitions: each set of groups is bounded once.
     sets, ways = _sets_and_ways(groups, problem.nodes)
     bounds = np.stack(
         [lower_bound(grouped[:, list(s)].reshape(layers, -1), devices, slots, even=even) for s in sets.tolist()], axis=1
     )
     return np.asarray(np.maximum(whole, bounds[:, ways].max(axis=2).min(axis=1)))
+
+
+def _alone(problem: Problem, *, even: bool) -> Floats:
+    """Lower bound on the greatest device load of the node that hosts a group: float64[layers, groups].
+
+    The group shares its node with others, each of whose experts takes a slot.
+    """
+    size = problem.experts // problem.groups
+    devices, slots = problem.devices // problem.nodes, problem.slots // problem.nodes
+    left = slots - (problem.groups // problem.nodes - 1) * size
+    bounds = lower_bound(problem.loads.reshape(-1, size), devices, left, even=even)
+    return bounds.reshape(problem.layers, problem.groups)
 
 
 def crowded_node_bound(problem: Problem, rows: Ints, bound: Floats, greatest: Floats) -> Floats:
@@ -273,6 +286,9 @@ def _most_even(problem: Problem, sums: Floats) -> Iterator[Ints]:
         packing = pack(sums, np.ones(sums.shape, np.int64), nodes)
         improve(packing, sums.sum(axis=1) / nodes, steps=10 * groups)
         yield packing.experts
+        # Groups whose heavy experts need the spare slots of a node apart from each other.
+        needed = _alone(problem, even=True)
+        yield pack(needed, np.ones(needed.shape, np.int64), nodes).experts
         return
     ways = np.array(list(_partitions(groups, nodes)))
     fullest = sums[:, ways].sum(axis=3).max(axis=2)

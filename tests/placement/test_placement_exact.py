@@ -85,7 +85,7 @@ def test_the_crowded_bound_holds_and_sees_more() -> None:
     for _ in range(12):
         loads = 1.0 / np.arange(1, 9) ** rng.uniform(1, 3) * rng.gamma(5, 0.2, 8)
         bound, simple = crowded_bound(loads[None], 4, 12)[0], lower_bound(loads[None], 4, 12)[0]
-        found = exact_even(loads, 4, 12, seconds=20)
+        found = exact_even(loads, 4, 12, seconds=3)
         assert bound <= found.greatest * (1 + 1e-6)
         sharper += bound > simple * (1 + 1e-3)
     assert sharper > 1

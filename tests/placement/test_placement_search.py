@@ -153,6 +153,16 @@ def test_groups_at_strong_skew_are_placed_near_their_optimum(baseline: ModuleTyp
     assert result.balance.max() < 1.015
 
 
+def test_groups_in_too_many_ways_to_list_are_bounded_one_by_one(baseline: ModuleType) -> None:
+    """Sixteen groups on eight nodes: a hot expert's group has no more spare slots than its node has."""
+    loads = np.ones((3, 128))
+    loads[:, [5, 77]] = 100.0
+    problem = Problem.of(loads, devices=144, slots_per_device=1, devices_per_node=18, groups=16)
+    result = place(problem)
+    check(problem, result.placement)
+    assert result.greatest == pytest.approx(100 / 3) == result.bound
+
+
 @pytest.mark.parametrize("seed", [611, 612, 613])
 def test_groups_are_never_worse_than_the_greedy(baseline: ModuleType, seed: int) -> None:
     """Even loads, where the greedy sometimes comes nearer to the bound than a search that stops there."""
