@@ -25,6 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import moec
 from moec.codegen.triton import cache
 from moec.codegen.triton.arch import architecture
 from moec.codegen.triton.errors import CheckFailed, CompileFailed, TritonMissing
@@ -189,6 +190,9 @@ class Worker:
         """No line information and a scratch cache of its own: the result depends on nothing but the request."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
         environment |= {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": self.scratch.name}
+        # A script may have found this package by a path of its own.
+        paths = [str(Path(moec.__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
         command = [sys.executable, "-m", "moec.codegen.triton.compiler", str(self.folder)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,3 +126,36 @@ def test_a_layer_is_timed_as_the_program_launches_it(
     layer = noted[: len(noted) // 2]
     assert noted == layer * 2 and not any("attn" in n or "mla" in n for n in layer)
     assert layer[0].startswith("moe_route") and "combine" in layer[-1] and "permutation_contiguous" in layer[2]
+
+
+BARE = """
+import sys
+sys.path[:0] = [{folder!r}]
+
+
+class NoTvm:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("tvm", "tvm_ffi"):
+            raise ImportError(name)
+
+
+sys.meta_path.insert(0, NoTvm())
+import gpu
+from pathlib import Path
+from moec.codegen.triton import aot
+from moec.codegen.triton.spec import kernel
+
+(found,) = aot.try_compile([kernel("permute").instance("sm_80")], jobs=1, folder=Path({cache!r}))
+print(found.problems(), len(found.binary) > 1000, len(gpu.wanted(gpu.load("h100"))) > 30)
+"""
+
+
+def test_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
+    """A borrowed machine has torch and Triton, no TVM, and this package only as files: compiler processes find it."""
+    others = [p for p in sys.path if p.endswith("site-packages")]
+    environment = {"PYTHONPATH": os.pathsep.join(others), "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+    script = BARE.format(folder=str(FOLDER), cache=str(tmp_path / "cache"))
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+    )
+    assert done.stdout == "[] True True\n", done.stderr[-2000:]
