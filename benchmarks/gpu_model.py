@@ -150,7 +150,9 @@ def target_here() -> str:
     """The target whose kernels run on the GPU here."""
     import torch
 
-    return {8: "a100", 9: "h100"}.get(torch.cuda.get_device_capability()[0], "b200")
+    name = torch.cuda.get_device_name()
+    known = [target for target in ("h200", "h20", "h800", "h100", "b200", "a100") if target.upper() in name]
+    return known[0] if known else {8: "a100", 9: "h100"}.get(torch.cuda.get_device_capability()[0], "b200")
 
 
 def engine_for(folder: Path, settings: Mapping[str, str] = LAYERS) -> tuple[Program, GpuEngine, list[Any]]:

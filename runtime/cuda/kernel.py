@@ -15,6 +15,7 @@ from moec.runtime.cuda.driver import (
     INVALID_IMAGE,
     MAX_DYNAMIC_SHARED,
     NO_BINARY_FOR_GPU,
+    REGISTERS,
     UNSUPPORTED_PTX_VERSION,
     Driver,
 )
@@ -64,6 +65,9 @@ class Kernel:
             driver.failed(f"cuModuleLoadData of '{self.name}'", status)
         symbol = str(self.about["symbol"]).encode()
         driver.call("cuModuleGetFunction", ctypes.byref(self.function), self.module, symbol)
+        # Asking anything of a function loads it: a lazy driver would do that at the first launch, which may be captured
+        # (CUDA programming guide, "Lazy loading").
+        driver.call("cuFuncGetAttribute", ctypes.byref(ctypes.c_int()), REGISTERS, self.function)
         if self.shared_bytes > PLAIN_SHARED:
             driver.call("cuFuncSetAttribute", self.function, MAX_DYNAMIC_SHARED, self.shared_bytes)
 
