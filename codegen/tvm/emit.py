@@ -112,7 +112,7 @@ class FunctionEmitter:
     def scratch(self, elements: int, behind: int = 0) -> Any:
         """Pointer to scratch memory that any kernel may use, `behind` fp32 elements (a multiple of 16) in it."""
         self.p.scratch_size = max(self.p.scratch_size, behind + elements)
-        return T.address_of(self.p.workspace[self.p.scratch_at + 4 * behind])
+        return T.address_of(self.p.workspace[self.p.scratch_at + behind])
 
     def weight(self, operand: Operand) -> list[Any]:
         """Pointers to a weight of the current layer: data, and scales when it has them."""
