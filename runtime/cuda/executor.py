@@ -17,8 +17,13 @@ from moec.runtime.cuda.program import GpuEntry, Sizes
 Action = Callable[[], None]
 
 
+JOIN, FORK = "join", "fork"
+Flat = tuple[Mapping[str, Any] | str, int]
+"""A step and its layer; `JOIN` before a step that waits for all streams, `FORK` before those that wait for it."""
+
+
 class Executor:
-    """One phase on one device. Steps without a `stream` run on the main one."""
+    """One phase on one device. Steps without a `stream` run on the main one, with no other stream beside them."""
 
     def __init__(self, driver: Driver, kernels: Mapping[str, Kernel], memory: DeviceMemory, entry: GpuEntry) -> None:
         self.driver, self.kernels, self.memory, self.entry = driver, kernels, memory, entry
@@ -86,16 +91,20 @@ class Executor:
 
     def actions(self, sizes: Sizes) -> Iterator[Action]:
         """What to do, one call after the other; parameters are packed as they are asked for."""
-        yield from self._steps(self.entry.steps, sizes, 0)
-
-    def _steps(self, steps: Sequence[Mapping[str, Any]], sizes: Sizes, layer: int) -> Iterator[Action]:
-        for step in steps:
-            if "repeat" in step:
-                first, last = step["repeat"]
-                for number in range(first, last + 1):
-                    yield from self._steps(step["steps"], sizes, number)
+        for step, layer in self._flat():
+            if isinstance(step, str):
+                yield self._join if step == JOIN else self._fork
             else:
-                yield self._action(step, sizes, layer)
+                yield self._action(step, sizes, max(layer, 0))
+
+    def _flat(self) -> Iterator[Flat]:
+        """The steps of all layers (-1: outside) in order, joins and forks between."""
+        apart = True
+        for step, layer in _every(self.entry.steps, -1):
+            if ("stream" in step) is not apart:
+                apart = not apart
+                yield FORK if apart else JOIN, layer
+            yield step, layer
 
     def _action(self, step: Mapping[str, Any], sizes: Sizes, layer: int) -> Action:
         stream = self._stream(step.get("stream"))
@@ -139,3 +148,13 @@ class Executor:
         if number not in self.events:
             self.events[number] = self.driver.event()
         return self.events[number]
+
+
+def _every(steps: Sequence[Mapping[str, Any]], layer: int) -> Iterator[tuple[Mapping[str, Any], int]]:
+    for step in steps:
+        if "repeat" in step:
+            first, last = step["repeat"]
+            for number in range(first, last + 1):
+                yield from _every(step["steps"], number)
+        else:
+            yield step, layer

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moec.runtime.cuda.driver import Driver
-from moec.runtime.cuda.executor import Action, Executor
+from moec.runtime.cuda.executor import JOIN, Action, Executor
 from moec.runtime.cuda.kernel import Kernel
 from moec.runtime.cuda.memory import DeviceMemory
 from moec.runtime.cuda.program import Exchange, GpuEntry, Sizes, parse_exchange
@@ -46,6 +46,7 @@ class Item:
     wait: int | None = None
     exchange: Exchange | None = None
     late: Mapping[str, Any] | None = None
+    fence: str = ""
 
 
 @dataclass
@@ -95,7 +96,13 @@ class PiecewiseExecutor(Executor):
 
     def _cut(self, sizes: Sizes) -> Iterator[Item]:
         piece: Item | None = None
-        for step, layer in self._flat(self.entry.steps, -1):
+        for step, layer in self._flat():
+            if isinstance(step, str):
+                if piece is not None:
+                    yield piece
+                piece = None
+                yield Item(self.main, fence=step)
+                continue
             stream = self._stream(step.get("stream"))
             if "collective" in step or "record" in step or "wait" in step or _late(step):
                 if piece is not None:
@@ -118,15 +125,6 @@ class PiecewiseExecutor(Executor):
         if piece is not None:
             yield piece
 
-    def _flat(self, steps: Any, layer: int) -> Iterator[tuple[Mapping[str, Any], int]]:
-        for step in steps:
-            if "repeat" in step:
-                first, last = step["repeat"]
-                for number in range(first, last + 1):
-                    yield from self._flat(step["steps"], number)
-            else:
-                yield step, layer
-
     def _go(self, items: list[Item], sizes: Sizes, before: Action, after: Action) -> None:
         now = dict(sizes)
         self.communicator.begin(self.entry.name)
@@ -140,7 +138,11 @@ class PiecewiseExecutor(Executor):
         after()
 
     def _issue(self, item: Item, sizes: dict[str, int]) -> None:
-        if item.stream in self._stopped:
+        if item.fence:
+            while self._stopped:
+                self._finish(next(iter(self._stopped)), sizes)
+            (self._join if item.fence == JOIN else self._fork)()
+        elif item.stream in self._stopped:
             self._stopped[item.stream].later.append(item)
             if item.record is not None:
                 self._coming[item.record] = item.stream

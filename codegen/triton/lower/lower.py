@@ -298,6 +298,8 @@ class Lowering:
         """Append a step, on the stream of the current group."""
         if self.now < len(self.groups) and "stream" in self.groups[self.now].anchor.attrs:
             step["stream"] = self.groups[self.now].anchor.attrs["stream"]
+        elif self.now == len(self.groups) and self.order.several:
+            step["stream"] = self.order.main  # without one it would wait for all streams
         self.steps.append(step)
         return step
 
