@@ -24,7 +24,7 @@ from rich.table import Table
 
 from moec.passes.scheduling import exposed_communication, graph_from_json, solve
 from moec.simulate.pipeline import SCHEDULES, pipeline
-from moec.simulate.pipeline_graph import chains_of, pipeline_graph
+from moec.simulate.pipeline_graph import chains_of, pipeline_graph, published_schedule
 from moec.simulate.step import ChunkTimes, bubble_formula, pipeline_timeline, report_step
 
 Json = dict[str, Any]
@@ -75,7 +75,7 @@ def random_graphs(count: int, exact_seconds: float, seed: int, repeat: bool = Fa
     for k in range(count):
         data = random_loop(seed + k) if repeat else random_graph(seed + k)
         began, cpu = time.perf_counter(), time.process_time()
-        found = solve(graph_from_json(data))
+        found = solve(graph_from_json(data), soon=True)
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         exact, proven = (exact_interval if repeat else exact_makespan)(data, exact_seconds)
         reached = found.interval_us if found.interval_us is not None else found.makespan_us
@@ -300,7 +300,7 @@ def found_pipeline(schedule: str, ranks: int, micro_batches: int, weight: float)
     pipe = pipeline(schedule, 2 * ranks if folded else ranks, micro_batches)
     step = report_step(pipe, pipeline_timeline(pipe, times))
     graph = pipeline_graph(chains_of(pipe), times)
-    found = solve(graph, effort=5)
+    found = solve(graph, effort=5, start=published_schedule(pipe, times))
     return {
         "schedule": schedule,
         "ranks": ranks,

@@ -15,25 +15,28 @@ from moec.passes.scheduling.bounds import topological_order
 from moec.passes.scheduling.exact import beside
 from moec.passes.scheduling.exact_cyclic import Periodic, interval_run, span_run
 from moec.passes.scheduling.grid import Grid
-from moec.passes.scheduling.retime import compact
-from moec.passes.scheduling.search import Effort, LocalSearch
+from moec.passes.scheduling.retime import adopt, compact
+from moec.passes.scheduling.search import Effort, Given, LocalSearch
 
 _FIRST, _SETTLED = 0.1, 0.8
 """Shares of the effort after which the exact solver joins, and after which the interval stays as it is."""
 
-_SLICE = 20_000
-"""Tasks that the local search places between two looks at what wrapping around the circle makes of its best."""
+_SLICE, _ORDERS = 20_000, 40
+"""Tasks, and orders of all tasks, that the local search places between two looks at what wrapping around the circle
+makes of its best: the more of both."""
 
 _PATIENCE = 3
 """Slices without a shorter iteration after which the local search starts anew."""
 
 
-def find_period(grid: Grid, bound: int, effort: Effort, seed: int = 0) -> tuple[Periodic, int]:
+def find_period(
+    grid: Grid, bound: int, effort: Effort, seed: int = 0, given: Given | None = None
+) -> tuple[Periodic, int]:
     """The periodic grid schedule of the least interval found, and the best bound, from `bound` (above 0) up."""
     component = _components(grid)
     inner = replace(grid, arcs=[arc for arc in grid.arcs if component[arc[0]] == component[arc[1]]])
     settle = effort.share(_SETTLED)
-    wrapped = Wrapped(inner, seed)
+    wrapped = Wrapped(inner, seed, given)
     best, proven = wrapped.run(settle.share(_FIRST), lambda: bound), bound
     if best.interval > bound:
         run = interval_run(inner, best, bound)
@@ -51,11 +54,14 @@ def find_period(grid: Grid, bound: int, effort: Effort, seed: int = 0) -> tuple[
 class Wrapped:
     """Local search for short iterations, each wrapped around the circle; `best` has the least interval so far."""
 
-    def __init__(self, grid: Grid, seed: int) -> None:
+    def __init__(self, grid: Grid, seed: int, given: Given | None = None) -> None:
         self._grid, self._seed = grid, seed
-        self._search = LocalSearch(grid, seed)
+        self._search = LocalSearch(grid, seed, given)
         self._spent, self._idle = 0, 0
         self.best = self._wrap()
+        if given is not None and given.period:
+            other = adopt(grid, given.choice, given.starts, given.ends, given.period)
+            self.best = min(self.best, other, key=lambda period: period.interval)
 
     def run(self, effort: Effort, goal: Callable[[], int]) -> Periodic:
         """Search until the interval is no longer than `goal()` or the effort is spent, counted from the start."""
@@ -71,7 +77,8 @@ class Wrapped:
             self._seed, self._idle = self._seed + 1, 0
             self._search = LocalSearch(self._grid, self._seed)
         length = self._search.best.length
-        placements = min(self._search.placed + _SLICE, effort.placements - self._spent)
+        slice_of = max(_SLICE, _ORDERS * self._grid.size)
+        placements = min(self._search.placed + slice_of, effort.placements - self._spent)
         self._search.run(Effort(effort.deadline, placements), goal)
         self._idle = self._idle + 1 if self._search.best.length == length else 0
         self.best = min(self.best, self._wrap(), key=lambda period: period.interval)

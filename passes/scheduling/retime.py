@@ -9,7 +9,9 @@ structure: the maximum cycle ratio. So a grid schedule becomes one in real time,
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import chain
 
 from moec.passes.scheduling.cycles import Arc, earliest_starts, maximum_cycle_ratio
 from moec.passes.scheduling.exact_cyclic import Periodic
@@ -35,14 +37,19 @@ def compact(grid: Grid, periodic: Periodic) -> Periodic:
     """The periodic grid schedule of the same structure with the least whole interval."""
     modes = [modes[k] for modes, k in zip(grid.modes, periodic.choice, strict=True)]
     ends = [start + mode.duration for start, mode in zip(periodic.starts, modes, strict=True)]
+    return adopt(grid, periodic.choice, periodic.starts, ends, periodic.interval)
+
+
+def adopt(grid: Grid, choice: Sequence[int], starts: Sequence[int], ends: Sequence[int], period: int) -> Periodic:
+    """As `compact`, for starts, ends and a period in any unit, which say only what goes before what."""
+    modes = [modes[k] for modes, k in zip(grid.modes, choice, strict=True)]
     arcs: list[Arc] = [(i, j, modes[i].duration, distance) for i, j, distance in grid.arcs]
     for resource in range(len(grid.capacities)):
         users = [i for i, mode in enumerate(modes) if any(r == resource for r, _ in mode.uses)]
-        pairs = follows(users, periodic.starts, ends, periodic.interval)
-        arcs += [(i, j, modes[i].duration, lap) for i, j, lap in pairs]
+        arcs += [(i, j, modes[i].duration, lap) for i, j, lap in follows(users, starts, ends, period)]
     interval = math.ceil(maximum_cycle_ratio(grid.size, arcs))
-    starts = earliest_starts(grid.size, arcs, interval)
-    return Periodic([round(start) for start in starts], periodic.choice, interval)
+    found = earliest_starts(grid.size, arcs, interval)
+    return Periodic([round(start) for start in found], list(choice), interval)
 
 
 def follows(
@@ -50,23 +57,22 @@ def follows(
 ) -> list[tuple[int, int, int]]:
     """(i, j, lap): among the users of a resource, j of `lap` iterations later follows i with none in between.
 
-    Period 0 is a schedule that runs once; laps are then 0.
+    Period 0 is a schedule that runs once; laps are then 0. Users take longer than 0.
     """
+    place = {j: starts[j] % period if period else starts[j] for j in users}
+    order = sorted(users, key=place.__getitem__)
+    places = [place[j] for j in order]
     found = []
     for i in users:
-        later = [
-            (start, start + ends[j] - starts[j], j, lap)
-            for j in users
-            for start, lap in _runs(starts[j], ends[i], period)
-        ]
-        first_end = min((end for _, end, _, _ in later), default=0)
-        found += [(i, j, lap) for start, _, j, lap in later if start < first_end]
+        since = ends[i]
+        at = bisect_left(places, since % period if period else since)
+        first_end: float = math.inf
+        # Once around the circle; without one, to the end of the schedule.
+        for j in chain(order[at:], order[:at] if period else ()):
+            lap = -((starts[j] - since) // period) if period else 0
+            start = starts[j] + lap * period
+            if start >= first_end:
+                break
+            first_end = min(first_end, start + ends[j] - starts[j])
+            found.append((i, j, lap))
     return found
-
-
-def _runs(start: int, since: int, period: int) -> list[tuple[int, int]]:
-    """(start, iteration) of a task's first run at or after `since` and of those before that one ends."""
-    if not period:
-        return [(start, 0)] if start >= since else []
-    lap = -((start - since) // period)
-    return [(start + lap * period, lap)]

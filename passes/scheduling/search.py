@@ -68,10 +68,22 @@ class Found:
     length: int
 
 
+@dataclass(frozen=True)
+class Given:
+    """A schedule to begin with: the order of the tasks within their dependencies, a grid mode for each, and what goes
+    before what, by starts, ends and a period (0: none) in a unit of its own."""
+
+    order: list[int]
+    choice: list[int]
+    starts: list[int]
+    ends: list[int]
+    period: int
+
+
 class LocalSearch:
     """A search that can be run in slices; `best` is the shortest schedule so far, a list schedule at first."""
 
-    def __init__(self, grid: Grid, seed: int = 0) -> None:
+    def __init__(self, grid: Grid, seed: int = 0, given: Given | None = None) -> None:
         self.grid = grid
         self._random = random.Random(seed)
         self._forward, self._backward = Placer(grid), Placer(grid, reverse=True)
@@ -84,7 +96,11 @@ class LocalSearch:
         for rank, i in enumerate(topological_order(grid.size, grid.within())):
             self._rank[i] = rank
         self._flexible = [i for i in range(grid.size) if len(grid.modes[i]) > 1]
-        self.best = min(self._constructed(), key=lambda found: found.length)
+        found = self._constructed()
+        if given is not None:
+            starts, length = self._forward.place(given.order, given.choice)
+            found.append(Found(starts, given.choice, length))
+        self.best = min(found, key=lambda found: found.length)
 
     @property
     def placed(self) -> int:

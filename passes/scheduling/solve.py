@@ -10,16 +10,17 @@ from moec.passes.scheduling.bounds import (
     interval_resource_bound,
     recurrence_bound,
     resource_bound,
+    topological_order,
 )
 from moec.passes.scheduling.check import check
 from moec.passes.scheduling.exact import beside, makespan_run
 from moec.passes.scheduling.exact_cyclic import Periodic
-from moec.passes.scheduling.graph import TaskGraph
+from moec.passes.scheduling.graph import Mode, TaskGraph
 from moec.passes.scheduling.grid import Grid, make_grid
 from moec.passes.scheduling.interval import find_period
 from moec.passes.scheduling.retime import retime
 from moec.passes.scheduling.schedule import Schedule, makespan
-from moec.passes.scheduling.search import Effort, Found, LocalSearch
+from moec.passes.scheduling.search import Effort, Found, Given, LocalSearch
 
 EFFORT = Effort(placements=700_000, exact=0.2)
 """Default effort for a graph that runs once: one to one and a half seconds on two cores."""
@@ -27,14 +28,20 @@ EFFORT = Effort(placements=700_000, exact=0.2)
 CYCLIC_EFFORT = Effort(placements=300_000, exact=0.4)
 """Default effort for a graph that repeats: one to two seconds on two cores."""
 
-_PATIENCE = 30.0
+PATIENCE = 30.0
 """Seconds after which a search without a time limit ends although its work is not done."""
+
+SOON, CYCLIC_SOON = 1.85, 3.7
+"""The same where somebody waits for the answer to a graph that runs once, and to one that repeats."""
 
 EXACT_TASKS = 200
 """Tasks beyond which the exact solver is not asked: it would not get past reading the model in the default time."""
 
 _FIRST = 0.1
 """Share of the effort after which the exact solver joins: it starts from a good schedule, and often need not."""
+
+_FINE = 1_000_000_000
+"""Parts of an interval in which a given schedule is read."""
 
 _PARTS = 1_000_000
 """Grid units of an interval that are fine enough not to be divided."""
@@ -77,27 +84,40 @@ class Repeating:
         return self.solution.interval_bound_us
 
 
-def solve(graph: TaskGraph, time_limit: float | None = None, seed: int = 0, effort: float = 1.0) -> Solution:
+def solve(
+    graph: TaskGraph,
+    time_limit: float | None = None,
+    seed: int = 0,
+    effort: float = 1.0,
+    soon: bool = False,
+    start: Schedule | None = None,
+) -> Solution:
     """The best schedule found within `time_limit` seconds, on two threads at most.
 
     Without a time limit the search does a fixed amount of work, one to two seconds for an `effort` of 1:
-    the same graph then gets the same schedule, unless the machine is so busy that thirty seconds do not suffice. A
-    graph that runs once gets the least makespan; one with `repeat` edges the least interval and, at that interval, a
-    short iteration. A proof ends the search early. The schedule has passed `check`.
+    the same graph then gets the same schedule, unless the machine is so busy that thirty seconds do not suffice (with
+    `soon` two, four for a graph that repeats). A graph that runs once gets the least makespan; one with `repeat` edges
+    the least interval and, at that interval, a short iteration. `start` is a schedule to begin with: what is found is
+    no longer. A proof ends the search early. The schedule has passed `check`; raises IllegalSchedule if `start` fails.
     """
     import ortools.sat.python.cp_model  # noqa: F401  the limit is for the search, not for loading the solver
 
     full = CYCLIC_EFFORT if graph.cyclic else EFFORT
     work = Effort(placements=full.placements * effort, exact=full.exact * effort)
-    spent = Effort.within(time_limit) if time_limit is not None else work.until(_PATIENCE)
-    solution = (_solve_cyclic if graph.cyclic else _solve_once)(graph, spent, seed)
+    patience = (CYCLIC_SOON if graph.cyclic else SOON) if soon else PATIENCE
+    spent = Effort.within(time_limit) if time_limit is not None else work.until(patience)
+    if start is not None:
+        check(graph, start)
+    solution = (_solve_cyclic if graph.cyclic else _solve_once)(graph, spent, seed, start)
     check(graph, solution.schedule)
     return solution
 
 
-def find_makespan(grid: Grid, bound: int, effort: Effort, seed: int = 0) -> tuple[Found, int]:
+def find_makespan(
+    grid: Grid, bound: int, effort: Effort, seed: int = 0, given: Given | None = None
+) -> tuple[Found, int]:
     """The shortest grid schedule found and the best bound: local search here, the exact solver on a second thread."""
-    search = LocalSearch(grid, seed)
+    search = LocalSearch(grid, seed, given)
     if grid.size > EXACT_TASKS:
         return search.run(effort, lambda: bound), bound
     search.run(effort.share(_FIRST), lambda: bound)
@@ -108,17 +128,19 @@ def find_makespan(grid: Grid, bound: int, effort: Effort, seed: int = 0) -> tupl
     return min(filter(None, (search.best, answer)), key=lambda found: found.length), run.bound(bound)
 
 
-def _solve_once(graph: TaskGraph, effort: Effort, seed: int) -> Solution:
+def _solve_once(graph: TaskGraph, effort: Effort, seed: int, start: Schedule | None) -> Solution:
     grid = make_grid(graph)
     simple = max(critical_path(grid), resource_bound(grid))
-    found, proven = find_makespan(grid, simple, effort, seed)
+    found, proven = find_makespan(grid, simple, effort, seed, _given(graph, grid, start))
     _, schedule = _real(graph, grid, found.starts, found.choice)
+    if start is not None and makespan(graph, start) < makespan(graph, schedule):  # by the rounding of the grid
+        schedule = start
     length = makespan(graph, schedule)
     bound, optimal = _settle(length, proven, grid.slack, grid.unit_us)
     return Solution(schedule, length, bound, optimal, _bounds(grid))
 
 
-def _solve_cyclic(graph: TaskGraph, effort: Effort, seed: int) -> Solution:
+def _solve_cyclic(graph: TaskGraph, effort: Effort, seed: int, start: Schedule | None) -> Solution:
     coarse = make_grid(graph)
     bounds = _bounds(coarse)
     ratios = interval_resource_bound(coarse), recurrence_bound(coarse)
@@ -130,8 +152,10 @@ def _solve_cyclic(graph: TaskGraph, effort: Effort, seed: int) -> Solution:
     else:
         grid = make_grid(graph, refine=_refinement(coarse, least))
         low = math.ceil(least * coarse.unit_us / grid.unit_us * (1 - 1e-12))
-        found, proven = find_period(grid, low, effort, seed)
+        found, proven = find_period(grid, low, effort, seed, _given(graph, grid, start))
     interval, schedule = _real(graph, grid, found.starts, found.choice, found.interval)
+    if start is not None and start.interval_us is not None and start.interval_us < interval:
+        interval, schedule = start.interval_us, start
     length = makespan(graph, schedule)
     interval_bound, optimal = _settle(interval, proven, grid.slack + 1, grid.unit_us)
     return Solution(
@@ -143,6 +167,28 @@ def _solve_cyclic(graph: TaskGraph, effort: Effort, seed: int) -> Solution:
         interval_us=interval,
         interval_bound_us=max(interval_bound, min(interval, least * coarse.unit_us)),
     )
+
+
+def _given(graph: TaskGraph, grid: Grid, start: Schedule | None) -> Given | None:
+    """A schedule on the grid, with modes that are no worse than its own."""
+    if start is None:
+        return None
+    rank = {i: r for r, i in enumerate(topological_order(grid.size, grid.within()))}
+    order = sorted(range(grid.size), key=lambda i: (start.start_us[graph.tasks[i].name], rank[i]))
+    choice = []
+    for task, modes in zip(graph.tasks, grid.modes, strict=True):
+        wanted = start.mode_of(task)
+        choice.append(next(k for k, m in enumerate(modes) if _no_worse(task.modes[m.source], wanted)))
+    # Fine enough to tell tasks apart that meet, and a little shorter, so that those that do not stay so.
+    unit = (start.interval_us or makespan(graph, start) or 1.0) / _FINE
+    starts = [round(start.start_us[task.name] / unit) for task in graph.tasks]
+    shown = [max(round(start.mode_of(task).us / unit) - 20, 0) for task in graph.tasks]
+    ends = [at + length for at, length in zip(starts, shown, strict=True)]
+    return Given(order, choice, starts, ends, _FINE if graph.cyclic else 0)
+
+
+def _no_worse(mode: Mode, other: Mode) -> bool:
+    return mode.us <= other.us and all(use <= other.uses.get(r, 0) for r, use in mode.uses.items())
 
 
 def _real(

@@ -55,7 +55,7 @@ def register(app: typer.Typer) -> None:
         graph = read_tasks(tasks)
         notes = Console(stderr=True, highlight=False)
         with notes.status(f"scheduling {len(graph.tasks)} tasks"):
-            solution = solve(graph, time_limit)
+            solution = solve(graph, time_limit, soon=True)
         if trace is not None:
             write_trace(trace, _spans(graph, solution))
             notes.print(f"wrote {trace} (open it at ui.perfetto.dev)", soft_wrap=True)
