@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moec.passes.scheduling import Mode, Task, TaskGraph
+from moec.passes.scheduling import Mode, Schedule, Task, TaskGraph
 from moec.simulate.pipeline import Pipeline
-from moec.simulate.step import ChunkTimes
+from moec.simulate.step import ChunkTimes, cell_name, pipeline_timeline
 
 
 @dataclass(frozen=True)
@@ -47,26 +47,49 @@ def chains_of(pipe: Pipeline) -> list[Chain]:
 
 def pipeline_graph(chains: Sequence[Chain], times: ChunkTimes) -> TaskGraph:
     """Forward, input and weight passes of all micro-batches on ranks that do one thing at a time."""
-    lengths = {"F": times.forward, "I": times.backward - times.weight, "W": times.weight}
+    lengths = _lengths(times)
     tasks: list[Task] = []
     edges: list[tuple[str, str]] = []
-
-    def name(kind: str, chain: int, stage: int, m: int) -> str:
-        return f"{kind}{stage}.{m}" + "r" * chain
 
     for c, chain in enumerate(chains):
         last = len(chain.ranks) - 1
         for stage, rank in enumerate(chain.ranks):
             for m in range(chain.micro_batches):
-                mine = {kind: name(kind, c, stage, m) for kind in lengths}
+                mine = {kind: _name(kind, c, stage, m) for kind in lengths}
                 tasks += [Task(mine[kind], (Mode(us, {f"rank {rank}": 1}),)) for kind, us in lengths.items()]
                 edges += [(mine["F"], mine["I"]), (mine["I"], mine["W"])]
                 if stage < last:
-                    edges.append((mine["F"], name("F", c, stage + 1, m)))
-                    edges.append((name("I", c, stage + 1, m), mine["I"]))
+                    edges.append((mine["F"], _name("F", c, stage + 1, m)))
+                    edges.append((_name("I", c, stage + 1, m), mine["I"]))
                 if m + 1 < chain.micro_batches:
-                    edges += [(mine[kind], name(kind, c, stage, m + 1)) for kind in lengths]
+                    edges += [(mine[kind], _name(kind, c, stage, m + 1)) for kind in lengths]
                 if m + chain.held[stage] < chain.micro_batches:
-                    edges.append((mine["W"], name("F", c, stage, m + chain.held[stage])))
+                    edges.append((mine["W"], _name("F", c, stage, m + chain.held[stage])))
     resources = {f"rank {r}": 1.0 for r in sorted({r for chain in chains for r in chain.ranks})}
     return TaskGraph(resources, tuple(tasks), tuple(edges))
+
+
+def published_schedule(pipe: Pipeline, times: ChunkTimes) -> Schedule:
+    """A pipeline as it was published, as a schedule of the tasks of its `pipeline_graph`.
+
+    A forward and a backward that overlap run one after the other, which takes as long where that gains nothing.
+    """
+    lengths = _lengths(times)
+    begin = {span.name: span.start_us for span in pipeline_timeline(pipe, times)}
+    start: dict[str, float] = {}
+    for rank, cells in enumerate(pipe.programs):
+        for cell in cells:
+            now = begin[cell_name(rank, cell)]
+            for part in cell.parts:
+                for kind in {"B": "IW"}.get(part.kind, part.kind):
+                    start[_name(kind, part.direction, part.stage, part.micro_batch)] = now
+                    now += lengths[kind]
+    return Schedule(start)
+
+
+def _lengths(times: ChunkTimes) -> dict[str, float]:
+    return {"F": times.forward, "I": times.backward - times.weight, "W": times.weight}
+
+
+def _name(kind: str, chain: int, stage: int, m: int) -> str:
+    return f"{kind}{stage}.{m}" + "r" * chain

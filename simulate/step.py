@@ -51,7 +51,7 @@ def pipeline_activities(pipe: Pipeline, times: ChunkTimes, send: float = 0.0) ->
     `send` is the time that activations and gradients travel between neighbouring ranks.
     """
     producer = {
-        part: (_name(rank, cell), rank)
+        part: (cell_name(rank, cell), rank)
         for rank, cells in enumerate(pipe.programs)
         for cell in cells
         for part in cell.parts
@@ -59,7 +59,7 @@ def pipeline_activities(pipe: Pipeline, times: ChunkTimes, send: float = 0.0) ->
     activities: dict[str, Activity] = {}
     for rank, cells in enumerate(pipe.programs):
         for cell in cells:
-            name, after = _name(rank, cell), []
+            name, after = cell_name(rank, cell), []
             for source, sender in dict.fromkeys(producer[p] for part in cell.parts for p in _inputs(part, producer)):
                 carried = f"{source} to {name}"
                 if sender != rank and send:
@@ -97,7 +97,7 @@ def report_step(pipe: Pipeline, spans: Sequence[Span]) -> StepReport:
     for rank, cells in enumerate(pipe.programs):
         spent = {"F": 0.0, "B": 0.0, "W": 0.0, "F&B": 0.0}
         for cell in cells:
-            spent[_kind(cell)] += found[_name(rank, cell)].us
+            spent[_kind(cell)] += found[cell_name(rank, cell)].us
         parts.append(spent)
         busy.append(sum(spent.values()))
     held = [peak_activations(cells) for cells in pipe.programs]
@@ -144,7 +144,8 @@ def _kind(cell: Cell) -> str:
     return "F&B" if len(cell.parts) == 2 else cell.parts[0].kind.replace("I", "B")
 
 
-def _name(rank: int, cell: Cell) -> str:
+def cell_name(rank: int, cell: Cell) -> str:
+    """What a cell of a rank is called in a timeline."""
     shown = "&".join(
         f"{part.kind}{part.stage}.{part.micro_batch}{'r' if part.direction else ''}" for part in cell.parts
     )
