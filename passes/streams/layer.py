@@ -103,16 +103,16 @@ def least_interval(graph: TaskGraph, effort: float = EFFORT) -> Solution:
     """The best periodic schedule found; equal graphs are searched once.
 
     Micro-batches of one size are first scheduled by turns, each the same way as the one before (see `by_turns`), then
-    freely, then with one division of the SMs throughout; the best schedule stays.
+    with one division of the SMs throughout, both of which are small problems; the search over everything begins with
+    the better of these.
     """
-    turns = by_turns(graph, effort)
-    if turns is not None and turns.optimal:
-        return turns
-    found = solve(graph, effort=effort)
-    found = found if turns is None else better(turns, found)
-    for other in () if found.optimal else _at_one_share(graph, effort):
-        found = better(found, other)
-    return found
+    best = by_turns(graph, effort)
+    if best is not None and best.optimal:
+        return best
+    for other in _at_one_share(graph, effort):
+        best = other if best is None else better(best, other)
+    found = solve(graph, effort=effort, start=None if best is None else best.schedule)
+    return found if best is None else better(best, found)
 
 
 def _at_one_share(graph: TaskGraph, effort: float) -> Iterator[Solution]:
