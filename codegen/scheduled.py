@@ -7,13 +7,12 @@ workspace of its own. Where they are cut and in which order they run is read off
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from moec.ir import Function, IndexType, Module, Op, Value, WeightRef
-from moec.ir.issue import Issued, Tracer
-from moec.ir.module import Operand
+from moec.codegen.issue_order import issue_order, looped
+from moec.ir import Function, IndexType, Module, Op, Value
 
 EXCHANGES = ("comm.dispatch", "comm.combine")
 VIEWS = ("split", "unflatten", "flatten")
@@ -56,26 +55,50 @@ def runs(module: Module, function: Function) -> Iterator[tuple[str, list[Op]]]:
 
 
 @dataclass
-class _Steps:
-    """Steps of an entry by their number in plan.json: what each op belongs to."""
+class Steps:
+    """The steps of an entry by their number in plan.json: of each op, and the steps whose results each one uses.
 
-    of: dict[Op, int] = field(default_factory=dict)
-    count: int = 0
+    `ops` are those of each step, views left out, `stages` what a micro-batch ends before it begins the next: (layer,
+    step) around loops and of each layer.
+    """
 
-    def add(self, module: Module, function: Function) -> None:
+    number: dict[Op, int] = field(default_factory=dict)
+    ops: list[list[Op]] = field(default_factory=list)
+    needs: list[set[int]] = field(default_factory=list)
+    stages: list[list[tuple[int, int]]] = field(default_factory=lambda: [[]])
+
+    @staticmethod
+    def of_entry(module: Module, entry: Function) -> Steps:
+        """The steps of an entry and of the layers that it loops over."""
+        found = Steps()
+        found._add(module, entry, [-1])
+        return found
+
+    def _add(self, module: Module, function: Function, layers: Sequence[int]) -> None:
         for kind, ops in runs(module, function):
             if kind == "loop":
-                self.add(module, module.functions[str(ops[0].attrs["func"])])
+                attrs = ops[0].attrs
+                inner = range(int(str(attrs["first"])), int(str(attrs["last"])) + 1)
+                self.stages += [[] for _ in inner]
+                self._add(module, module.functions[str(attrs["func"])], inner)
+                self.stages.append([])
                 continue
-            self.of.update(dict.fromkeys(ops, self.count))
-            self.count += 1
+            for stage, layer in zip(self.stages[-len(layers) :], layers, strict=True):
+                stage.append((layer, len(self.ops)))
+            self.number.update(dict.fromkeys(ops, len(self.ops)))
+            self.ops.append([op for op in ops if op.name not in VIEWS])
+        self.needs += [set() for _ in range(len(self.ops) - len(self.needs))]
+        for op, used in sources(function).items():
+            if op in self.number and op.name not in VIEWS:
+                self.needs[self.number[op]] |= {self.number[s] for s in used if s in self.number} - {self.number[op]}
 
 
 def crossing(module: Module, function: Function) -> set[Value]:
     """Values that another segment or a collective uses than the one that makes them."""
     group = {op: i for i, (_, ops) in enumerate(runs(module, function)) for op in ops}
     made = function.producer()
-    return {v for op in function.ops for v in op.values() if v in made and group[made[v]] != group[op]}
+    # Views before a collective belong to no segment: their place is that of what they are views of.
+    return {v for op in function.ops for v in op.values() if v in made and group.get(made[v]) != group.get(op)}
 
 
 def arrange(base: Module, scheduled: Module, name: str) -> list[Turn]:
@@ -92,123 +115,88 @@ def arrange(base: Module, scheduled: Module, name: str) -> list[Turn]:
 class _Walk:
     def __init__(self, base: Module, scheduled: Module, name: str) -> None:
         self.base, self.entry = base, base.functions[name]
-        self.layers = [f for f in _called(base, self.entry) if exchanges(f)]
-        self.order = list(Tracer(scheduled).run(scheduled.functions[name]))
-        self.place: dict[int, tuple[Op, int, int]] = {}
-        """By place in the order: the op of `base`, micro-batch and layer; ops of layers without exchanges are left."""
-        self._match()
-
-    def _match(self) -> None:
-        known = {f.name: f for f in [self.entry, *self.layers]}
-        waiting: dict[tuple[str, int, int], dict[object, list[Op]]] = {}
-        layer_of: dict[Op | int, int] = {}
-        for at, issued in enumerate(self.order):
-            if issued.op.name.startswith(("event.", "index.")):
-                continue
-            function = known.get(_plain(issued.function.name))
-            if function is None:
-                continue
-            part = int(str(issued.op.attrs.get("micro_batch", 0)))
-            layer = -1
-            if function is not self.entry:
-                layer = _layer(issued, layer_of)
-                layer_of[id(issued)] = layer
-            key = function.name, part, layer
-            if key not in waiting:
-                waiting[key] = defaultdict(list)
-                for op in function.ops:
-                    waiting[key][_identity(op)].append(op)
-            left = waiting[key][_identity(issued.op)]
-            self.place[at] = left.pop(0), part, layer
+        self.layers = [f for f in looped(base, self.entry) if exchanges(f)]
+        self.place = issue_order(base, scheduled, name, self.layers)
 
     def _by_part(self, function: Function) -> dict[tuple[int, int], list[Op]]:
         found: dict[tuple[int, int], list[Op]] = defaultdict(list)
         ops = set(function.ops)
-        for op, part, layer in self.place.values():
+        for op, part, layer in self.place:
             if op in ops:
                 found[part, layer].append(op)
         return found
 
     def arrange(self, function: Function) -> None:
-        """Ops in the order of one micro-batch, and a cut wherever in any of them another op or a wait comes between.
+        """Ops in the order of one micro-batch, and a cut wherever in any of them another op comes between.
 
-        A segment runs where its first op stands: behind a wait for an exchange another one has to begin.
+        A segment runs where its first op stands: an op that uses what other exchanges bring begins one.
         """
         order = next(iter(self._by_part(function).values()))
-        ours = set(function.ops)
+        numbers = [op for op in function.ops if op.name == "index.affine"]
+        ours = set(function.ops) - set(numbers)
         assert len(order) == len(ours), f"@{function.name}: {len(order)} of {len(ours)} ops are found in the schedule"
         beside: dict[tuple[int, int], set[tuple[Op, Op]]] = defaultdict(set)
         last: tuple[Op, int, int] | None = None
-        for at, issued in enumerate(self.order):
-            if issued.op.name == "event.wait":
-                last = None
-            if at not in self.place:
-                continue
-            op, part, layer = self.place[at]
+        for op, part, layer in self.place:
             if op.name in VIEWS or op.name.startswith("comm."):
                 continue
             if op in ours:
                 beside[part, layer] |= {(last[0], op)} if last is not None and last[1:] == (part, layer) else set()
             last = op, part, layer
         always = set.intersection(*beside.values())
-        shown = [op for op in order if op.name not in VIEWS]
-        function.ops = order
-        function.attrs[CUTS] = tuple(
-            order.index(b) for a, b in pairwise(shown) if (a, b) not in always and not b.name.startswith("comm.")
-        )
+        function.ops = [*numbers, *order]
+        brought = {op: {s for s in used if s.name.startswith("comm.")} for op, used in sources(function).items()}
+        cuts: list[int] = []
+        first: Op | None = None
+        for a, b in pairwise([None, *(op for op in order if op.name not in VIEWS)]):
+            if b.name.startswith("comm."):
+                first = None
+                continue
+            if first is not None and ((a, b) not in always or not brought[b] <= brought[first]):
+                cuts.append(function.ops.index(b))
+                first = None
+            first = first or b
+        function.attrs[CUTS] = tuple(cuts)
 
     def turns(self) -> list[Turn]:
-        steps = _Steps()
-        steps.add(self.base, self.entry)
+        """Steps in the order of issue. An exchange is waited for where the first step comes that uses what it brings.
+
+        That is where the schedule has waited for it at the latest, and holds whatever its events say.
+        """
+        steps = Steps.of_entry(self.base, self.entry)
         found: dict[Turn, None] = {}
-        recorded: dict[object, list[Turn]] = {}
-        started: dict[str, list[Turn]] = defaultdict(list)
-        for at, issued in enumerate(self.order):
-            if issued.op.name == "event.record" and issued.stream in started:
-                # An event tells that all exchanges before it on its stream are over.
-                recorded[issued.op.attrs["event"]] = list(started[issued.stream])
-            elif issued.op.name == "event.wait" and issued.stream not in started:
-                for _, part, layer, step in recorded.get(issued.op.attrs["event"], ()):
-                    found.setdefault(("wait", part, layer, step))
-            elif at in self.place:
-                op, part, layer = self.place[at]
-                if op not in steps.of:
-                    continue
-                turn = ("start" if op.name in EXCHANGES else "run", part, layer, steps.of[op])
-                found.setdefault(turn)
-                if op.name in EXCHANGES:
-                    started[issued.stream].append(turn)
+        under_way: dict[tuple[int, int, int], None] = {}
+
+        def wait(part: int, layer: int, step: int) -> None:
+            if (part, layer, step) in under_way:
+                del under_way[part, layer, step]
+                found["wait", part, layer, step] = None
+
+        for op, part, layer in self.place:
+            if op not in steps.number or op.name in VIEWS:
+                continue
+            step = steps.number[op]
+            turn = ("start" if op.name in EXCHANGES else "run", part, layer, step)
+            if turn in found:
+                continue
+            for key in list(under_way):
+                # The workspace of a micro-batch holds one layer at a time.
+                if key[0] == part and (key[1] != layer or key[2] in steps.needs[step]):
+                    wait(*key)
+            found[turn] = None
+            if turn[0] == "start":
+                under_way[part, layer, step] = None
+        for key in list(under_way):
+            wait(*key)
         return list(found)
 
 
-def _called(module: Module, entry: Function) -> list[Function]:
-    names = dict.fromkeys(str(op.attrs["func"]) for op in entry.ops if op.name == "repeat")
-    return [module.functions[name] for name in names]
-
-
-def _plain(name: str) -> str:
-    return next((name.removesuffix(end) for end in (".fill", ".round", ".drain") if name.endswith(end)), name)
-
-
-def _identity(op: Op) -> object:
-    """What an op and its copies have in common."""
-    place = str(op.loc).partition(",")[0].rstrip(")") if op.loc else ""
-    return op.name, tuple(o.name for o in op.operands if isinstance(o, WeightRef)), len(op.results), place
-
-
-def _layer(issued: Issued, known: dict[Op | int, int]) -> int:
-    """The layer that an op works on: from its index, else that of what it uses."""
-    assert issued.layer is not None
-    shift = {o.results[0]: int(str(o.attrs["offset"])) for o in issued.function.ops if o.name == "index.affine"}
-    index = issued.function.args[0]
-
-    def indices(operand: Operand) -> list[object]:
-        return list(operand.indices) if isinstance(operand, WeightRef) else [operand]
-
-    for value in (v for operand in issued.op.operands for v in indices(operand)):
-        if value is index:
-            return issued.layer
-        if value in shift:
-            return issued.layer + shift[value]
-    before = [known[id(s.writer)] for s in issued.reads if s.writer is not None and id(s.writer) in known]
-    return max(before, default=issued.layer)
+def sources(function: Function) -> dict[Op, set[Op]]:
+    """The ops whose results each op uses, as they are or as views of them."""
+    made = function.producer()
+    found: dict[Op, set[Op]] = {}
+    for op in function.ops:
+        makers = [made[v] for v in op.values() if v in made]
+        found[op] = {m for m in makers if m.name not in VIEWS}
+        found[op] |= {s for m in makers if m.name in VIEWS for s in found[m]}
+    return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from moec.ir.module import ENTRIES, Function, Module, Op, Value
 from moec.ir.optable import OPS, OpDef, operand_type
-from moec.ir.types import CacheType, TensorType
+from moec.ir.types import CacheType, IndexType, TensorType
 
 CALLS = ("call", "repeat")
 EVENTS = ("event.record", "event.wait")
@@ -79,6 +79,17 @@ def is_view(op: Op) -> bool:
 def cache_part(function: Function, op: Op) -> object:
     """Whose rows of a cache an op works on: its micro-batch's, or those that the parts of one prompt share (None)."""
     return None if "prompt_parts" in function.attrs else op.attrs.get("micro_batch")
+
+
+def cache_layer(issued: Issued) -> object:
+    """The layer whose rows an op on a cache works on."""
+    index = next((o for o in issued.op.operands if isinstance(o, Value) and isinstance(o.type, IndexType)), None)
+    shift = next((o for o in issued.function.ops if o.name == "index.affine" and index in o.results), None)
+    if index is None or issued.layer is None or (shift is None and index is not issued.function.args[0]):
+        return index
+    if shift is None:
+        return issued.layer
+    return int(str(shift.attrs["scale"])) * issued.layer + int(str(shift.attrs["offset"]))
 
 
 class Tracer:

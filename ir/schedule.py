@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from moec.errors import MoecError
 from moec.ir.dims import Dim, bind
-from moec.ir.issue import CALLS, Issued, Storage, Tracer, cache_part, entries, is_cache, is_view, scheduled
+from moec.ir.issue import CALLS, Issued, Storage, Tracer, cache_layer, cache_part, entries, is_cache, is_view, scheduled
 from moec.ir.module import Function, Module, Op
 from moec.ir.printer import print_op
 from moec.ir.types import TensorType
@@ -35,6 +35,7 @@ class _Check:
         self._tracer = Tracer(module, ROUNDS)
         self._held: dict[int, Storage] = {}
         self._written: dict[tuple[Storage, object], Issued] = {}
+        self._read: dict[tuple[Storage, object, bool], list[Issued]] = {}
         self._bytes = _numbers(entry, "buffer_bytes")
         self._sizes = dict(part.split("=") for part in _texts(entry, "sizes"))
 
@@ -97,8 +98,26 @@ class _Check:
                     f"{_short(issued.op)} on stream {_stream(issued)} uses the cache without waiting for"
                     f" {_short(writer.op)} on stream {_stream(writer)}",
                 )
+            # Index keys stand beside the rows of a token, and are added and read apart from them.
+            place = storage, cache_layer(issued), "index" in issued.op.name
             if issued.op.name.startswith("cache.append"):
                 self._written[key] = issued
+                self._added_late(issued, self._read.get(place, []))
+            else:
+                self._read.setdefault(place, []).append(issued)
+
+    def _added_late(self, issued: Issued, readers: list[Issued]) -> None:
+        """What a step adds to a layer's cache is there before its micro-batch, or a later part of the prompt, reads."""
+        mine = int(str(issued.op.attrs.get("micro_batch", 0)))
+        whole = cache_part(issued.function, issued.op) is None and "prompt_parts" in issued.function.attrs
+        for reader in readers:
+            part = int(str(reader.op.attrs.get("micro_batch", 0)))
+            if part == mine or (whole and part > mine):
+                self._refuse(
+                    issued,
+                    f"{_short(issued.op)} adds rows to the cache behind {_short(reader.op)}, which reads them: put it"
+                    " before that one",
+                )
 
     def _results(self, issued: Issued) -> None:
         placed = issued.op.attrs.get("buffers")

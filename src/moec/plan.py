@@ -112,6 +112,7 @@ class Plan:
     def _arranged(self) -> tuple[Module, dict[str, Any]]:
         """The module whose segments CPU ranks compile, and what plan.json says of the turns that a schedule takes."""
         from moec.codegen.scheduled import arrange
+        from moec.codegen.turn_order import check_turns
         from moec.ir.issue import scheduled
         from moec.ir.mesh import mesh_of
         from moec.ir.rewrite import clone_module
@@ -127,6 +128,7 @@ class Plan:
         base = clone_module(self.unscheduled)
         turns = arrange(base, self.ir, "decode")
         parts = int(str(self.ir.functions["decode"].attrs.get("micro_batches", 1)))
+        check_turns(base, "decode", turns, parts)
         return base, {"turns": [list(turn) for turn in turns], "parts": parts}
 
     def _cpu_kernels(

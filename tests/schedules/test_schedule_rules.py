@@ -62,6 +62,16 @@ def test_every_signal_is_needed(schedule_text: Text) -> None:
         assert re.search(r"event\S* \d+|without waiting|reused too early", refused(without(text, line)))
 
 
+def test_rows_are_added_to_the_cache_before_they_are_read(schedule_text: Text) -> None:
+    """Both orders keep every wait, on one stream: only one of them is what the model says."""
+    lines = schedule_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if "cache.append" in line and "micro_batch = 1" in line)
+    reader = next(i for i in range(at, len(lines)) if "attn.mla" in lines[i] and "micro_batch = 1" in lines[i])
+    lines.insert(reader, lines.pop(at))
+    message = refused("".join(lines))
+    assert "adds rows to the cache behind" in message and "attn.mla" in message and "cache.append" in message
+
+
 def test_a_wait_without_a_signal(schedule_text: Text) -> None:
     text = schedule_text()
     line = lines_with(text, "event.wait")[0]
