@@ -147,15 +147,14 @@ class _Walk:
         function.ops = [*numbers, *order]
         brought = {op: {s for s in used if s.name.startswith("comm.")} for op, used in sources(function).items()}
         cuts: list[int] = []
-        first: Op | None = None
-        for a, b in pairwise([None, *(op for op in order if op.name not in VIEWS)]):
-            if b.name.startswith("comm."):
-                first = None
-                continue
-            if first is not None and ((a, b) not in always or not brought[b] <= brought[first]):
+        shown = [op for op in order if op.name not in VIEWS]
+        first = shown[0]
+        for a, b in pairwise(shown):
+            if a.name.startswith("comm.") or b.name.startswith("comm."):
+                first = b
+            elif (a, b) not in always or not brought[b] <= brought[first]:
                 cuts.append(function.ops.index(b))
-                first = None
-            first = first or b
+                first = b
         function.attrs[CUTS] = tuple(cuts)
 
     def turns(self) -> list[Turn]:

@@ -239,7 +239,9 @@ class Machine(Evaluator):
         made = self.evaluated(one.op, one.env)
         self.memory.update(zip(one.results, made, strict=True))
         placed = one.op.attrs.get("buffers", ())
-        for name, buffer in zip(one.results, placed, strict=False):  # type: ignore[call-overload]
+        assert isinstance(placed, tuple)
+        for name, buffer in zip(one.results, placed, strict=False):
+            assert isinstance(buffer, int)
             if buffer >= 0:
                 self._placed[name], self._held[buffer] = buffer, name
 
