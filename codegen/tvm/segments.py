@@ -248,7 +248,9 @@ class _Emission:
                     emitter.record = Record.of_layer(self.routers, _flat(routed), most, self.module, frame.call, layer)
             else:
                 emitter.repeat = self._loops(program, frame, segment.ops, routed)
-            for op in segment.ops:
+            # Numbers of layers are no values in memory: every segment computes them for itself.
+            numbers = [op for op in frame.function.ops if op.name == "index.affine" and op not in segment.ops]
+            for op in [*numbers, *segment.ops]:
                 emitter.op = op
                 emitter_of(op.name)(emitter, op)
             if segment.last:

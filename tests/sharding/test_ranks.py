@@ -8,13 +8,16 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_schedules import drawn as drawn_schedule
 from rank_models import BATCH, CASES, CHUNK, CONTEXT, Case, compiled, launch, results, skewed
 
 import moec
+from moec.ir import verify
 from moec.passes.planning.layout import LayoutRequest
 
 BOUND = 1e-5
@@ -278,17 +281,38 @@ def test_micro_batches_that_hide_their_exchanges(pair: Path, tmp_path: Path) -> 
         assert np.abs(rank["decoded_hidden"] - whole).max() < 1e-4 * whole.std()
 
 
+SCHEDULED: dict[str, dict[str, int]] = {
+    "deepseek_v3": {},
+    # Both ropes of a layer stand in one line; two layers in one function.
+    "qwen3_moe": {"num_hidden_layers": 3},
+    "gpt_oss": {"num_hidden_layers": 8},
+}
+
+
 @SLOW
-def test_ranks_follow_the_schedule_of_their_artifact(tmp_path: Path) -> None:
-    """Turns read off the scheduled text: tokens of one process, and no bit changed by waiting for every exchange."""
-    target = Path(__file__).parents[2] / "benchmarks" / "cpu_with_network.yaml"
+@pytest.mark.parametrize("drawn", [0, 1])
+@pytest.mark.parametrize("family", SCHEDULED)
+def test_ranks_follow_the_schedule_of_their_artifact(family: str, drawn: int, tmp_path: Path) -> None:
+    """Turns read off the scheduled text, the compiler's or one that is drawn: tokens of one process, and no bit changed
+    by waiting for every exchange."""
+    target = str(Path(__file__).parents[2] / "benchmarks" / "cpu_with_network.yaml")
     passes = ["split-microbatches{count=2,phase=decode}", "overlap{phase=decode}"]
-    plan = moec.trace("tiny-deepseek-v3").optimize(
-        str(target), batch=4, context=64, layout=LayoutRequest(ranks=2), recipe="fp32", passes=passes
+    model = "tiny-deepseek-v3"
+    if family != "deepseek_v3":
+        from random_configs import make_model
+
+        sizes = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 48}
+        make_model(family, 5, **sizes, **SCHEDULED[family]).save_pretrained(tmp_path / "hf")
+        model = str(tmp_path / "hf")
+    plan = moec.trace(model).optimize(
+        target, batch=4, context=64, layout=LayoutRequest(ranks=2), recipe="fp32", passes=passes[: 2 - drawn]
     )
+    if drawn:
+        plan = replace(plan, ir=drawn_schedule(plan.ir, drawn))
+        verify(plan.ir)
     many = plan.compile(tmp_path / "many.moec").path
     assert json.loads((many / "plan.json").read_text())["entries"]["decode"]["turns"]
-    one = moec.load(compiled("tiny-deepseek-v3", tmp_path / "one.moec", "fp32"), threads=1)
+    one = moec.load(compiled(model, tmp_path / "one.moec", "fp32"), threads=1)
     kinds = [("whole", 0, True), ("waiting", -1, False), ("hidden", -1, True)]
     for rank in results(2, many, tmp_path / "out", micro_batches=kinds, prompts=PROMPTS, new=6):
         assert json.loads(str(rank["tokens"])) == one.generate(PROMPTS, 6, stop=())
