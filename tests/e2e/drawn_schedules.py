@@ -38,7 +38,7 @@ class Stale(AssertionError):
 def split_plan(model: str, layers: int, request: LayoutRequest, count: int, **sizes: str) -> Any:
     """A sharded decode in micro-batches without a schedule."""
     return moec.trace(model, {"num_hidden_layers": str(layers), **sizes}).optimize(
-        "benchmarks/cpu_with_network.yaml", batch=4, context=16, layout=request, recipe="fp32",
+        "cpu", batch=4, context=16, layout=request, recipe="fp32",
         passes=[f"split-microbatches{{count={count},phase=decode}}"],
     )  # fmt: skip
 
@@ -280,7 +280,7 @@ class Turns:
         for what, k, layer, step in turns:
             part, ops = self.parts[k], self.steps.ops[step]
             function = self.of[ops[0]]
-            if layer != part.layer:
+            if layer != part.layer or (layer >= 0 and function.args[0] not in part.inner):
                 self._enter(part, function, layer)
             env = part.env if layer < 0 else part.inner
             if what == "wait":
@@ -301,17 +301,17 @@ class Turns:
     def _enter(self, part: Part, function: Function, layer: int) -> None:
         """Into a layer, or out of the last one: state goes on, the workspace is another's."""
         assert not part.under_way, "an exchange of the layer before is under way"
+        before = next((f for f in self.loops if f.args[0] in part.inner), None)
+        state = [self._value(part.inner, before, v) for v in before.returns] if before is not None else []
+        if before is not None and before is not function:
+            part.env.update(zip(self.loops[before].results, state, strict=True))
+        part.layer, part.inner = layer, {}
         if layer >= 0:
-            call = self.loops[function]
-            given = [part.env.get(o) if isinstance(o, Value) else self.machine.get(o) for o in call.operands]
-            if part.layer >= 0:
-                given[: len(function.returns)] = [self._value(part.inner, function, v) for v in function.returns]
+            given = [self._value(part.env, self.entry, o) if isinstance(o, Value) else self.machine.get(o)
+                     for o in self.loops[function].operands]  # fmt: skip
+            if before is function:
+                given[: len(state)] = state
             part.inner = dict(zip(function.args, [layer, *given], strict=True))
-        else:
-            (before, call), = ((f, op) for f, op in self.loops.items() if f.args[0] in part.inner)  # fmt: skip
-            for result, v in zip(call.results, before.returns, strict=True):
-                part.env[result] = self._value(part.inner, before, v)
-        part.layer = layer
 
     def _repeat(self, call: Op, env: dict[Value, Any]) -> None:
         callee = self.base.functions[str(call.attrs["func"])]

@@ -10,7 +10,6 @@ import random
 import re
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,11 +48,6 @@ def case(name: str) -> tuple[Module, Module, list[torch.Tensor], int]:
     split = clone_module(plan.ir)
     del split.functions["prefill"]
     return split, plan.unscheduled, in_order(split), count
-
-
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
 
 
 def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
