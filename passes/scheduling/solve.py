@@ -170,7 +170,7 @@ def _solve_cyclic(graph: TaskGraph, effort: Effort, seed: int, start: Schedule |
 
 
 def _given(graph: TaskGraph, grid: Grid, start: Schedule | None) -> Given | None:
-    """A schedule on the grid, with modes that are no worse than its own."""
+    """A schedule on the grid, with modes that hold no more than its own."""
     if start is None:
         return None
     rank = {i: r for r, i in enumerate(topological_order(grid.size, grid.within()))}
@@ -178,7 +178,10 @@ def _given(graph: TaskGraph, grid: Grid, start: Schedule | None) -> Given | None
     choice = []
     for task, modes in zip(graph.tasks, grid.modes, strict=True):
         wanted = start.mode_of(task)
-        choice.append(next(k for k, m in enumerate(modes) if _no_worse(task.modes[m.source], wanted)))
+        fitting = [
+            (task.modes[m.source].us, k) for k, m in enumerate(modes) if _holds_less(task.modes[m.source], wanted)
+        ]
+        choice.append(min(fitting)[1])
     # Fine enough to tell tasks apart that meet, and a little shorter, so that those that do not stay so.
     unit = (start.interval_us or makespan(graph, start) or 1.0) / _FINE
     starts = [round(start.start_us[task.name] / unit) for task in graph.tasks]
@@ -187,8 +190,9 @@ def _given(graph: TaskGraph, grid: Grid, start: Schedule | None) -> Given | None
     return Given(order, choice, starts, ends, _FINE if graph.cyclic else 0)
 
 
-def _no_worse(mode: Mode, other: Mode) -> bool:
-    return mode.us <= other.us and all(use <= other.uses.get(r, 0) for r, use in mode.uses.items())
+def _holds_less(mode: Mode, other: Mode) -> bool:
+    """Whether a mode fits where another one does, to the rounding of the grid, which keeps no mode that is worse."""
+    return all(use <= other.uses.get(r, 0) * (1 + 1e-6) for r, use in mode.uses.items())
 
 
 def _real(

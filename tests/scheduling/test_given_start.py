@@ -25,6 +25,16 @@ def test_what_is_found_is_no_longer_than_what_was_given(seed: int) -> None:
         assert (found.interval_us or 0.0) <= (given.interval_us or 0.0) * (1 + 1e-12)
 
 
+def test_modes_that_the_grid_does_without() -> None:
+    """A schedule may use a mode that another one dominates: it is read with that one."""
+    table = {"us": {"60": 7.3, "132": 7.3}}
+    graph = graph_from_json(
+        {"resources": {"sm": 132}, "tasks": [{"name": "a", **table}, {"name": "b", **table}], "repeat": [["a", "b", 1]]}
+    )
+    slow = Schedule({"a": 0.0, "b": 7.3}, {"a": 1, "b": 1}, 14.6)
+    assert solve(graph, effort=0.001, start=slow).interval_us == pytest.approx(7.3)
+
+
 def test_a_better_one_is_still_found() -> None:
     """The published order of the decode layer takes 1280 us; from one that is worse still the search gets to 1150."""
     graph = graph_from_json(decode_layer())
