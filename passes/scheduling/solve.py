@@ -170,7 +170,7 @@ def _solve_cyclic(graph: TaskGraph, effort: Effort, seed: int, start: Schedule |
 
 
 def _given(graph: TaskGraph, grid: Grid, start: Schedule | None) -> Given | None:
-    """A schedule on the grid, with modes that hold no more than its own."""
+    """A schedule on the grid, with modes that hold no more than its own; None where it cannot be read so."""
     if start is None:
         return None
     rank = {i: r for r, i in enumerate(topological_order(grid.size, grid.within()))}
@@ -181,6 +181,8 @@ def _given(graph: TaskGraph, grid: Grid, start: Schedule | None) -> Given | None
         fitting = [
             (task.modes[m.source].us, k) for k, m in enumerate(modes) if _holds_less(task.modes[m.source], wanted)
         ]
+        if not fitting:
+            return None
         choice.append(min(fitting)[1])
     # Fine enough to tell tasks apart that meet, and a little shorter, so that those that do not stay so.
     unit = (start.interval_us or makespan(graph, start) or 1.0) / _FINE
@@ -192,7 +194,7 @@ def _given(graph: TaskGraph, grid: Grid, start: Schedule | None) -> Given | None
 
 def _holds_less(mode: Mode, other: Mode) -> bool:
     """Whether a mode fits where another one does, to the rounding of the grid, which keeps no mode that is worse."""
-    return all(use <= other.uses.get(r, 0) * (1 + 1e-6) for r, use in mode.uses.items())
+    return mode.us == 0 or all(use <= other.uses.get(r, 0) * (1 + 1e-6) for r, use in mode.uses.items())
 
 
 def _real(

@@ -27,11 +27,10 @@ def test_what_is_found_is_no_longer_than_what_was_given(seed: int) -> None:
 
 def test_modes_that_the_grid_does_without() -> None:
     """A schedule may use a mode that another one dominates: it is read with that one."""
-    table = {"us": {"60": 7.3, "132": 7.3}}
-    graph = graph_from_json(
-        {"resources": {"sm": 132}, "tasks": [{"name": "a", **table}, {"name": "b", **table}], "repeat": [["a", "b", 1]]}
-    )
-    slow = Schedule({"a": 0.0, "b": 7.3}, {"a": 1, "b": 1}, 14.6)
+    table, nothing = {"us": {"60": 7.3, "132": 7.3}}, {"us": {"132": 0, "60": 0}}
+    tasks = [{"name": "a", **table}, {"name": "b", **table}, {"name": "c", **nothing}]
+    graph = graph_from_json({"resources": {"sm": 132}, "tasks": tasks, "repeat": [["a", "b", 1]]})
+    slow = Schedule({"a": 0.0, "b": 7.3, "c": 3.0}, {"a": 1, "b": 1, "c": 1}, 14.6)
     assert solve(graph, effort=0.001, start=slow).interval_us == pytest.approx(7.3)
 
 
