@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moec import targets
+from moec.files import write_whole
 from moec.targets.cost import Row, op_time
 from moec.targets.cost.fit import (
     FAMILIES,
@@ -27,7 +28,7 @@ from moec.targets.cost.fit import (
     unseen_errors,
     with_values,
 )
-from moec.targets.describe import calibration_text, write_whole
+from moec.targets.describe import calibration_text
 from moec.targets.schema import Target
 
 FOLDS = 5

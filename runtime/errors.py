@@ -190,9 +190,3 @@ class NoRouting(InputError):
     """Recording loads of an artifact that does not tell them."""
 
     template = "{path}: cannot record loads: {why}"
-
-
-class LoadsNotWritten(MoecError):
-    """Recorded loads that cannot be written."""
-
-    template = "cannot write {path}: {why}"

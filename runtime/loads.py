@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.runtime.errors import LoadsNotWritten
+from moec.files import write_whole
 
 Counts = NDArray[np.int64]
 
@@ -48,15 +47,12 @@ class Loads:
         )
 
     def save(self, path: Path) -> None:
-        """Write an npz that `moec place` reads, whole or not at all; raises LoadsNotWritten."""
-        beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-        try:
-            with beside.open("wb") as file:
-                np.savez_compressed(file, layers=self.layers, loads=self.loads, coactivation=self.coactivation)
-            os.replace(beside, path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise LoadsNotWritten(path=path, why=error.strerror or error) from None
+        """Write an npz that `moec place` reads, whole or not at all; raises NotWritten."""
+
+        def write(file: IO[bytes]) -> None:
+            np.savez_compressed(file, layers=self.layers, loads=self.loads, coactivation=self.coactivation)
+
+        write_whole(path, write)
 
 
 class LoadRecorder:

@@ -7,22 +7,16 @@ process for each device, a thread for each track, and metadata events that name 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moec.errors import InputError, MoecError
+from moec.errors import InputError
+from moec.files import write_whole
 
 EXPOSED_TRACK = "exposed communication"
 """Track for the time in which only communication runs."""
-
-
-class TraceNotWritten(MoecError):
-    """The disk is full, or the folder is missing or may not be written to."""
-
-    template = "{path}: cannot write the trace: {reason}"
 
 
 class TraceNotRead(InputError):
@@ -64,15 +58,8 @@ def trace_events(spans: Iterable[Span]) -> dict[str, Any]:
 
 
 def write_trace(path: str | Path, spans: Iterable[Span]) -> None:
-    """Write the trace whole or not at all; raises TraceNotWritten."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(json.dumps(trace_events(spans), allow_nan=False), encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise TraceNotWritten(path=path, reason=error.strerror) from None
+    """Write the trace whole or not at all; raises NotWritten."""
+    write_whole(Path(path), json.dumps(trace_events(spans), allow_nan=False))
 
 
 def read_trace(path: str | Path) -> list[Span]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from moec.targets import units
 from moec.targets.document import Leaf
-from moec.targets.errors import OutputFailed
 from moec.targets.fields import FIELDS
 from moec.targets.load import load, merged_leaves
 from moec.targets.parameters import PARAMETERS
@@ -105,17 +102,6 @@ def calibrated_yaml(name: str, calibrated: Target) -> str:
     """A target file without `extends`: the values of target `name`, with the parameters of `calibrated`."""
     leaves = {path: leaf for path, leaf in leaves_of(name).items() if path not in PARAMETERS}
     return as_yaml(name, leaves) + calibration_text(calibrated)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all; OutputFailed when that does not work."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OutputFailed(path=path, reason=error.strerror) from None
 
 
 def calibration_text(target: Target) -> str:

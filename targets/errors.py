@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moec.errors import InputError, MoecError
+from moec.errors import InputError
 
 
 class UnknownTarget(InputError):
@@ -27,9 +27,3 @@ class NoLink(InputError):
     """Communication on a target that has no such link."""
 
     template = "{name} has no {link} link: add node.{field} to its file, or use fewer ranks"
-
-
-class OutputFailed(MoecError):
-    """A file that could not be written."""
-
-    template = "cannot write {path}: {reason}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moec.errors import InputError, MoecError
+from moec.errors import InputError
 
 
 class UnreadableFile(InputError):
@@ -88,10 +88,6 @@ class MissingDevices(InputError):
 
 class NotForSglang(InputError):
     template = "{path}: SGLang takes --init-expert-location for a file only when its name ends in .json: name it so"
-
-
-class UnwritableFile(MoecError):
-    template = "cannot write {path}: {reason}"
 
 
 class ExactWithGroups(InputError):

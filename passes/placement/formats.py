@@ -15,14 +15,13 @@ SGLang's `--init-expert-location` passes every key of its JSON file on as an arg
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moec.files import write_whole
 from moec.passes.placement import errors
 from moec.passes.placement.placement import Placement, normalised_shares
 from moec.passes.placement.problem import Floats, numeric_array
@@ -121,7 +120,7 @@ def write_placement(placement: Placement, path: Path) -> None:
     if path.suffix == ".npz":
         write_npz(path, fields)
     else:
-        write_text(path, json.dumps(fields) + "\n")
+        write_whole(path, json.dumps(fields) + "\n")
 
 
 def check_sglang_name(path: Path) -> None:
@@ -138,7 +137,7 @@ def write_sglang(placement: Placement, path: Path, *, dense_layers: int = 0) -> 
     check_sglang_name(path)
     trivial = (np.arange(placement.slots) % placement.experts).tolist()
     rows = [trivial] * dense_layers + placement.physical_to_logical_map.tolist()
-    write_text(path, json.dumps({"physical_to_logical_map": rows}) + "\n")
+    write_whole(path, json.dumps({"physical_to_logical_map": rows}) + "\n")
 
 
 def read_placement(
@@ -211,29 +210,6 @@ def _whole(path: Path, fields: dict[str, Any], name: str, fallback: int | None) 
 
 
 def write_npz(path: Path, fields: dict[str, Any]) -> None:
-    """Write arrays whole or not at all."""
+    """Write arrays whole or not at all; raises NotWritten."""
     arrays: dict[str, Any] = {name: np.asarray(value) for name, value in fields.items()}
-    _replace(path, lambda file: np.savez_compressed(file, **arrays))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    _replace(path, lambda file: file.write(text.encode("utf-8")))
-
-
-def _replace(path: Path, write: Any) -> None:
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise errors.UnwritableFile(path=path, reason=error.strerror or error) from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise errors.UnwritableFile(path=path, reason=error.strerror or error) from None
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda file: np.savez_compressed(file, **arrays))

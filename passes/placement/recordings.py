@@ -27,7 +27,7 @@ class Recording:
     layers: tuple[int, ...] | None = None
 
     def save(self, path: Path) -> None:
-        """Write an npz with the fields of a recording, whole or not at all; raises UnwritableFile."""
+        """Write an npz with the fields of a recording, whole or not at all; raises NotWritten."""
         fields: dict[str, Any] = {"loads": self.loads}
         if self.coactivation is not None:
             fields["coactivation"] = self.coactivation

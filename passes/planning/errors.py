@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from moec.errors import InputError, MoecError
+from moec.errors import InputError
 
 
 class WrongLayout(InputError):
@@ -44,12 +44,6 @@ class NothingFits(InputError):
         "--search: none of {tried} layouts of {model_ranks} devices of {target} holds the model{limit}; "
         "allow more time, more devices (--ranks) or a smaller context"
     )
-
-
-class PageFailed(MoecError):
-    """A page that cannot be written."""
-
-    template: ClassVar[str] = "cannot write {path}: {reason}"
 
 
 class WrongWhatIf(InputError):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from moec.files import write_whole
 from moec.ir import Module
 from moec.passes.planning.advice import alternatives
-from moec.passes.planning.errors import PageFailed
 from moec.passes.planning.plan import PhasePlan, Plan
 from moec.passes.planning.plots import batch_curve, breakdown, legend, roofline
 from moec.passes.planning.search import Bench, Candidate
@@ -20,18 +19,12 @@ _POINTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def write_page(path: Path, model: str, module: Module, plans: Sequence[Plan]) -> None:
-    """Write the page of one or several plans, whole or not at all; raises PageFailed."""
+    """Write the page of one or several plans, whole or not at all; raises NotWritten."""
     title = f"{model} on {', '.join(plan.target.name for plan in plans)}"
     text = files("moec.passes.planning").joinpath("page.html").read_text(encoding="utf-8")
     text = text.replace("{{TITLE}}", escape(title)).replace("{{LEGEND}}", legend())
     text = text.replace("{{PLANS}}", "".join(_plan(module, plan) for plan in plans))
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise PageFailed(path=path, reason=error.strerror) from None
+    write_whole(path, text)
 
 
 def _plan(module: Module, plan: Plan) -> str:

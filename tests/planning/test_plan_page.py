@@ -10,8 +10,8 @@ import pytest
 
 import moec
 from moec import targets
+from moec.files import NotWritten
 from moec.passes.planning import Options, make_plan
-from moec.passes.planning.errors import PageFailed
 from moec.passes.planning.page import write_page
 from moec.passes.planning.plots import linear_axis, log_axis, roofline
 
@@ -58,5 +58,5 @@ def test_log_axes_span_the_values() -> None:
 
 
 def test_an_unwritable_page_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(PageFailed, match="No such file"):
+    with pytest.raises(NotWritten, match="No such file"):
         write_page(tmp_path / "no" / "plan.html", "m", moec.trace("deepseek-v2-lite").ir, [])

@@ -10,10 +10,11 @@ from imports import Imports, chain, cycles, reached, read_imports, source
 
 from moec.codegen.tvm.compile import generator
 
-BASE = {"moec.errors", "moec.figures", "moec.plugins"}
+BASE = {"moec.errors", "moec.figures", "moec.files", "moec.plugins"}
 LAYERS: dict[str, set[str]] = {
     "moec.errors": set(),
     "moec.figures": set(),
+    "moec.files": {"moec.errors"},
     "moec.plugins": {"moec.errors"},
     "moec.passes.scheduling": {"moec.errors"},
     "moec.ir": BASE,

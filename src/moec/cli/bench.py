@@ -252,9 +252,9 @@ def _profile(
 
 
 def _rows(artifact: str, repeat: int, threads: int | None, out: Path, as_json: bool) -> None:
+    from moec.files import write_whole
     from moec.profile import calibration_rows
     from moec.runtime import load
-    from moec.targets.describe import write_whole
 
     model = load(artifact, threads=threads)
     model.engine.weights.settle()

@@ -305,12 +305,13 @@ def reference(
     write: Annotated[Path | None, typer.Option(help="Write the page to this file instead of stdout.")] = None,
 ) -> None:
     """The reference of the IR, made from the op table."""
+    from moec.files import write_whole
     from moec.ir.reference import reference
 
     if write is None:
         sys.stdout.write(reference())
     else:
-        write.write_text(reference())
+        write_whole(write, reference())
 
 
 @ir.command(epilog="moec ir opt dumps/02_bind-limits.ir --pass 'mla-absorb{decode=plain}' | moec ir verify -")
@@ -399,6 +400,7 @@ def reduce(
     one), and with the text of --match in its output. Without {} in the command the module is its standard input.
     """
     from moec.cli.failing import FailingCommand
+    from moec.files import write_whole
     from moec.ir import print_module
     from moec.ir.reduce import reduce
 
@@ -412,4 +414,4 @@ def reduce(
     if out is None:
         sys.stdout.write(text)
     else:
-        out.write_text(text)
+        write_whole(out, text)

@@ -168,9 +168,10 @@ def place(
             )
         formats.write_sglang(result.placement, sglang, dense_layers=dense_layers)
     if report is not None:
+        from moec.files import write_whole
         from moec.passes.placement.report import render
 
-        formats.write_text(report, render(result, traffic, what_redundancy_buys(problem, how)))
+        write_whole(report, render(result, traffic, what_redundancy_buys(problem, how)))
     if as_json:
         print(json.dumps(formats.as_dict(result.placement) | figures))
     else:

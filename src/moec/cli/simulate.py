@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moec.cli.output import note
-from moec.errors import MoecError
 from moec.figures import figures
 
 if TYPE_CHECKING:
@@ -18,12 +17,6 @@ if TYPE_CHECKING:
 
 _SHOWN_LAYERS = 3
 """Layers of the steady state in the picture."""
-
-
-class PictureNotWritten(MoecError):
-    """The disk is full, or the folder is missing or may not be written to."""
-
-    template: ClassVar[str] = "{path}: cannot write the picture: {reason}"
 
 
 _EXAMPLES = """\
@@ -169,19 +162,12 @@ def _write_trace(path: Path | None, spans: list[Span], measured: Path | None) ->
 
 
 def _write_picture(path: Path | None, spans: list[Span], window: tuple[float, float], title: str) -> None:
-    import os
-
+    from moec.files import write_whole
     from moec.simulate.picture import picture
 
     if path is None:
         return
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_text(picture(spans, *window, title), encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise PictureNotWritten(path=path, reason=error.strerror) from None
+    write_whole(path, picture(spans, *window, title))
     note(f"wrote {path}")
 
 

@@ -117,12 +117,13 @@ def calibrate(
     The errors that are printed are on shapes that the fit did not see.
     """
     from moec import targets
+    from moec.files import write_whole
     from moec.targets import describe
     from moec.targets.cost import fit
 
     measured = fit.read_rows(rows)
     fitted, report = fit.fit_and_check(targets.load(name), measured, source or f"fitted to {rows.name}")
-    describe.write_whole(out, describe.calibrated_yaml(name, fitted))
+    write_whole(out, describe.calibrated_yaml(name, fitted))
     if as_json:
         print(json.dumps({"out": str(out), "families": report}))
         return
