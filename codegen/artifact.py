@@ -134,7 +134,7 @@ def copy_tokenizer(source: Path | None, work: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON with sorted keys, so that equal content gives equal bytes."""
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_manifest(work: Path, facts: dict[str, Any], progress: Callable[[str], None] | None = None) -> None:

@@ -73,13 +73,13 @@ class Partial:
         """Write the state with so many points of a file, in one step."""
         self.points[name] = points
         new = self.folder / "state.new"
-        new.write_text(json.dumps({"key": self.key, "points": self.points}))
+        new.write_text(json.dumps({"key": self.key, "points": self.points}), encoding="utf-8")
         new.replace(self.folder / "state.json")
 
     def read(self) -> str:
         """Take up what an earlier run left; returns what is to be said of it."""
         try:
-            state = json.loads((self.folder / "state.json").read_text())
+            state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
             key, points = state["key"], {str(k): int(v) for k, v in state["points"].items()}
         except FileNotFoundError:
             return ""

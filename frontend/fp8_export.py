@@ -88,7 +88,7 @@ def _name_shards(out: Path, shards: list[list[str]]) -> None:
         names |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         index = {"metadata": {}, "weight_map": dict(sorted(names.items()))}
-        (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (out / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def _copy_rest(folder: Path, out: Path, scale: str, block: int) -> None:
@@ -105,4 +105,4 @@ def _copy_rest(folder: Path, out: Path, scale: str, block: int) -> None:
         **({"scale_fmt": scale} if scale != "f32" else {}),
     }
     config["quantization_config"] = declared
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -69,7 +69,7 @@ def preset_config(name: str) -> dict[str, Any]:
     path = DATA / name / "config.json"
     if not path.exists():
         path = PRESETS / f"{name}.json"
-    loaded = json.loads(path.read_text())
+    loaded = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(loaded, dict)
     return loaded
 
@@ -78,7 +78,7 @@ def published(name: str) -> dict[str, Any] | None:
     """What the publisher of a preset's model states: total and active parameters in billions, source; see the file."""
     import yaml
 
-    facts = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
+    facts = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
     found = facts.get(name)
     assert found is None or isinstance(found, dict)
     return found

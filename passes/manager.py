@@ -95,7 +95,7 @@ class Manager:
         last.warnings.append(f"was asked for and matches nothing: {'; '.join(last.notes) or 'no place fits it'}")
         last.notes = []
         if self.dump is not None:
-            (self.dump / "index.md").write_text(self.index())
+            (self.dump / "index.md").write_text(self.index(), encoding="utf-8")
             self._write_report()
         if self.strict:
             raise StrictError(where=f"pass {last.name}", message=last.warnings[0])
@@ -162,15 +162,15 @@ class Manager:
         if self.dump is None:
             return
         self.dump.mkdir(parents=True, exist_ok=True)
-        (self.dump / name).write_text(print_module(module))
-        (self.dump / "index.md").write_text(self.index())
+        (self.dump / name).write_text(print_module(module), encoding="utf-8")
+        (self.dump / "index.md").write_text(self.index(), encoding="utf-8")
         if self._report is not None:
             self._report.add(module, self.records[-1] if self.records else None)
             self._write_report()
 
     def _write_report(self) -> None:
         if self.dump is not None and self._report is not None:
-            (self.dump / "report.html").write_text(self._report.html())
+            (self.dump / "report.html").write_text(self._report.html(), encoding="utf-8")
 
     def index(self) -> str:
         """The pipeline as a Markdown table, one row a pass."""

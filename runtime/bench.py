@@ -164,7 +164,7 @@ def _overlap(
 def peak_memory() -> int:
     """Most bytes of memory that this process ever had resident."""
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
     if found:
         return int(found[1]) << 10
     unit = 1 if sys.platform == "darwin" else 1024

@@ -98,7 +98,12 @@ class HugePages:
 
 def possible(nbytes: int) -> bool:
     """Whether this system has huge pages on request and room for `nbytes` beside what is in use."""
-    if sys.platform != "linux" or nbytes < _LEAST or not _SETTING.exists() or "[never]" in _SETTING.read_text():
+    if (
+        sys.platform != "linux"
+        or nbytes < _LEAST
+        or not _SETTING.exists()
+        or "[never]" in _SETTING.read_text(encoding="utf-8")
+    ):
         return False
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024 > nbytes + _MARGIN

@@ -16,7 +16,7 @@ def bytes_read(file: Path, call: Callable[[], object]) -> int | None:
     `call` should have run before: mapping a page for the first time maps its neighbours too.
     """
     try:
-        (_SELF / "clear_refs").write_text("1")
+        (_SELF / "clear_refs").write_text("1", encoding="utf-8")
         call()
         lines = (_SELF / "smaps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -123,7 +123,7 @@ def path_of(module: str) -> Path:
 @lru_cache(maxsize=64)
 def modules_of(module: str) -> tuple[str, ...]:
     """A kernel module and those that it imports, directly or not, each once."""
-    return tuple(dict.fromkeys([module, *imported(path_of(module).read_text())]))
+    return tuple(dict.fromkeys([module, *imported(path_of(module).read_text(encoding="utf-8"))]))
 
 
 def imported(text: str) -> list[str]:
@@ -137,8 +137,8 @@ def source_of(spec_function: str, source: str) -> str:
     """All text that a kernel is compiled from."""
     module = spec_function.partition(":")[0]
     if not source:
-        return "".join(path_of(name).read_text() for name in modules_of(module))
-    return source + "".join(path_of(name).read_text() for name in imported(source))
+        return "".join(path_of(name).read_text(encoding="utf-8") for name in modules_of(module))
+    return source + "".join(path_of(name).read_text(encoding="utf-8") for name in imported(source))
 
 
 def header(users: Sequence[Instance]) -> str:
@@ -305,12 +305,12 @@ def write(compiled: Sequence[Compiled], folder: Path, records: Sequence[dict[str
         spec = kernel.instance.spec
         module = spec.function.partition(":")[0]
         if spec.source:
-            (folder / f"{module}.py").write_text(header([kernel.instance]) + spec.source)
+            (folder / f"{module}.py").write_text(header([kernel.instance]) + spec.source, encoding="utf-8")
         library.update(dict.fromkeys(imported(spec.source) if spec.source else modules_of(module)))
     for name in sorted(library):
         users = [k.instance for k in compiled if k.instance.spec.function.startswith(f"{name}:")]
-        (folder / f"{name}.py").write_text(header(users) + path_of(name).read_text())
+        (folder / f"{name}.py").write_text(header(users) + path_of(name).read_text(encoding="utf-8"), encoding="utf-8")
     beside = folder / ".kernels.json.new"
-    beside.write_text(json.dumps(records, indent=1) + "\n")
+    beside.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     os.replace(beside, folder / "kernels.json")
     return records

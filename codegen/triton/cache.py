@@ -39,7 +39,7 @@ def load(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, bytes]] | No
     """Facts and files of an entry; None when there is none, or a damaged one, which is removed."""
     entry = place(folder, key)
     try:
-        facts: dict[str, Any] = json.loads((entry / FACTS).read_text())
+        facts: dict[str, Any] = json.loads((entry / FACTS).read_text(encoding="utf-8"))
         files = {name: (entry / name).read_bytes() for name in facts["sha256"]}
     except FileNotFoundError:
         return None
@@ -60,7 +60,7 @@ def store(folder: Path, key: str, facts: dict[str, Any], files: dict[str, bytes]
         for name, data in files.items():
             (beside / name).write_bytes(data)
         hashes = {name: digest(data) for name, data in files.items()}
-        (beside / FACTS).write_text(json.dumps({**facts, "sha256": hashes}, sort_keys=True))
+        (beside / FACTS).write_text(json.dumps({**facts, "sha256": hashes}, sort_keys=True), encoding="utf-8")
         try:
             os.replace(beside, entry)
         except OSError:

@@ -219,7 +219,7 @@ def load_function(name: str, source: str) -> Any:
         return getattr(importlib.import_module(inside + module), function)
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     file = Path(_generated_folder().name) / f"{module}_{digest}.py"
-    file.write_text(source)
+    file.write_text(source, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(f"moec_generated_{module}_{digest}", file)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)

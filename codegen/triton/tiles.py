@@ -59,7 +59,7 @@ def key_of(instance: Instance) -> str:
 def load(arch: str) -> dict[str, Measured]:
     """The table of an architecture; empty when there is none that can be read."""
     try:
-        entries = json.loads(table_file(arch).read_text())
+        entries = json.loads(table_file(arch).read_text(encoding="utf-8"))
         return {key: _entry(e) for key, e in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -82,7 +82,7 @@ def save(arch: str, found: Mapping[str, Measured]) -> Path:
         }
         for key, m in {**load(arch), **found}.items()
     }  # fmt: skip
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as beside:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as beside:
         beside.write(json.dumps(entries, indent=1, sort_keys=True) + "\n")
     os.replace(beside.name, file)
     return file

@@ -105,7 +105,7 @@ def compile_module(module: Module, target: Target, limits: Mapping[str, int], so
     """
     key = _key(module, target, {**limits, "source": 1} if source else limits)
     entry = find_or_build(key, lambda work: _build(module, target, limits, work, source))
-    described = json.loads((entry.folder / "program.json").read_text())
+    described = json.loads((entry.folder / "program.json").read_text(encoding="utf-8"))
     text = entry.folder / SOURCE if source else None
     return Compiled(
         entry.folder / "kernels.so", text, described["entries"], described["kernels"], entry.cached, entry.note
@@ -119,7 +119,7 @@ def compile_watched(module: Module, target: Target, limits: Mapping[str, int], w
     """
     key = _key(module, target, {**limits, watch: 1})
     folder = find_or_build(key, lambda work: _build_watched(module, target, limits, watch, work)).folder
-    return Watched(folder / "kernels.so", json.loads((folder / "program.json").read_text()))
+    return Watched(folder / "kernels.so", json.loads((folder / "program.json").read_text(encoding="utf-8")))
 
 
 def _key(module: Module, target: Target, limits: Mapping[str, int]) -> str:
@@ -176,7 +176,7 @@ def _build(module: Module, target: Target, limits: Mapping[str, int], folder: Pa
             entries[name] = phases[-1].entry.as_json()
     _export(phases, machine, folder, source)
     described = {"entries": entries, "kernels": kernel_table(phases)}
-    (folder / "program.json").write_text(json.dumps(described, sort_keys=True))
+    (folder / "program.json").write_text(json.dumps(described, sort_keys=True), encoding="utf-8")
 
 
 def _build_watched(module: Module, target: Target, limits: Mapping[str, int], watch: str, folder: Path) -> None:
@@ -189,7 +189,7 @@ def _build_watched(module: Module, target: Target, limits: Mapping[str, int], wa
     phases = [build_phase(module, name, _sizes(name, limits), machine, watch, shared) for name in names]
     _export(phases, machine, folder)
     described = {p.entry.symbol: {"entry": p.entry.as_json(), "points": [asdict(q) for q in p.points]} for p in phases}
-    (folder / "program.json").write_text(json.dumps(described, sort_keys=True))
+    (folder / "program.json").write_text(json.dumps(described, sort_keys=True), encoding="utf-8")
 
 
 def _require_kernels(module: Module) -> None:

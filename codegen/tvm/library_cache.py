@@ -49,7 +49,7 @@ def find_or_build(key: str, build: Callable[[Path], None]) -> Entry:
         build(work)
         files = sorted(path for path in work.rglob("*") if path.is_file())
         lines = [f"{_sha256(file)}  {file.relative_to(work)}\n" for file in files]
-        (work / SUMS).write_text("".join(lines))
+        (work / SUMS).write_text("".join(lines), encoding="utf-8")
         folder = work.parent / key
         _keep(work, folder)
     finally:
@@ -60,7 +60,7 @@ def find_or_build(key: str, build: Callable[[Path], None]) -> Entry:
 def is_sound(folder: Path) -> bool:
     """Whether an entry is there and its files are as they were written."""
     try:
-        sums = [line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines()]
+        sums = [line.split("  ", 1) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()]
         return bool(sums) and all(_sha256(folder / name) == digest for digest, name in sums)
     except (OSError, ValueError):
         return False

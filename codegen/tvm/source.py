@@ -22,7 +22,9 @@ def write_source(script: Any, library: Any, folder: Path) -> None:
     """
     (folder / "functions").mkdir()
     for name, function in script.functions.items():
-        (folder / "functions" / f"{name.name_hint}.py").write_text(function.script(name=name.name_hint) + "\n")
-    (folder / "kernels.ll").write_text(library.mod.inspect_source("ll"))
-    (folder / "kernels.s").write_text(library.mod.inspect_source("asm"))
-    (folder / "Makefile").write_text(_MAKEFILE)
+        (folder / "functions" / f"{name.name_hint}.py").write_text(
+            function.script(name=name.name_hint) + "\n", encoding="utf-8"
+        )
+    (folder / "kernels.ll").write_text(library.mod.inspect_source("ll"), encoding="utf-8")
+    (folder / "kernels.s").write_text(library.mod.inspect_source("asm"), encoding="utf-8")
+    (folder / "Makefile").write_text(_MAKEFILE, encoding="utf-8")

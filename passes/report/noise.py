@@ -24,4 +24,4 @@ def add_quantisation(page: Path, noises: Sequence[Noise]) -> None:
         rows.append(f"<tr>{cells}</tr>")
     head = "".join(f"<th>{h}</th>" for h in ("weight", "stored as", "input", "weight, dB", "product, dB"))
     table = f'<h2 id="noise">Signal to noise of number formats</h2><table><tr>{head}</tr>{"".join(rows)}</table>'
-    page.write_text(page.read_text().replace(PLACE, table))
+    page.write_text(page.read_text(encoding="utf-8").replace(PLACE, table), encoding="utf-8")

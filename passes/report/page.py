@@ -78,7 +78,7 @@ class Report:
             "OPS": "".join(op_row(f, op, self._sizes(f), times.get(op)) for f, op in self._last.ops()),
             "WEIGHTS": "".join(weight_row(w) for w in self._last.weights.values()),
         }
-        page = files("moec.passes.report").joinpath("page.html").read_text()
+        page = files("moec.passes.report").joinpath("page.html").read_text(encoding="utf-8")
         for key, text in parts.items():
             page = page.replace("{{" + key + "}}", text)
         return page

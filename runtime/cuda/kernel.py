@@ -108,7 +108,7 @@ class Kernel:
 def load_kernels(folder: Path, driver: Driver) -> dict[str, Kernel]:
     """Every kernel of `folder/kernels.json` by name. Raises DamagedKernel and what Kernel raises."""
     try:
-        records = json.loads((folder / "kernels.json").read_text())
+        records = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))
         return {r["name"]: Kernel(driver, r, (folder / r["cubin"]).read_bytes()) for r in records}
     except FileNotFoundError as error:
         raise DamagedKernel(name=str(folder), reason=f"{Path(error.filename).name} is missing") from None

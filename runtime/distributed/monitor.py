@@ -239,7 +239,7 @@ def _identity(pid: int) -> str:
 def _state(pid: int) -> tuple[str, str]:
     """State letter and start time of a process (proc(5)); empty when there is none or no /proc."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return fields[0], fields[19]
     except (OSError, IndexError):
         return "", ""

@@ -208,7 +208,7 @@ class Plan:
         from moec.codegen.plan_json import plan_document
         from moec.ir import print_module
 
-        (work / "program.ir").write_text(print_module(self.ir))
+        (work / "program.ir").write_text(print_module(self.ir), encoding="utf-8")
         write_json(work / "plan.json", {**plan_document(self.ir, self.context, self.records), **interface})
 
     def _call_interface(self, module: Module, entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Imports:
 
 def read_imports() -> dict[str, Imports]:
     """The imports of every module of moec by its name; those for type checkers alone are left out."""
-    files = {_name(path): path for path in _sources(ROOT)}
+    files = {_name(path): path for path in sources(ROOT)}
     found = {}
     for name, path in files.items():
         found[name] = Imports()
@@ -70,11 +70,11 @@ def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
     return sorted(sorted(group) for group in groups)
 
 
-def _sources(folder: Path) -> Iterator[Path]:
+def sources(folder: Path) -> Iterator[Path]:
     """Python files below a folder; links to folders are followed."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name != "__pycache__":
-            yield from _sources(path)
+            yield from sources(path)
         elif path.suffix == ".py":
             yield path
 

@@ -79,7 +79,7 @@ def export_artifact(
 
     opened = open_artifact(artifact)
     file = opened.path / "program.ir"
-    module = parse_module(file.read_text(), str(file))
+    module = parse_module(file.read_text(encoding="utf-8"), str(file))
     if module.functions.pop("draft", None) is not None:
         remove_unused(module)
         note("the multi-token-prediction module is left out: prefill and decode are written")

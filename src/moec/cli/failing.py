@@ -62,8 +62,8 @@ class FailingCommand:
     def _run(self, text: str) -> tuple[int | str, str]:
         self.runs += 1
         file = Path(self._folder.name) / "module.ir"
-        file.write_text(text)
-        with file.open() as module, tempfile.TemporaryFile("w+", errors="replace") as output:
+        file.write_text(text, encoding="utf-8")
+        with file.open() as module, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
             process = subprocess.Popen(
                 self.command.replace("{}", str(file)),
                 shell=True,

@@ -47,7 +47,7 @@ def read_text(file: str) -> str:
         if file == "-":
             return sys.stdin.read()
         path = Path(file)
-        return (path / "program.ir" if path.is_dir() else path).read_text()
+        return (path / "program.ir" if path.is_dir() else path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UnreadableFile(file=file, message="is not text") from None
     except OSError as error:

@@ -42,7 +42,7 @@ def tune(
         raise NotForGpu(path=artifact, target=manifest.target, kind=manifest.kind)
     engine = GpuEngine(opened)
     file = opened.path / "program.ir"
-    module = parse_module(file.read_text(), str(file))
+    module = parse_module(file.read_text(encoding="utf-8"), str(file))
     limits = {"batch": manifest.batch, "context": manifest.context, "chunk": manifest.chunk}
     source = f"measured on {engine.driver.name()}, driver {engine.driver.version}, {date.today().isoformat()}"
 

@@ -57,7 +57,7 @@ def compare(model: Model, folder: str | Path, ids: Sequence[int]) -> Comparison:
         raise LongPrompt(tokens=len(ids), chunk=model.engine.chunk)
     logits = torch.from_numpy(model.logits([ids])[0])
     file = artifact.path / "program.ir"
-    module = parse_module(file.read_text(), str(file))
+    module = parse_module(file.read_text(encoding="utf-8"), str(file))
     checkpoint = open_checkpoint(path)
     reference = clone_module(module)
     notes = bind(reference, checkpoint)

@@ -21,7 +21,7 @@ def calibration_rows(model: Model, repeat: int = 8) -> list[dict[str, Any]]:
     Raises NoProfile.
     """
     path = model.artifact.path / "program.ir"
-    module = parse_module(path.read_text(), str(path))
+    module = parse_module(path.read_text(encoding="utf-8"), str(path))
     found: list[dict[str, Any]] = []
     for context in sorted({max(1, (model.context - repeat - 4) // part) for part in _CONTEXTS}):
         found += rows_of(module, profile(model, "decode", context, repeat))

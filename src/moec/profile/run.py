@@ -100,7 +100,7 @@ def profile(model: Model, phase: str, context: int, repeat: int = 8) -> Profile:
     most = model.context - 1 if phase == "decode" else engine.chunk
     if not 1 <= context <= most:
         raise WrongOption(option="prompt-tokens", expected=f"1 to {most}, as compiled", value=context)
-    module = parse_module((artifact.path / "program.ir").read_text(), str(artifact.path / "program.ir"))
+    module = parse_module((artifact.path / "program.ir").read_text(encoding="utf-8"), str(artifact.path / "program.ir"))
     target = targets.load("cpu")
     watched = compile_watched(module, target, artifact.manifest.limits, "ticks")
     library = Library(watched.library, engine.threads)
