@@ -14,11 +14,21 @@ from typing import ClassVar
 
 from moec.errors import InputError
 
+_SHOWN = 200
+"""Characters of an expression, and of what is wrong with it, in a message."""
+
 
 class BadExpression(InputError):
     """Text that is no integer expression, or one over a size that is not given."""
 
     template: ClassVar[str] = "expression '{text}': {reason}"
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(text=_short(text), reason=_short(reason))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -46,7 +56,7 @@ def parse(text: str) -> ast.expr:
     except SyntaxError as error:
         raise BadExpression(text=text, reason=error.msg) from None
     except (ValueError, MemoryError, RecursionError):
-        raise BadExpression(text=text[:80], reason="is nested too deeply or holds what is no text") from None
+        raise BadExpression(text=text, reason="is nested too deeply or holds what is no text") from None
 
 
 Values = Mapping[str, object]
@@ -96,7 +106,7 @@ def evaluate(text: str, values: Values) -> int:
     except (ZeroDivisionError, TypeError) as error:
         raise BadExpression(text=text, reason=str(error)) from None
     except RecursionError:
-        raise BadExpression(text=text[:80], reason="is nested too deeply") from None
+        raise BadExpression(text=text, reason="is nested too deeply") from None
 
 
 def substitute(text: str, values: Mapping[str, int | str]) -> str:

@@ -84,6 +84,13 @@ class Fields:
             raise self._wrong(self._at(key), "a list", value)
         return [Fields(item, self.file, f"{self._at(key)}[{i}]") for i, item in enumerate(value)]
 
+    def items(self, key: str) -> list[Any]:
+        """A list of anything, empty where the field is missing."""
+        value = self.data.get(key, [])
+        if not isinstance(value, list):
+            raise self._wrong(self._at(key), "a list", value)
+        return value
+
     def rows(self, key: str) -> list[list[Any]]:
         """A list of lists, empty where the field is missing or null."""
         value = self.data.get(key)

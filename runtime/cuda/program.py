@@ -167,9 +167,11 @@ def _check(step: Fields) -> None:
         return
     if not {"kernel", "fill", "copy", "record", "wait"} & set(step.data):
         raise step.problem("kernel", "is missing: a launch, fill, copy, collective, record, wait or repeat is wanted")
-    texts = [*step.data.get("grid", ()), step.data.get("bytes", 0)]
-    for value in step.data.get("arguments", {}).values():
-        texts += [value] if isinstance(value, str) else value.get("shape", []) if isinstance(value, Mapping) else []
+    texts = [*step.items("grid"), step.data.get("bytes", 0)]
+    arguments = step.table("arguments") if "arguments" in step.data else Fields({}, step.file)
+    for name, value in arguments.data.items():
+        texts += [value] if isinstance(value, str) else []
+        texts += arguments.table(name).items("shape") if isinstance(value, dict) else []
     for text in texts:
         try:
             evaluate(str(text), KNOWN)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from moec.errors import InputError
+from moec.runtime.cuda.program import parse_gpu_plan
 from moec.runtime.manifest import checksum, parse_manifest
 from moec.runtime.plan import parse_plan
 
@@ -85,6 +86,38 @@ def test_plans(toy: Path) -> None:
     assert accepted(read, plan)
     results = [accepted(read, wrong) for wrong in spoiled(plan)]
     assert len(results) > 1000 and sum(results) < len(results) / 3
+
+
+LAUNCH = {
+    "kernel": "k",
+    "grid": ["ceildiv(T, 64)", 2],
+    "arguments": {"M": "T", "x": {"base": "arena", "offset": 0, "shape": ["T", 8], "strides": [8, 1]}},
+}
+DEVICE_VIEW = {"at": {"base": "arena", "offset": 0}, "dtype": "bf16", "shape": ["T", "8"], "ld": 8}
+PROGRAM = {
+    "max_tokens": 64,
+    "max_rows": 64,
+    "max_sequences": 64,
+    "parts": 2,
+    "steps": [
+        {"repeat": [0, 1], "function": "f", "steps": [LAUNCH]},
+        {**EXCHANGE, "inputs": [DEVICE_VIEW], "outputs": [DEVICE_VIEW]},
+        {"fill": {"base": "arena", "offset": 0}, "bytes": "T * 4"},
+    ],
+}
+
+
+def test_gpu_plans(toy: Path) -> None:
+    manifest = parse_manifest((toy / "manifest.json").read_bytes(), "toy")
+    cache = {"dtype": "bf16", "shape": [1, 64, 64, 8], "row_bytes": 16}
+    plan = {"arena_bytes": 4096, "page_size": 64, "cache": cache, "draw": LAUNCH, "programs": {"decode": PROGRAM}}
+
+    def read(raw: bytes) -> object:
+        return parse_gpu_plan(raw, "plan.json", manifest)
+
+    assert accepted(read, plan)
+    results = [accepted(read, wrong) for wrong in spoiled(plan)]
+    assert len(results) > 1000 and sum(results) < len(results) / 2
 
 
 @pytest.mark.parametrize("draft", [False, True])
