@@ -166,6 +166,8 @@ def read_placement(
         raise errors.BadPlacement(
             path=path, reason=f"{mapping.shape[1]} slots, {width} devices and {homes} nodes do not divide"
         )
+    if count > mapping.shape[1]:
+        raise errors.BadPlacement(path=path, reason=f"{count} experts do not fit {mapping.shape[1]} slots")
     for layer, row in enumerate(mapping):
         missing = np.setdiff1d(np.arange(count), row)
         if len(missing) or row.max() >= count:

@@ -264,6 +264,7 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
         ({"physical_to_logical_map": [[0, 1, 2, 0.5]] * 2}, "whole numbers"),
         ({"physical_to_logical_map": [[0, 1, 2, 1e300]] * 2}, "whole numbers"),
         ({"physical_to_logical_map": [[0, 1, 2, 3]] * 2, "devices": 3}, "do not divide"),
+        ({"physical_to_logical_map": [[0, 1, 2, 3]] * 2, "devices": 2, "experts": 2**80}, "do not fit 4 slots"),
         ({"physical_to_logical_map": [[0, 1, 2, 3]] * 2, "devices": 1.7}, "devices must be a whole number"),
         ({"physical_to_logical_map": [[0, 1, 2, 3]] * 2, "replica_shares": [[1, 1]]}, "differ in shape"),
         ({"physical_to_logical_map": [[0, 1, 2, 3]] * 2, "version": 9}, "version 9"),
