@@ -95,11 +95,14 @@ def _statements(node: ast.AST, in_function: bool = False) -> Iterator[tuple[ast.
 
 
 def _targets(node: ast.Import | ast.ImportFrom, modules: dict[str, Path]) -> Iterator[str]:
-    """Modules that a statement imports; `from moec.ir import lane16` means the module, where there is one."""
+    """Modules that a statement imports; `from moec.ir import lane16` means the module, where there is one.
+
+    What the package itself gives (`from moec import __version__`) goes by its own name: it is imported when used.
+    """
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
         return
     assert node.level == 0 and node.module, "imports are absolute"
     for alias in node.names:
         inner = f"{node.module}.{alias.name}"
-        yield inner if inner in modules else node.module
+        yield inner if inner in modules or node.module == "moec" else node.module
