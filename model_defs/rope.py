@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +29,8 @@ FIELDS: Mapping[str, frozenset[str]] = {
 }  # fmt: skip
 """The kinds of rotary embedding, and the fields of each besides theta and the share of rotated dims."""
 EVERYWHERE = frozenset({"partial_rotary_factor", "rope_theta"})
+LARGEST = 1e18
+"""What numbers of rotary embeddings stay below: far beyond any, and powers of them are still numbers."""
 Fail = Callable[[str], Exception]
 
 
@@ -118,6 +119,8 @@ def _dynamic(given: Mapping[str, Any], base: dict[str, Any], positions: int, fai
     """Within the model's positions the base does not change; a given `alpha` changes it for all (Hunyuan)."""
     if given.get("alpha"):
         dims = base["dims"]
+        if dims <= 2:
+            raise fail(f"rope field alpha needs more than 2 rotary dims, these are {dims}")
         base["theta"] *= _number(given, "alpha", None, fail) ** (dims / (dims - 2))
     return Rope(**base)
 
@@ -190,8 +193,8 @@ def _number(given: Mapping[str, Any], key: str, default: float | None, fail: Fai
     value = given.get(key)
     if default is not None and not value:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < sys.float_info.max:
-        raise fail(f"rope field {key} must be a positive number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST:
+        raise fail(f"rope field {key} must be a positive number below {LARGEST:g}, got {value!r}")
     return float(value)
 
 

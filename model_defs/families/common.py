@@ -91,7 +91,7 @@ ACTIVATIONS = {
 def activation(f: Fields) -> Glu:
     """The function of the gates, where it is not silu."""
     name = f.get("hidden_act", "hidden_activation") or "silu"
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise f.fail(f"hidden_act {shown(name)} is not supported{near(str(name), list(ACTIVATIONS))}")
     return (("act", ACTIVATIONS[name]),) if ACTIVATIONS[name] else ()
 

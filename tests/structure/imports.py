@@ -32,8 +32,9 @@ def read_imports() -> dict[str, Imports]:
     for name, path in files.items():
         found[name] = Imports()
         for node, in_function in _statements(ast.parse(path.read_text(encoding="utf-8"))):
-            names = set(_targets(node, files))
-            (found[name].later if in_function else found[name].at_once).update(names - {name})
+            # The package itself is there whenever one of its modules is; what it gives is imported when it is used.
+            names = set(_targets(node, files)) - {name, "moec"}
+            (found[name].later if in_function else found[name].at_once).update(names)
     return found
 
 
