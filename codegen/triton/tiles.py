@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 from moec.codegen.triton import cache
 from moec.codegen.triton.errors import UnmetRequirement
 from moec.codegen.triton.spec import Instance, Tile, with_tile
+from moec.files import write_whole
 from moec.targets import Target
 
 BLOCKS = ("BM", "BN", "BK", "BH")
@@ -71,7 +70,7 @@ def _entry(e: Mapping[str, Any]) -> Measured:
 
 
 def save(arch: str, found: Mapping[str, Measured]) -> Path:
-    """Add measured tiles to the table of an architecture; returns the file."""
+    """Add measured tiles to the table of an architecture; returns the file. Raises NotWritten."""
     file = table_file(arch)
     file.parent.mkdir(parents=True, exist_ok=True)
     entries = {
@@ -82,9 +81,7 @@ def save(arch: str, found: Mapping[str, Measured]) -> Path:
         }
         for key, m in {**load(arch), **found}.items()
     }  # fmt: skip
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as beside:
-        beside.write(json.dumps(entries, indent=1, sort_keys=True) + "\n")
-    os.replace(beside.name, file)
+    write_whole(file, json.dumps(entries, indent=1, sort_keys=True) + "\n")
     return file
 
 
