@@ -49,4 +49,4 @@ class NothingFits(InputError):
 class WrongWhatIf(InputError):
     """A `--what-if` that names no number of the target, or no value."""
 
-    template: ClassVar[str] = "--what-if {text}: {message}"
+    template: ClassVar[str] = "--what-if {spec}: {message}"

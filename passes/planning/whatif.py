@@ -38,7 +38,7 @@ def _rates(*types: str) -> Callable[[Target, Change], Target]:
         rates: Mapping[str, float] = target.device.matrix_rates
         missing = [t for t in types if t not in rates]
         if missing:
-            raise WrongWhatIf(text=f"{missing[0]}_rate", message=f"{target.name} has no {missing[0]} matrix rate")
+            raise WrongWhatIf(spec=f"{missing[0]}_rate", message=f"{target.name} has no {missing[0]} matrix rate")
         new = {t: change(r) if not types or t in types else r for t, r in rates.items()}
         return replace(target, device=replace(target.device, matrix_rates=new))
 
@@ -87,10 +87,10 @@ def changed(target: Target, text: str) -> Target:
     """The target with `KEY=VALUE` applied: a factor (`2x`) or a quantity with its unit; WrongWhatIf or NoLink."""
     key, equals, value = text.partition("=")
     if not equals or not value.strip():
-        raise WrongWhatIf(text=text, message="write KEY=VALUE, such as nvlink=2x")
+        raise WrongWhatIf(spec=text, message="write KEY=VALUE, such as nvlink=2x")
     key = key.strip()
     if key not in KNOBS:
-        raise WrongWhatIf(text=text, message=f"unknown {key!r}{near(key, list(KNOBS))}")
+        raise WrongWhatIf(spec=text, message=f"unknown {key!r}{near(key, list(KNOBS))}")
     knob = KNOBS[key]
     new = knob.apply(target, _change(text, value.strip(), knob))
     return replace(new, name=f"{target.name} with {key}={value.strip()}")
@@ -112,7 +112,7 @@ def _change(text: str, value: str, knob: Knob) -> Change:
             number, factor = parse(value, knob.dimension), math.nan
     except ValueError as error:
         reason = "is no factor such as 2x" if str(error).startswith("could not convert") else str(error)
-        raise WrongWhatIf(text=text, message=reason) from None
+        raise WrongWhatIf(spec=text, message=reason) from None
     if not (math.isfinite(number) and number > 0):
-        raise WrongWhatIf(text=text, message="the value must be positive and finite")
+        raise WrongWhatIf(spec=text, message="the value must be positive and finite")
     return (lambda old: number) if math.isnan(factor) else (lambda old: old * factor)

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
-_NAMES = frozenset(("path", "file", "folder", "artifact"))
-"""Fields that hold a file's name, as a path or as a user wrote it."""
+_NAMES = frozenset(("path", "file", "folder", "artifact", "spec"))
+"""Fields that hold what a user wrote, such as a file's name."""
 
 
 class MoecError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -21,21 +22,33 @@ def write_whole(path: Path, content: str | Callable[[IO[bytes]], Any]) -> None:
     """Write text, in UTF-8, or what a function writes into a binary file; raises NotWritten.
 
     A file beside `path` takes its name once it is complete: readers see the old content or the new one, and an error
-    or an interruption leaves nothing behind.
+    or an interruption leaves nothing behind. A link is followed. What stands there and is neither a file nor a folder (a
+    pipe, a device such as /dev/null) is written to: another file in its place would destroy it.
     """
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():  # only a circle of links ends at one
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        if target.exists() and not target.is_file() and not target.is_dir():
+            with target.open("wb") as file:
+                _write(file, content)
+            return
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         with os.fdopen(handle, "wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode("utf-8"))
-            else:
-                content(file)
+            _write(file, content)
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise NotWritten(path=path, why=error.strerror or error) from None
         raise
+
+
+def _write(file: IO[bytes], content: str | Callable[[IO[bytes]], Any]) -> None:
+    if isinstance(content, str):
+        file.write(content.encode("utf-8"))
+    else:
+        content(file)

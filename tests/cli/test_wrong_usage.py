@@ -88,3 +88,14 @@ def test_values_that_nobody_means(arguments: list[str], says: str) -> None:
 def test_a_long_word_is_shortened() -> None:
     done = moec("run", "any", "--prompt-ids", "x" * 5000)
     assert done.returncode == 2 and len(done.stderr) < 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["plan", "tiny-deepseek-v3", "--what-if", "a\nb"], r"--what-if a\nb: "),
+     (["compile", "tiny-deepseek-v3", "--plan-only", "--pass", "a\nb"], r"--pass a\nb: ")],
+)  # fmt: skip
+def test_what_a_user_wrote_stays_on_one_line(arguments: list[str], says: str) -> None:
+    done = moec(*arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"moec: error: {says}")

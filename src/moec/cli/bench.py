@@ -148,6 +148,7 @@ def bench(
     --profile says where the time of a step goes, --speculate what drafts bring.
     """
     from moec.cli.options import UsageError
+    from moec.cli.output import check_file
     from moec.runtime.launch import first, launched
 
     if launched() and (profile or calibration_rows is not None or speculate):
@@ -165,6 +166,8 @@ def bench(
         "--profile": profile,
         "--calibration-rows": calibration_rows is not None,
     }
+    check_file("--trace", trace)
+    check_file("--calibration-rows", calibration_rows)
     if speculate:
         _alone("--speculate", given, "--profile", "--calibration-rows", "--trace")
     if calibration_rows is not None:

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
-from moec.errors import printable
+from moec.errors import InputError, printable
+
+
+class NoSuchPlace(InputError):
+    """A file that could not be written once the work is done."""
+
+    template: ClassVar[str] = "{option} {path}: {why}"
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Refuse before the work begins a file that could not be written after it; raises NoSuchPlace."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise NoSuchPlace(option=option, path=path, why="is a folder, a file is to be written")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        parent = printable(path.parent)
+        raise NoSuchPlace(option=option, path=path, why=f"{parent} is no folder that can be written to")
 
 
 def note(line: str) -> None:

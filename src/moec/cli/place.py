@@ -110,6 +110,7 @@ def place(
     Objectives in this order: the greatest device load; traffic between nodes (with --coactivation); how little moves
     (with --previous).
     """
+    from moec.cli.output import check_file
     from moec.errors import near
     from moec.passes.placement import DEFAULT_SLACK, errors, formats
     from moec.passes.placement import place as solve
@@ -125,6 +126,8 @@ def place(
             raise errors.NotPositive(name=name, expected="a number of at least 0", value=number)
     if sglang is not None:
         formats.check_sglang_name(sglang)
+    for option, file in (("--out", out), ("--sglang", sglang), ("--merged", merged), ("--report", report)):
+        check_file(option, file)
     how = cast(Literal["even", "free"], shares)
     recording = _recording(loads, weights)
     problem = _problem(recording.loads, target, devices, devices_per_node, slots_per_device, redundant, groups)

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from moec.cli.output import note
-from moec.errors import InputError
+from moec.cli.output import NoSuchPlace, check_file, note
 
 if TYPE_CHECKING:
     from moec.runtime import Model
-
-
-class NoSuchPlace(InputError):
-    """A file that could not be written once the work is done."""
-
-    template: ClassVar[str] = "--record-loads {path}: {why}"
 
 
 def check_place(path: Path | None) -> None:
@@ -26,9 +18,8 @@ def check_place(path: Path | None) -> None:
     if path is None:
         return
     if path.suffix != ".npz":
-        raise NoSuchPlace(path=path, why="the file is an npz, name it so")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise NoSuchPlace(path=path, why=f"{path.parent} is no folder that can be written to")
+        raise NoSuchPlace(option="--record-loads", path=path, why="the file is an npz, name it so")
+    check_file("--record-loads", path)
 
 
 @contextmanager
