@@ -22,8 +22,8 @@ def write_whole(path: Path, content: str | Callable[[IO[bytes]], Any]) -> None:
     """Write text, in UTF-8, or what a function writes into a binary file; raises NotWritten.
 
     A file beside `path` takes its name once it is complete: readers see the old content or the new one, and an error
-    or an interruption leaves nothing behind. A link is followed. What stands there and is neither a file nor a folder (a
-    pipe, a device such as /dev/null) is written to: another file in its place would destroy it.
+    or an interruption leaves nothing behind. A link is followed. What stands there and is neither a file nor a folder
+    (a pipe, a device such as /dev/null) is written to: another file in its place would destroy it.
     """
     temporary = None
     try:

@@ -411,6 +411,8 @@ def reduce(
     text = print_module(small)
     before, after = (sum(1 for _ in m.ops()) for m in (module, small))
     print(f"moec: {before} -> {after} ops in {len(small.functions)} functions, {command.runs} runs", file=sys.stderr)
+    if not after:
+        print("moec: warning: the command fails on an empty module too: nothing in it is the cause", file=sys.stderr)
     if out is None:
         sys.stdout.write(text)
     else:

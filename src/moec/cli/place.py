@@ -124,10 +124,10 @@ def place(
     for name, number in (("--slack", DEFAULT_SLACK if slack is None else slack), ("--exact", exact)):
         if not 0 <= number < float("inf"):
             raise errors.NotPositive(name=name, expected="a number of at least 0", value=number)
-    if sglang is not None:
-        formats.check_sglang_name(sglang)
     for option, file in (("--out", out), ("--sglang", sglang), ("--merged", merged), ("--report", report)):
         check_file(option, file)
+    if sglang is not None:
+        formats.check_sglang_name(sglang)
     how = cast(Literal["even", "free"], shares)
     recording = _recording(loads, weights)
     problem = _problem(recording.loads, target, devices, devices_per_node, slots_per_device, redundant, groups)

@@ -125,15 +125,22 @@ def plan(
         ),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="Training pipeline: 1f1b, zb1p, dualpipe, dualpipev.", rich_help_panel=TRAINING)
-    ] = "dualpipe",
-    sequence: Annotated[int, typer.Option(help="Training: tokens of a sequence.", rich_help_panel=TRAINING)] = 4096,
+        str | None,
+        typer.Option(
+            help="Pipeline schedule: 1f1b, zb1p, dualpipe, dualpipev.",
+            show_default="dualpipe",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    sequence: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence.", show_default="4096", rich_help_panel=TRAINING)
+    ] = None,
     global_batch: Annotated[
-        int | None, typer.Option(help="Training: sequences of a step.", show_default="15360", rich_help_panel=TRAINING)
+        int | None, typer.Option(help="Sequences of a step.", show_default="15360", rich_help_panel=TRAINING)
     ] = None,
     micro_batch: Annotated[
-        int, typer.Option(help="Training: sequences of a micro-batch.", rich_help_panel=TRAINING)
-    ] = 1,
+        int | None, typer.Option(help="Sequences of a micro-batch.", show_default="1", rich_help_panel=TRAINING)
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the model's configuration.", rich_help_panel=WORK),
@@ -161,6 +168,12 @@ def plan(
     batches, contexts = parse_numbers("--batch", batch), parse_numbers("--context", context)
     swept = len(batches) > 1 or len(contexts) > 1
     _check_together(phase, search, max_ms, page)
+    _check_phase_options(
+        phase,
+        {"--batch": batch, "--context": context, "--prompt": prompt, "--chunk": chunk,
+         "--overlap": None if overlap == "auto" else overlap},
+        {"--schedule": schedule, "--sequence": sequence, "--global-batch": global_batch, "--micro-batch": micro_batch},
+    )  # fmt: skip
     if swept:
         _check_sweep(phase, search, prompt, page)
     loaded = [targets.load(name.strip()) for name in names]
@@ -169,6 +182,11 @@ def plan(
     if phase == "train":
         from moec.cli.plan_train import check_schedule, default_batch, default_layout, run_training
 
+        schedule, sequence, micro_batch = (
+            "dualpipe" if schedule is None else schedule,
+            4096 if sequence is None else sequence,
+            1 if micro_batch is None else micro_batch,
+        )
         check_schedule(schedule)
         changed_targets = loaded if what_if is None else [*loaded, *(changed(t, what_if) for t in loaded)]
         count = ranks or loaded[0].cluster.ranks
@@ -239,6 +257,15 @@ def _check_together(phase: str, search: bool, max_ms: float | None, page: Path |
         raise UsageError(message="--search looks for serving layouts: use --phase decode or prefill")
     if page is not None and (search or phase == "train"):
         raise UsageError(message="--page shows plans of prefill and decode: leave --search and --phase train away")
+
+
+def _check_phase_options(phase: str, serving: dict[str, Any], training: dict[str, Any]) -> None:
+    """Raise UsageError for an option that the phase has no use for."""
+    from moec.cli.options import UsageError
+
+    for option in (o for o, value in (serving if phase == "train" else training).items() if value is not None):
+        what, advice = ("serving", "leave it away") if phase == "train" else ("training", "add --phase train")
+        raise UsageError(message=f"{option} is for {what}: {advice}")
 
 
 def _plans(module: Module, target: Target, options: Options, what_if: str | None) -> Answer:
