@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from moec.cli.place import register
-from moec.errors import InputError, MoecError
+from moec.errors import InputError
 from moec.passes.placement import Problem, errors, formats, place
 
 APP = typer.Typer()
@@ -286,10 +286,9 @@ def test_devices_must_be_known(loads: Path) -> None:
 
 
 def test_an_output_that_cannot_be_written_fails_without_a_trace(loads: Path, tmp_path: Path) -> None:
-    with pytest.raises(MoecError, match="cannot write") as caught:
+    with pytest.raises(InputError, match="is no folder that can be written to"):
         run(loads, "--devices", 8, "--slots-per-device", 5, "--out", tmp_path / "no" / "placement.json")
-    assert caught.value.exit_code == 1
     (tmp_path / "taken.json").mkdir()
-    with pytest.raises(MoecError, match="cannot write"):
+    with pytest.raises(InputError, match="is a folder"):
         run(loads, "--devices", 8, "--slots-per-device", 5, "--out", tmp_path / "taken.json")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loads.npy", "taken.json"]
