@@ -75,6 +75,10 @@ def test_help_has_headings_defaults_and_examples(flag: str) -> None:
         (["compile", "any", "--out="], "Invalid value for '--out': the path is empty"),
         (["quantise", "", "--out", "q"], "Invalid value for 'folder': the path is empty"),
         (["run", "a\nb", "--prompt-ids", "1"], r"a\nb is not an artifact: no such folder"),
+        (
+            ["simulate", "any", "--spread", "1e30"],
+            "Invalid value for '--spread': Input should be less than or equal to 5",
+        ),
         (["plan", "tiny-deepseek-v3", "--schedule", "1f1b"], "--schedule is for training: add --phase train"),
         (["plan", "tiny-deepseek-v3", "--phase", "train", "--batch", "4"], "--batch is for serving: leave it away"),
         (["run", "any", "--prompt-ids", "1", "--temperature", "1e-320"], "temperature must be 0 (the most probable "),

@@ -43,7 +43,7 @@ def simulate(
     trace: Annotated[Path | None, typer.Option(metavar="OUT", help="Write a timeline for ui.perfetto.dev.")] = None,
     svg: Annotated[Path | None, typer.Option(metavar="OUT", help="Write a picture of some layers.")] = None,
     devices: Annotated[int, typer.Option(min=1, max=64, help="Devices that meet at every exchange.")] = 1,
-    spread: Annotated[float, typer.Option(min=0.0, help="Relative scatter of durations, such as 0.05.")] = 0.0,
+    spread: Annotated[float, typer.Option(min=0.0, max=5.0, help="Relative scatter of durations, such as 0.05.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the scatter.")] = 0,
     measured: Annotated[
         Path | None, typer.Option("--beside", metavar="TRACE", help="Lay a measured trace over the timeline.")
