@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moec.errors import printable
 from moec.frontend.onnx_import.files import OnnxError, read_model
 from moec.frontend.onnx_import.module import OnnxModule
 from moec.frontend.torch_import import TorchSource, trace_module
+from moec.frontend.torch_import.exported import example_ids
 from moec.ir import Module
 
 SETTINGS = ("config.json", "genai_config.json")
@@ -29,7 +28,7 @@ def trace_onnx(path: Path) -> tuple[TorchSource, Module]:
     module = OnnxModule(model, path)
     settings = _settings(path.parent)
     module.config = settings  # type: ignore[assignment]
-    source, ir = trace_module(module, (torch.zeros(1, 8, dtype=torch.int64),))
+    source, ir = trace_module(module, (example_ids(),))
     name = re.sub(r"\W", "_", printable(path.stem if path.stem != "model" else path.resolve().parent.name))
     ir.name = name
     return replace(source, name=name, folder=path.parent), ir

@@ -36,6 +36,14 @@ class NotExportable(InputError):
     template: ClassVar[str] = "torch.export refuses the module: {why}"
 
 
+def example_ids() -> torch.Tensor:
+    """Token ids i64[1, T] to export with.
+
+    The exporter takes a T that equals a dim of the model for that dim: no dim is likely to be this one.
+    """
+    return torch.zeros(1, 29, dtype=torch.int64)
+
+
 class Exported:
     """An exported module: its graph, parameters and buffers by node name."""
 

@@ -165,7 +165,7 @@ def trace(
 
     The path of an ONNX file whose graph maps token ids to logits is raised like a torch module.
 
-    A torch module that maps token ids i64[1, T] to logits is exported with `example_inputs` (default: eight zeros) and
+    A torch module that maps token ids i64[1, T] to logits is exported with `example_inputs` (default: 29 zeros) and
     raised; `traced.source.report` says what was. Raises the InputErrors of `moec.frontend`.
 
     The headers of `weights`, else of the folder of the model, tell which tensors are FP8 with scales: these are loaded
@@ -177,13 +177,12 @@ def trace(
     from moec.frontend.trace import NoDraftModule
 
     if not isinstance(model, str):
-        import torch
-
         from moec.frontend.torch_import import trace_module
+        from moec.frontend.torch_import.exported import example_ids
 
         if mtp:
             raise NoDraftModule(model=type(model).__name__, reason="a torch module is traced as it is")
-        example = (torch.zeros(1, 8, dtype=torch.int64),) if example_inputs is None else example_inputs
+        example = (example_ids(),) if example_inputs is None else example_inputs
         imported, module = trace_module(model, example)
         return Traced(imported, module)
     if model.endswith(".onnx"):
