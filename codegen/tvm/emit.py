@@ -264,3 +264,8 @@ def extra_sizes(ops: Iterable[Op], symbols: Mapping[str, int]) -> dict[Op, list[
             n = rows.bound(symbols)[0]
             out[op] = [n * wide, n * inter]
     return out
+
+
+# They need the names above, and add themselves to the table. Not the package does it: a library from the cache is used
+# without TVM.
+from moec.codegen.tvm import emit_attention, emit_heads, emit_moe, emit_rows  # noqa: E402, F401
