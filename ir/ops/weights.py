@@ -62,7 +62,10 @@ class WeightSelect(OpDef):
 
 
 class WeightConcat(OpDef):
-    """Join parts along `axis`; quantised parts keep their scales, with finer blocks where a part ends inside one."""
+    """Join parts along `axis`; quantised parts keep their scales, with finer blocks where a part ends inside one.
+
+    Parts without scales may differ in their element type: the result is then FP32.
+    """
 
     name = "weight.concat"
     operands = "parts*"
@@ -73,8 +76,11 @@ class WeightConcat(OpDef):
         parts = [tensor(p, "part") for p in t]
         axis, first = int(a["axis"]), parts[0]
         require(0 <= axis < len(first.shape), f"axis {axis} is out of range for {first}")
+        mixed = len({p.dtype for p in parts}) > 1 and all(p.dtype in FLOATS and p.quant is None for p in parts)
+        first = replace(first, dtype="f32") if mixed else first
         for p in parts[1:]:
-            agree = p.dtype == first.dtype and p.quant == first.quant and len(p.shape) == len(first.shape)
+            alike = mixed or (p.dtype == first.dtype and p.quant == first.quant)
+            agree = alike and len(p.shape) == len(first.shape)
             rest = agree and all(i == axis or d == e for i, (d, e) in enumerate(zip(p.shape, first.shape, strict=True)))
             require(rest, f"parts do not fit: {first} and {p}")
         sizes = [known(p.shape[axis], "size of a part") for p in parts]
@@ -86,6 +92,8 @@ class WeightConcat(OpDef):
 
         if isinstance(x[0], Quantised):
             return [concat_quantised(list(x), int(a["axis"]))]
+        if len({part.dtype for part in x}) > 1:
+            x = [part.to(ctx.torch.promote_types(part.dtype, ctx.torch.float32)) for part in x]
         return [ctx.torch.cat(list(x), int(a["axis"]))]
 
 
