@@ -82,14 +82,19 @@ def cache_part(function: Function, op: Op) -> object:
 
 
 def cache_layer(issued: Issued) -> object:
-    """The layer whose rows an op on a cache works on."""
-    index = next((o for o in issued.op.operands if isinstance(o, Value) and isinstance(o.type, IndexType)), None)
-    shift = next((o for o in issued.function.ops if o.name == "index.affine" and index in o.results), None)
-    if index is None or issued.layer is None or (shift is None and index is not issued.function.args[0]):
-        return index
-    if shift is None:
-        return issued.layer
-    return int(str(shift.attrs["scale"])) * issued.layer + int(str(shift.attrs["offset"]))
+    """The layer whose rows an op on a cache works on; None outside of layers."""
+    made = issued.function.producer()
+
+    def number(index: Value) -> object:
+        """A layer, counted from the one that the call was made with."""
+        if index not in made or made[index].name != "index.affine":
+            return issued.layer if index is issued.function.args[0] else index
+        source = number(next(made[index].values()))
+        attrs = made[index].attrs
+        return int(str(attrs["scale"])) * source + int(str(attrs["offset"])) if isinstance(source, int) else index
+
+    found = next((o for o in issued.op.operands if isinstance(o, Value) and isinstance(o.type, IndexType)), None)
+    return None if found is None else number(found)
 
 
 class Tracer:
