@@ -20,12 +20,16 @@ EVENTS = ("event.record", "event.wait")
 
 @dataclass(eq=False)
 class Storage:
-    """What a value lies in: who wrote it (None: an argument of the entry), who reads it, its buffer."""
+    """What a value lies in: who wrote it (None: an argument of the entry), who reads it, its buffer.
+
+    `number` is what an index is: a layer.
+    """
 
     value: Value
     writer: Issued | None = None
     readers: list[Issued] = field(default_factory=list)
     buffer: int = -1
+    number: int | None = None
 
 
 @dataclass(eq=False)
@@ -83,18 +87,8 @@ def cache_part(function: Function, op: Op) -> object:
 
 def cache_layer(issued: Issued) -> object:
     """The layer whose rows an op on a cache works on; None outside of layers."""
-    made = issued.function.producer()
-
-    def number(index: Value) -> object:
-        """A layer, counted from the one that the call was made with."""
-        if index not in made or made[index].name != "index.affine":
-            return issued.layer if index is issued.function.args[0] else index
-        source = number(next(made[index].values()))
-        attrs = made[index].attrs
-        return int(str(attrs["scale"])) * source + int(str(attrs["offset"])) if isinstance(source, int) else index
-
-    found = next((o for o in issued.op.operands if isinstance(o, Value) and isinstance(o.type, IndexType)), None)
-    return None if found is None else number(found)
+    index = next((s for s in issued.reads if isinstance(s.value.type, IndexType)), None)
+    return index if index is None or index.number is None else index.number
 
 
 class Tracer:
@@ -127,6 +121,12 @@ class Tracer:
                 self._event(issued)
                 continue
             issued.reads = [env[v] for v in op.values() if v in env]
+            if op.name == "index.affine" and issued.reads and issued.reads[0].number is not None:
+                layer_of = int(str(op.attrs["scale"])) * issued.reads[0].number + int(str(op.attrs["offset"]))
+                env[op.result] = Storage(op.result, number=layer_of)
+                issued.clock = dict(self._clock(issued.stream))
+                yield issued
+                continue
             if is_view(op):
                 source = env.get(op.operands[0]) if isinstance(op.operands[0], Value) else None
                 env.update({r: source or Storage(r) for r in op.results})
@@ -157,6 +157,7 @@ class Tracer:
         results: list[Storage] = []
         for layer in layers:
             inner = {a: s or Storage(a) for a, s in zip(callee.args[1:], given, strict=True)}
+            inner[callee.args[0]] = Storage(callee.args[0], number=layer)
             yield from self._function(callee, inner, layer)
             results = [inner[v] for v in callee.returns]
             given[: len(results)] = results

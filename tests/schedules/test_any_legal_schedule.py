@@ -10,12 +10,14 @@ import random
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from drawn_schedules import by_streams, by_turns, drawn, in_order, mutated, split_plan
 
+import moec
 from moec.codegen.scheduled import Turn, arrange
 from moec.codegen.turn_order import UnorderedTurns, check_turns
 from moec.ir import Module, VerifyError, parse_module, print_module, verify
@@ -23,6 +25,7 @@ from moec.ir.rewrite import clone_module
 from moec.passes.planning import LayoutRequest
 
 SEED = int(os.environ.get("MOEC_SEED", "1"))
+TARGET = Path(__file__).parents[2] / "benchmarks" / "cpu_with_network.yaml"
 SMALL = {
     "hidden_size": "32", "num_attention_heads": "4", "num_key_value_heads": "2", "head_dim": "8", "vocab_size": "64",
     "num_experts_per_tok": "2",
@@ -116,6 +119,21 @@ def test_many_schedules_give_the_same_bits(name: str) -> None:
     accepted, refused = map(sum, zip(*totals, strict=True))
     print(f"{name}: {len(totals)} schedules, {accepted} changes accepted, {refused} refused")
     assert accepted and refused
+
+
+def test_the_compilers_own_schedule_of_layers_in_pairs() -> None:
+    """Layers of a pair have caches of their own; their numbers pass from round to round."""
+    split, _, wanted, count = case("layers-in-pairs")
+    plan = moec.trace("gpt-oss-20b", {"num_hidden_layers": "8", **GPT_OSS}).optimize(
+        str(TARGET), batch=4, context=16, layout=LayoutRequest(ranks=2), recipe="fp32",
+        passes=["split-microbatches{count=2,phase=decode}", "overlap{phase=decode}"],
+    )  # fmt: skip
+    scheduled = clone_module(plan.ir)
+    del scheduled.functions["prefill"]
+    verify(scheduled)
+    assert "event.wait" in print_module(scheduled) and same(by_streams(scheduled, SEED), wanted)
+    base, turns = turned("layers-in-pairs", scheduled)
+    assert same(by_turns(split, base, turns, count), wanted)
 
 
 def test_turns_out_of_order_are_refused() -> None:
