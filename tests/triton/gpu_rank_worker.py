@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,15 @@ import torch
 from standin import StandIn
 
 from moec.runtime.artifact import open_artifact
-from moec.runtime.distributed.device import DeviceTensors
 from moec.runtime.distributed.model import DistributedModel
 from moec.runtime.distributed.monitor import Monitor
 from moec.runtime.distributed.world import join
 from moec.runtime.model import Model
 
 
-def opened(path: Path, late: int | None = None) -> tuple[Any, StandIn]:
-    """The model of an artifact: this rank's part of it, or all of it in a single process.
-
-    `late` draws the order in which streams work.
-    """
+def opened(path: Path) -> tuple[Any, StandIn]:
+    """The model of an artifact: this rank's part of it, or all of it in a single process."""
     driver = StandIn(path / "kernels")
-    if late is not None:
-        from late_driver import LateStandIn
-
-        driver = slow = LateStandIn(path / "kernels", late)
-
-        def stream(self: DeviceTensors, number: int) -> AbstractContextManager[None]:
-            """What an exchange sends is there once its stream has come to it."""
-            slow.until(number)
-            return nullcontext()
-
-        DeviceTensors.stream = stream  # type: ignore[method-assign,assignment]
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         from moec.runtime.cuda.engine import GpuEngine
 
@@ -56,11 +40,10 @@ def main(request: dict[str, Any]) -> None:
     """Leaves logits, tokens and what the driver saw in the request's `out`."""
     torch.set_num_threads(1)
     interp_fixes.apply()
-    model, driver = opened(Path(request["artifact"]), request.get("late"))
+    model, driver = opened(Path(request["artifact"]))
     ids = np.asarray(request["ids"])
     found = {f"logits_{chunk}": model.logits(ids, chunk=chunk) for chunk in request["chunks"]}
     found["tokens"] = np.array(json.dumps(model.generate(request["prompts"], request["new"], stop=())))
-    found["overtaken"] = np.array(getattr(driver, "overtaken", 0))
     found["replays"], found["events"] = np.array(driver.replays), np.array(len(driver.order))
     idle = {r["name"] for r in driver.records.values()} - set(driver.launches)
     found["idle"] = np.array(json.dumps(sorted(idle)))
