@@ -3,6 +3,7 @@ the turns of CPU ranks in the memory that they are given."""
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -373,6 +374,7 @@ def logits_of(module: Module, way: Any) -> list[torch.Tensor]:
         return [y for one in run_ranks(mesh_of(module), rank) for y in one]
     finally:
         torch.set_num_threads(threads)
+        gc.collect()  # machines and what they hold refer to each other
 
 
 def in_order(module: Module) -> list[torch.Tensor]:
