@@ -19,6 +19,7 @@ _SHOWN_ITERATIONS = 4
 
 _EXAMPLES = """\
 moec overlap tasks.json --trace timeline.json
+moec overlap tasks.json --spread 0.1
 """
 
 
@@ -31,6 +32,12 @@ def register(app: typer.Typer) -> None:
         trace: Annotated[
             Path | None, typer.Option(metavar="OUT", help="Write the schedule as a Perfetto trace.")
         ] = None,
+        spread: Annotated[
+            float,
+            typer.Option(
+                min=0.0, max=5.0, help="Relative scatter of durations, such as 0.05: what is left of the plan."
+            ),
+        ] = 0.0,
         as_json: Annotated[
             bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")
         ] = False,
@@ -60,9 +67,9 @@ def register(app: typer.Typer) -> None:
             write_trace(trace, _spans(graph, solution))
             notes.print(f"wrote {trace} (open it at ui.perfetto.dev)", soft_wrap=True)
         if as_json:
-            print(json.dumps(_answer(graph, solution), allow_nan=False))
+            print(json.dumps(_answer(graph, solution) | _scatter(graph, solution, spread), allow_nan=False))
         else:
-            _report(Console(highlight=False), graph, solution)
+            _report(Console(highlight=False), graph, solution, _scatter(graph, solution, spread))
 
 
 def _answer(graph: TaskGraph, solution: Solution) -> dict[str, Any]:
@@ -85,7 +92,19 @@ def _answer(graph: TaskGraph, solution: Solution) -> dict[str, Any]:
     }
 
 
-def _report(console: Console, graph: TaskGraph, solution: Solution) -> None:
+def _scatter(graph: TaskGraph, solution: Solution, spread: float) -> dict[str, float]:
+    """Makespan or interval when durations scatter, the order kept: the middle and the greatest of twenty draws."""
+    from statistics import median
+
+    from moec.simulate.replay import scattered
+
+    if not spread:
+        return {}
+    found = scattered(graph, solution.schedule, spread)
+    return {"scattered_median_us": median(found), "scattered_worst_us": found[-1]}
+
+
+def _report(console: Console, graph: TaskGraph, solution: Solution, scatter: dict[str, float]) -> None:
     from rich.table import Table
 
     answer = _answer(graph, solution)
@@ -101,6 +120,12 @@ def _report(console: Console, graph: TaskGraph, solution: Solution) -> None:
     span = solution.makespan_us if solution.interval_us is None else solution.interval_us
     share = answer["exposed_us"] / span if span else 0.0
     console.print(f"exposed   {_us(answer['exposed_us'])} of communication alone ({share:.1%})")
+
+    if scatter:
+        middle, worst = scatter.values()
+        console.print(
+            f"scatter   median {_us(middle)}, worst of 20 draws {_us(worst)}, in the same order", soft_wrap=True
+        )
 
     table = Table("resource", "busy", "order", box=None, pad_edge=False)
     for resource, busy in answer["utilisation"].items():
