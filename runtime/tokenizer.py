@@ -60,8 +60,8 @@ class Tokenizer:
     def encode_messages(self, messages: list[Message], **settings: Any) -> list[int]:
         """Token ids of a conversation of messages with `role` and `content`, up to where the next answer begins.
 
-        `settings`: variables of the model's template (`enable_thinking=False`). Raises NoChatTemplate or
-        ChatTemplateFails.
+        `settings`: variables of the model's template (`enable_thinking=False`). Raises NoChatTemplate,
+        WrongTokenizer or ChatTemplateFails.
         """
         text = self.render_chat(messages, **settings)
         ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
@@ -90,7 +90,10 @@ class Tokenizer:
     def _chat_template(self) -> str:
         file = self._folder / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            try:
+                return file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise WrongTokenizer(file=file, problem=f"is not UTF-8 ({error})") from None
         template = self._config.get("chat_template")
         if isinstance(template, list):
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 
 from moec.runtime.draws import Draws, philox
 from moec.runtime.errors import WrongOption
-from moec.runtime.sampling import Sampling, nucleus
+from moec.runtime.sampling import COLDEST, Sampling, nucleus
 
 
 def some_logits(seed: int, size: int = 200) -> NDArray[np.float32]:
@@ -55,12 +55,18 @@ def test_all_limits_equal_those_of_transformers(size: int, top_k: int, top_p: fl
     np.testing.assert_allclose(found, scores.softmax(-1)[0].numpy(), atol=1e-12)
 
 
-@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-40, 1e-3])
+@pytest.mark.parametrize("temperature", [COLDEST, 1e-20, 1e-3])
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 def test_a_temperature_next_to_zero_takes_the_greatest(temperature: float, top_p: float) -> None:
     logits = np.array([1, -40, 3, 2.5], dtype=np.float32)
     assert nucleus(logits, temperature, top_p, min_p=0.1).tolist() == [0, 0, 1, 0]
     assert Sampling(temperature, top_p).draw(logits, Draws.of(0, 0)) == 2
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-31])
+def test_a_temperature_below_what_devices_draw_at_is_refused(temperature: float) -> None:
+    with pytest.raises(WrongOption, match="at least 1e-30"):
+        Sampling(temperature)
 
 
 def test_of_equal_tokens_top_k_takes_the_first() -> None:
