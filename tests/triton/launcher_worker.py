@@ -20,7 +20,7 @@ from generated import program
 
 from moec.codegen.triton import aot
 from moec.codegen.triton.arch import architecture
-from moec.codegen.triton.compiler import built
+from moec.codegen.triton.compiler import built, fixed_addresses
 from moec.codegen.triton.fused.check import symbols
 from moec.codegen.triton.problem import Problem, bind, matrices
 from moec.codegen.triton.spec import Instance, registry
@@ -73,6 +73,7 @@ def instance_of(target: str, recipe: str, name: str) -> Instance:
 
 def main() -> None:
     notes, target, recipe, *names = sys.argv[1:]
+    fixed_addresses()
     library = ctypes.CDLL("libcuda.so.1")
     library.fake_notes(notes.encode())
     file = Path(notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,17 @@ def test_same_bytes_from_another_cache(compiled: list[aot.Compiled], tmp_path: P
     assert [k.binary for k in fresh] == [k.binary for k in compiled[:3]]
     assert [k.assembly for k in fresh] == [k.assembly for k in compiled[:3]]
     assert [k.record() for k in fresh] == [k.record() for k in compiled[:3]]
+
+
+def test_the_assembler_runs_at_fixed_addresses() -> None:
+    """What a compiler process starts has no random addresses: ptxas for sm_100a gave two cubins in turns with them."""
+    script = (
+        "import subprocess; from moec.codegen.triton.compiler import fixed_addresses;"
+        "print(fixed_addresses(), subprocess.check_output(['cat', '/proc/self/personality'], text=True))"
+    )
+    granted, child = subprocess.check_output([sys.executable, "-c", script], text=True).split()
+    if granted == "True":
+        assert int(child, 16) & 0x0040000
 
 
 def test_damaged_entry_is_made_again(compiled: list[aot.Compiled], folder: Path) -> None:
