@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -59,7 +60,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(ABC):
     """Base of passes; subclasses are frozen dataclasses whose fields are their command-line options."""
 
     name: ClassVar[str]
@@ -72,9 +73,9 @@ class Pass:
         """Why the pass cannot run on this module; empty when it can."""
         return ""
 
+    @abstractmethod
     def run(self, module: Module, ctx: Context) -> Outcome:
         """Change the module in place."""
-        raise NotImplementedError
 
     def ensures(self, module: Module) -> str:
         """What the pass promised and the module breaks; empty when it keeps it."""

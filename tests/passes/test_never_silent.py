@@ -10,8 +10,9 @@ from wrong_passes import SMALL
 
 import moec
 from moec.cli.options import UsageError, parse_overrides
+from moec.ir import Module
 from moec.passes import registry
-from moec.passes.base import Pass
+from moec.passes.base import Context, Outcome, Pass
 from moec.passes.fp8_cast import Fp8Cast
 from moec.passes.manager import StrictError
 from moec.passes.mla_absorb import MlaAbsorb
@@ -90,6 +91,9 @@ def test_numbers_of_options_are_finite(value: str, monkeypatch: pytest.MonkeyPat
     class Halve(Pass):
         name: ClassVar[str] = "halve"
         by: float = 2.0
+
+        def run(self, module: Module, ctx: Context) -> Outcome:
+            return Outcome()
 
     monkeypatch.setattr(registry, "BUILT_IN", (Halve,))
     assert parse_pass("halve{by=0.5}") == Halve(0.5)

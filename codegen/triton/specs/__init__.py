@@ -1,6 +1,6 @@
 """The kernels' declarations, by group; `ALL` in the order in which they are documented."""
 
-from moec.codegen.triton.specs import attention, exchange, heads, indexer, prefill, routing, sampling
+from moec.codegen.triton.specs import attention, exchange, heads, indexer, permutation, prefill, routing, sampling
 
 ALL = (
     *attention.SPECS,
@@ -8,6 +8,7 @@ ALL = (
     *heads.SPECS,
     *indexer.SPECS,
     *routing.SPECS,
+    *permutation.SPECS,
     *exchange.SPECS,
     *sampling.SPECS,
 )

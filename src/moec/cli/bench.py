@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moec.cli.arguments import Threads
 from moec.cli.command import INSIDE, PROCESS, WORK
 from moec.errors import InputError
 
@@ -82,10 +83,7 @@ def bench(
     ] = None,
     repeat: Annotated[int, typer.Option(help="Timed runs; the medians count.", rich_help_panel=PROCESS)] = 3,
     batch: Annotated[int, typer.Option(help="Sequences at a time.", rich_help_panel=WORK)] = 1,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Threads of the kernels.", show_default="all usable CPUs", rich_help_panel=PROCESS),
-    ] = None,
+    threads: Threads = None,
     speculate: Annotated[
         int,
         typer.Option(

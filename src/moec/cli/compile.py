@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moec.cli.arguments import Dp, Ep, Pp, Ranks, Redundant, Tp
 from moec.cli.command import INSIDE, LAYOUT, MODEL, OUTPUT, TARGET
 from moec.cli.options import parse_overrides
 
@@ -60,26 +61,12 @@ def compile_model(
             rich_help_panel=MODEL,
         ),
     ] = 0,
-    ranks: Annotated[
-        int | None, typer.Option(help="Devices.", show_default="the target's", rich_help_panel=LAYOUT)
-    ] = None,
-    tp: Annotated[int, typer.Option(help="Devices of an attention replica.", rich_help_panel=LAYOUT)] = 1,
-    dp: Annotated[
-        int | None, typer.Option(help="Attention replicas.", show_default="ranks / TP", rich_help_panel=LAYOUT)
-    ] = None,
-    ep: Annotated[
-        int | None,
-        typer.Option(help="Devices that share the routed experts.", show_default="all", rich_help_panel=LAYOUT),
-    ] = None,
-    redundant: Annotated[
-        int | None,
-        typer.Option(
-            help="Expert slots beyond one for each expert.",
-            show_default="the fewest that divide",
-            rich_help_panel=LAYOUT,
-        ),
-    ] = None,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.", rich_help_panel=LAYOUT)] = 1,
+    ranks: Ranks = None,
+    tp: Tp = 1,
+    dp: Dp = None,
+    ep: Ep = None,
+    redundant: Redundant = None,
+    pp: Pp = 1,
     pad: Annotated[
         bool,
         typer.Option(

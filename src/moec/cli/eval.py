@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from moec.cli.arguments import Threads
 from moec.errors import InputError
 
 
@@ -35,7 +36,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens between the windows.", show_default="half the compiled context")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the kernels.", show_default="all usable CPUs")] = None,
+    threads: Threads = None,
     record_loads: Annotated[
         Path | None, typer.Option(metavar="OUT.npz", help="Count which experts tokens go to, for `moec place`.")
     ] = None,

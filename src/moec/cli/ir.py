@@ -9,19 +9,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from moec.cli.command import LAYOUT
+from moec.cli.ir_rewrite import opt, reduce
+from moec.cli.ir_text import Batch, Chunk, ContextLength, File, Json, read_module
 from moec.errors import InputError, MoecError
 
 if TYPE_CHECKING:
     from moec.ir import Function, Module, Op
 
 ir = typer.Typer(no_args_is_help=True, help="Show, check, compare and rewrite IR text.")
-
-
-class UnreadableFile(InputError):
-    """A file that cannot be read as text."""
-
-    template: ClassVar[str] = "{file}: {message}"
 
 
 class NothingShown(InputError):
@@ -39,42 +34,6 @@ class NotTheSame(MoecError):
 def register(app: typer.Typer) -> None:
     """Add the command group."""
     app.add_typer(ir, name="ir")
-
-
-def read_text(file: str) -> str:
-    """The text of a file, of an artifact's program, or of stdin for `-`; raises UnreadableFile."""
-    try:
-        if file == "-":
-            return sys.stdin.read()
-        path = Path(file)
-        return (path / "program.ir" if path.is_dir() else path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UnreadableFile(file=file, message="is not text") from None
-    except OSError as error:
-        raise UnreadableFile(file=file, message=error.strerror or str(error)) from None
-
-
-def read_module(file: str) -> Module:
-    """The module of a file; raises UnreadableFile or ParseError."""
-    from moec.ir import parse_module
-
-    if file.endswith(".onnx"):
-        from moec.frontend.onnx_file import read_exported
-
-        return read_exported([Path(f) for f in file.split(",")])
-    return parse_module(read_text(file), file)
-
-
-File = Annotated[
-    str,
-    typer.Argument(
-        help="IR text, an artifact folder, ONNX files of `moec export` (with commas between), or - for stdin."
-    ),
-]
-Batch = Annotated[int | None, typer.Option(min=1, help="Sequences in a batch.", show_default="1")]
-ContextLength = Annotated[int | None, typer.Option(min=1, help="Tokens of context.", show_default="4096")]
-Chunk = Annotated[int | None, typer.Option(min=1, help="Tokens of a prefill chunk.", show_default="256")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @ir.command(epilog="moec ir show tiny.moec --function dense_layers.decode --cost --target h800")
@@ -314,106 +273,5 @@ def reference(
         write_whole(write, reference())
 
 
-@ir.command(epilog="moec ir opt dumps/02_bind-limits.ir --pass 'mla-absorb{decode=plain}' | moec ir verify -")
-def opt(
-    file: File,
-    passes: Annotated[
-        list[str] | None, typer.Option("--pass", metavar="SPEC", help="Passes to run, in order; see moec ir passes.")
-    ] = None,
-    target: Annotated[str | None, typer.Option(help="Target.", show_default="the module's own, else cpu")] = None,
-    verify: Annotated[str, typer.Option(help="structure, roundtrip or numerics.")] = "structure",
-    strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into errors.")] = False,
-    dump_ir: Annotated[Path | None, typer.Option(help="Folder for the text after every pass and its report.")] = None,
-    batch: Batch = None,
-    context: ContextLength = None,
-    chunk: Chunk = None,
-    ranks: Annotated[
-        int | None, typer.Option(help="Devices.", show_default="the mesh's, else the target's", rich_help_panel=LAYOUT)
-    ] = None,
-    tp: Annotated[int, typer.Option(help="Devices of an attention replica.", rich_help_panel=LAYOUT)] = 1,
-    dp: Annotated[
-        int | None, typer.Option(help="Attention replicas.", show_default="ranks / TP", rich_help_panel=LAYOUT)
-    ] = None,
-    ep: Annotated[
-        int | None,
-        typer.Option(help="Devices that share the routed experts.", show_default="all", rich_help_panel=LAYOUT),
-    ] = None,
-    redundant: Annotated[
-        int | None,
-        typer.Option(help="Expert slots beyond one for each.", show_default="the fewest", rich_help_panel=LAYOUT),
-    ] = None,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.", rich_help_panel=LAYOUT)] = 1,
-) -> None:
-    """Run passes on IR text and print the result.
-
-    Without passes the text is printed again.
-    """
-    from moec import targets
-    from moec.cli.options import UsageError, check_verify
-    from moec.ir import print_module
-    from moec.ir.mesh import mesh_of
-    from moec.passes.base import Limits
-    from moec.passes.laid_out import context_of
-    from moec.passes.manager import Manager
-    from moec.passes.planning.layout import LayoutRequest
-    from moec.passes.registry import parse_pass
-
-    check_verify(verify)
-    module = read_module(file)
-    steps = [parse_pass(p) for p in passes or []]
-    asked = LayoutRequest(ranks, tp, dp, ep, redundant, pp)
-    if asked != LayoutRequest() and mesh_of(module).ranks > 1:
-        raise UsageError(
-            message=f"{file} is sharded already: its mesh says how it lies, leave --ranks and the like away"
-        )
-    if not steps:
-        given = {"target": target, "batch": batch, "context": context, "chunk": chunk, "dump-ir": dump_ir}
-        given |= {"verify": verify != "structure" or None, "strict": strict or None}
-        given |= {
-            k: getattr(asked, k) for k in ("ranks", "tp", "dp", "ep", "redundant", "pp") if asked != LayoutRequest()
-        }
-        for option in (k for k, v in given.items() if v is not None):
-            raise UsageError(message=f"--{option} is for passes: name one with --pass")
-        sys.stdout.write(print_module(module))
-        return
-    name = target or str(module.attrs.get("target", "cpu"))
-    limits = Limits(batch or 1, context or 4096, chunk or 256)
-    manager = Manager(context_of(module, targets.load(name), limits, asked), verify, strict, dump_ir)
-    manager.run(module, steps, [step.name for step in steps])
-    for record in manager.records:
-        for line in [*record.notes, *(f"warning: {w}" for w in record.warnings)]:
-            print(f"moec: {record.name}: {line}", file=sys.stderr)
-    sys.stdout.write(print_module(module))
-
-
-@ir.command(epilog="moec ir reduce bad.ir --run 'moec ir verify {}' --out small.ir")
-def reduce(
-    file: File,
-    run: Annotated[str, typer.Option(metavar="COMMAND", help="Shell command that fails; {} is the file to try.")],
-    match: Annotated[str | None, typer.Option(help="Text that the failing command's output must hold.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a run is ended.")] = 60.0,
-    out: Annotated[Path | None, typer.Option(help="File for the small module instead of stdout.")] = None,
-) -> None:
-    """Shrink a module that makes a command fail.
-
-    To a small one that fails in the same way: with the same exit code (a run that is ended by the timeout counts as
-    one), and with the text of --match in its output. Without {} in the command the module is its standard input.
-    """
-    from moec.cli.failing import FailingCommand
-    from moec.files import write_whole
-    from moec.ir import print_module
-    from moec.ir.reduce import reduce
-
-    module = read_module(file)
-    with FailingCommand(run, match, timeout) as command:
-        command.learn(print_module(module))
-        small = reduce(module, command.fails)
-    text = print_module(small)
-    before, after = (sum(1 for _ in m.ops()) for m in (module, small))
-    print(f"moec: {before} -> {after} ops in {len(small.functions)} functions, {command.runs} runs", file=sys.stderr)
-    if not after:
-        print("moec: warning: the command fails on an empty module too: nothing in it is the cause", file=sys.stderr)
-    if out is None:
-        sys.stdout.write(text)
-    else:
-        write_whole(out, text)
+ir.command(epilog="moec ir opt dumps/02_bind-limits.ir --pass 'mla-absorb{decode=plain}' | moec ir verify -")(opt)
+ir.command(epilog="moec ir reduce bad.ir --run 'moec ir verify {}' --out small.ir")(reduce)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moec.cli.arguments import Dp, Ranks, Redundant, Tp
 from moec.cli.command import LAYOUT, QUESTIONS, TRAINING, WORK
 from moec.cli.output import note
 
@@ -66,13 +67,9 @@ def plan(
             help="Tokens that a replica prefills in a step.", show_default="16384; CPU: 256", rich_help_panel=WORK
         ),
     ] = None,
-    ranks: Annotated[
-        int | None, typer.Option(help="Devices.", show_default="the target's", rich_help_panel=LAYOUT)
-    ] = None,
-    tp: Annotated[int, typer.Option(help="Devices of an attention replica.", rich_help_panel=LAYOUT)] = 1,
-    dp: Annotated[
-        int | None, typer.Option(help="Attention replicas.", show_default="ranks / TP / PP", rich_help_panel=LAYOUT)
-    ] = None,
+    ranks: Ranks = None,
+    tp: Tp = 1,
+    dp: Dp = None,
     pp: Annotated[
         int | None,
         typer.Option(
@@ -87,14 +84,7 @@ def plan(
             rich_help_panel=LAYOUT,
         ),
     ] = None,
-    redundant: Annotated[
-        int | None,
-        typer.Option(
-            help="Expert slots beyond one for each expert.",
-            show_default="the fewest that divide",
-            rich_help_panel=LAYOUT,
-        ),
-    ] = None,
+    redundant: Redundant = None,
     balance: Annotated[
         float | None,
         typer.Option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moec.cli.arguments import CheckWeights, Threads
 from moec.cli.command import INSIDE, PROCESS, PROMPT, SAMPLING
 from moec.errors import InputError
 
@@ -126,10 +127,7 @@ def run(
         int,
         typer.Option(min=0, metavar="N", help="Draft up to N tokens a step with the module of `moec compile --mtp`."),
     ] = 0,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Threads of the kernels.", show_default="all usable CPUs", rich_help_panel=PROCESS),
-    ] = None,
+    threads: Threads = None,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -144,9 +142,7 @@ def run(
             metavar="OUT.npz", help="Count which experts tokens go to, for `moec place`.", rich_help_panel=INSIDE
         ),
     ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Compare the hashes of weights, too.", rich_help_panel=INSIDE)
-    ] = False,
+    check: CheckWeights = False,
     timeout: Annotated[
         float | None,
         typer.Option(

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from moec.cli.command import PROCESS, SERVER
+from moec.cli.arguments import CheckWeights, Threads
+from moec.cli.command import SERVER
 
 _EXAMPLES = """\
 moec serve tiny.moec --port 8000
@@ -34,13 +35,8 @@ def serve(
         int,
         typer.Option(min=0, metavar="N", help="Draft up to N tokens a step with the module of `moec compile --mtp`."),
     ] = 0,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Threads of the kernels.", show_default="all usable CPUs", rich_help_panel=PROCESS),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Compare the hashes of weights, too.", rich_help_panel=PROCESS)
-    ] = False,
+    threads: Threads = None,
+    check: CheckWeights = False,
 ) -> None:
     """Serve an artifact over HTTP, in the form of OpenAI's API.
 

@@ -54,7 +54,7 @@ def simulate(
 
     Total time, what is hidden, what stragglers cost.
     """
-    from moec.cli.ir import read_module
+    from moec.cli.ir_text import read_module
     from moec.ir import verify
     from moec.simulate.program import entry_of, run_program
 
