@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -25,7 +25,7 @@ def write_whole(path: Path, content: str | Callable[[IO[bytes]], Any]) -> None:
     or an interruption leaves nothing behind. A link is followed. What stands there and is neither a file nor a folder
     (a pipe, a device such as /dev/null) is written to: another file in its place would destroy it.
     """
-    temporary = None
+    temporary: Path | None = None
     try:
         target = Path(os.path.realpath(path))
         if target.is_symlink():  # only a circle of links ends at one
@@ -34,14 +34,14 @@ def write_whole(path: Path, content: str | Callable[[IO[bytes]], Any]) -> None:
             with target.open("wb") as file:
                 _write(file, content)
             return
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "wb") as file:
+        beside = target.parent / f".moec-{secrets.token_hex(8)}"
+        with beside.open("xb") as file:  # with the rights that a new file gets here, as the user's umask says
+            temporary = beside
             _write(file, content)
-        os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except BaseException as error:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise NotWritten(path=path, why=error.strerror or error) from None
         raise

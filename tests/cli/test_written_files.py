@@ -28,6 +28,18 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and file.read_text() == "before"
     write_whole(file, "größe")
     assert file.read_bytes() == "größe".encode()
+    for folder in (tmp_path, Path("/")):
+        with pytest.raises(NotWritten):
+            write_whole(folder, "text")
+
+
+def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        write_whole(tmp_path / "x", "text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
 
 
 def test_a_pipe_stays_one(tmp_path: Path) -> None:

@@ -285,6 +285,9 @@ def test_info_says_what_an_artifact_is(toy: Path, copy: Any) -> None:
     whole = {f.relative_to(toy): f.stat().st_size for f in toy.rglob("*") if f.is_file() and f.name != "manifest.json"}
     assert sum(fields["bytes"].values()) == sum(whole.values())
     path = copy()
+    weights = next((path / "weights").iterdir())
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "runs here     no: " in (text := CliRunner().invoke(app, ["info", str(path)]).stdout) and "truncated" in text
     (path / "program.ir").write_text("module @other {\n}\n")
     shown = CliRunner().invoke(app, ["info", str(path)])
     assert shown.exit_code == 0

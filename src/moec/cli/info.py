@@ -27,7 +27,7 @@ def info(
 ) -> None:
     """Show what an artifact is: model, formats, limits, sizes, and whether it runs here.
 
-    Nothing is loaded; the hashes of all files but the weights are compared.
+    Nothing is loaded; the hashes of all files but the weights are compared, of these the header is read.
     """
     from moec.runtime.artifact import read_manifest
 
@@ -40,9 +40,11 @@ def _refusal(artifact: str, kind: str) -> str | None:
     """Why the artifact does not run here; None where it does."""
     from moec.errors import MoecError
     from moec.runtime.artifact import open_artifact
+    from moec.runtime.weights import Weights
 
     try:
         opened = open_artifact(artifact)
+        Weights(opened.weights)
         if kind == "cuda":
             from moec.runtime.cuda.driver import Driver
             from moec.runtime.cuda.kernel import load_kernels
