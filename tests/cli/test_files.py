@@ -16,7 +16,7 @@ def test_text_and_bytes(tmp_path: Path) -> None:
     assert file.read_bytes() == "Grüße\n".encode()
     write_whole(file, lambda out: out.write(b"\x00\xff"))
     assert file.read_bytes() == b"\x00\xff"
-    assert (file.stat().st_mode & 0o777, [p.name for p in tmp_path.iterdir()]) == (0o644, ["a"])
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(

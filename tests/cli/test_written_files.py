@@ -1,4 +1,4 @@
-"""Output files: written whole, never over what is no regular file, refused before the work where they cannot be."""
+"""Output files: with the user's rights, never over what is no regular file, refused before the work if need be."""
 
 from __future__ import annotations
 
@@ -14,23 +14,6 @@ import pytest
 from moec.files import NotWritten, write_whole
 
 Refused = Callable[..., str]
-
-
-def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
-    file = tmp_path / "x"
-    file.write_text("before")
-
-    def fails(out: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(NotWritten, match="No space left"):
-        write_whole(file, fails)
-    assert [p.name for p in tmp_path.iterdir()] == ["x"] and file.read_text() == "before"
-    write_whole(file, "größe")
-    assert file.read_bytes() == "größe".encode()
-    for folder in (tmp_path, Path("/")):
-        with pytest.raises(NotWritten):
-            write_whole(folder, "text")
 
 
 def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
